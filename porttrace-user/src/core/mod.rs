@@ -1,0 +1,3 @@
+//! The pure core: values in, values out. No I/O, no async, no clock, no randomness.
+
+pub mod model;

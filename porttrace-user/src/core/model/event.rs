@@ -1,0 +1,132 @@
+//! Probe events, decoded from the wire.
+
+use super::flow::{Proto, Tuple};
+use porttrace_ebpf::{self as wire, Kind, WireTuple};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use thiserror::Error;
+
+/// One thing that the kernel did, with the wire's byte arrays turned into addresses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// CLOCK_MONOTONIC, nanoseconds.
+    pub time_ns: u64,
+    pub kind: Kind,
+    /// The packet as it looked at this point; for [`Kind::IcmpError`] the packet that the error quotes.
+    pub packet: Option<Tuple>,
+    pub conntrack: Option<Conntrack>,
+    /// Network namespace inode number.
+    pub netns: u32,
+    /// Interface of the sighting, or input interface; 0: none.
+    pub ifindex: u32,
+    /// Output interface of a NETFILTER event; 0: none.
+    pub out_ifindex: u32,
+    /// Netfilter hook number of a NETFILTER event.
+    pub hook: u8,
+    pub mark: u32,
+    pub reason: u32,
+    /// Bytes from the network header on.
+    pub length: u32,
+    /// Bytes of L4 payload.
+    pub payload: u32,
+    /// TCP flags byte; for SCTP the first chunk's type.
+    pub l4_flags: u8,
+    pub tcp_seq: u32,
+    pub tcp_ack: u32,
+    pub ttl: u8,
+    pub icmp_type: u8,
+    pub icmp_code: u8,
+    /// Accounting in [`Kind::Destroyed`].
+    pub orig_bytes: u64,
+    pub reply_bytes: u64,
+}
+
+/// The conntrack entry that an event's packet belongs to, as it was at that moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Conntrack {
+    pub original: Tuple,
+    pub reply: Tuple,
+    /// Identity of the entry while it lives; 0 when unknown.
+    pub id: u64,
+    pub status: u32,
+    pub mark: u32,
+    /// Not yet confirmed: this packet creates the entry.
+    pub is_new: bool,
+    /// The packet travels in the reply direction.
+    pub is_reply: bool,
+}
+
+/// Why bytes from the ring buffer (or a recording) are not an event.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum DecodeError {
+    #[error(
+        "event of {found} bytes, expected {expected}: the probe and this porttrace were built from different sources"
+    )]
+    Size { found: usize, expected: usize },
+    #[error("event layout version {found}, this porttrace reads version {}", wire::WIRE_VERSION)]
+    Version { found: u8 },
+    #[error("event kind {found} is not known to this porttrace")]
+    Kind { found: u8 },
+}
+
+impl TryFrom<&wire::Event> for Event {
+    type Error = DecodeError;
+
+    fn try_from(raw: &wire::Event) -> Result<Self, DecodeError> {
+        if raw.version != wire::WIRE_VERSION {
+            return Err(DecodeError::Version { found: raw.version });
+        }
+        let kind = Kind::from_u8(raw.kind).ok_or(DecodeError::Kind { found: raw.kind })?;
+        let conntrack = (raw.flags & wire::HAS_CONNTRACK != 0)
+            .then(|| {
+                Some(Conntrack {
+                    original: tuple(&raw.original)?,
+                    reply: tuple(&raw.reply)?,
+                    id: raw.ct_id,
+                    status: raw.ct_status,
+                    mark: raw.ct_mark,
+                    is_new: raw.flags & wire::CT_NEW != 0,
+                    is_reply: raw.flags & wire::CT_REPLY != 0,
+                })
+            })
+            .flatten();
+        Ok(Self {
+            time_ns: raw.time_ns,
+            kind,
+            packet: (raw.flags & wire::HAS_PACKET != 0).then(|| tuple(&raw.packet)).flatten(),
+            conntrack,
+            netns: raw.netns,
+            ifindex: raw.ifindex,
+            out_ifindex: raw.out_ifindex,
+            hook: raw.hook,
+            mark: raw.mark,
+            reason: raw.reason,
+            length: raw.length,
+            payload: raw.payload,
+            l4_flags: raw.l4_flags,
+            tcp_seq: raw.tcp_seq,
+            tcp_ack: raw.tcp_ack,
+            ttl: raw.ttl,
+            icmp_type: raw.icmp_type,
+            icmp_code: raw.icmp_code,
+            orig_bytes: raw.orig_bytes,
+            reply_bytes: raw.reply_bytes,
+        })
+    }
+}
+
+fn tuple(raw: &WireTuple) -> Option<Tuple> {
+    let address = |bytes: &[u8; 16]| -> Option<IpAddr> {
+        match raw.family {
+            4 => Some(IpAddr::V4(Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]))),
+            6 => Some(IpAddr::V6(Ipv6Addr::from(*bytes))),
+            _ => None,
+        }
+    };
+    Some(Tuple {
+        proto: Proto::from_number(raw.proto),
+        src: address(&raw.src)?,
+        sport: u16::from_be_bytes(raw.sport),
+        dst: address(&raw.dst)?,
+        dport: u16::from_be_bytes(raw.dport),
+    })
+}

@@ -1,0 +1,5 @@
+//! The words everything else speaks: packets and tuples, traces, events.
+
+pub mod event;
+pub mod flow;
+pub mod trace;

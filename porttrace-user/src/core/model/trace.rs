@@ -1,0 +1,310 @@
+//! What the simulator predicts: a trace of branches, each a list of hops that ends in a verdict.
+
+use super::flow::{Family, Proto, Tuple};
+use serde::Serialize;
+use std::fmt;
+use std::net::IpAddr;
+
+/// Version of the serialised form of [`Trace`].
+pub const TRACE_SCHEMA: u32 = 1;
+
+/// Netfilter's five hooks, in the kernel's numbering (`enum nf_inet_hooks`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Hook {
+    Prerouting,
+    Input,
+    Forward,
+    Output,
+    Postrouting,
+}
+
+impl Hook {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Prerouting => "PREROUTING",
+            Self::Input => "INPUT",
+            Self::Forward => "FORWARD",
+            Self::Output => "OUTPUT",
+            Self::Postrouting => "POSTROUTING",
+        }
+    }
+}
+
+impl fmt::Display for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Which engine holds a rule: the two iptables flavours, or native nftables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Flavour {
+    IptablesNft,
+    IptablesLegacy,
+    Nftables,
+}
+
+/// A rule's place: enough to find it again with `iptables -t TABLE -L CHAIN --line-numbers`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+pub struct RuleRef {
+    pub flavour: Flavour,
+    pub family: Family,
+    pub table: String,
+    pub chain: String,
+    /// 1-based position in the chain, as iptables counts; `None` for the chain's policy.
+    pub number: Option<u32>,
+}
+
+/// What a matching rule did.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "do")]
+pub enum Action {
+    /// A rule without a target, or with one that only counts, logs or traces.
+    Continue,
+    Jump {
+        chain: String,
+    },
+    Goto {
+        chain: String,
+    },
+    Accept,
+    Drop,
+    /// `with` as iptables writes it: `icmp-port-unreachable`, `tcp-reset`, …
+    Reject {
+        with: String,
+    },
+    Return,
+    /// `skb->mark` becomes `mark`.
+    Mark {
+        mark: u32,
+    },
+    ConnMark {
+        mark: u32,
+    },
+    Dnat {
+        to: String,
+    },
+    Snat {
+        to: String,
+    },
+    Masquerade,
+    Redirect {
+        to: String,
+    },
+    Netmap {
+        to: String,
+    },
+    /// Exempt from conntrack, and so from NAT.
+    Notrack,
+    /// LOG, NFLOG, TRACE, CT options, …: named, without effect on the path.
+    Other {
+        target: String,
+    },
+}
+
+/// One step of a path.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "hop")]
+pub enum Hop {
+    /// The packet enters by an interface.
+    Receive { interface: String, tuple: Tuple },
+    /// A process of this node sends it.
+    LocalSend { tuple: Tuple },
+    /// Conntrack's view when the packet passes it (`NEW`, `ESTABLISHED`, `RELATED`, `INVALID`, `UNTRACKED`).
+    Conntrack { state: String, entry: Option<String> },
+    /// A rule matched (`because` = the matches that decided, as iptables writes them) or a policy ended a base chain.
+    Rule { hook: Hook, rule: RuleRef, action: Action, because: String, text: String },
+    /// The destination or source really changed. `by` is the rule, or `None` for a conntrack entry or null binding.
+    Rewrite { hook: Hook, what: Manip, before: Tuple, after: Tuple, by: Option<RuleRef> },
+    /// The routing decision.
+    Route { decision: Route },
+    /// The packet leaves by an interface.
+    Transmit { interface: String, gateway: Option<IpAddr>, tuple: Tuple },
+    /// A socket of this node gets it.
+    Deliver { tuple: Tuple, listener: Option<String> },
+    /// The reply of the same connection, on its way back (filled by the simulator for NEW packets that arrive).
+    ReplyRewrite { before: Tuple, after: Tuple },
+    /// Something worth a line: rp_filter, route_localnet, bridge-nf, hairpin.
+    Note { text: String },
+}
+
+/// Which half of a connection a rewrite changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Manip {
+    Dnat,
+    Snat,
+}
+
+/// One routing decision (`ip route get`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Route {
+    pub dst: IpAddr,
+    pub kind: RouteKind,
+    pub interface: Option<String>,
+    pub gateway: Option<IpAddr>,
+    pub table: String,
+    /// The matched route as `ip route` prints it; empty when none matched.
+    pub route: String,
+}
+
+/// `RTN_*`, as far as it decides a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RouteKind {
+    Local,
+    Unicast,
+    Broadcast,
+    Multicast,
+    Unreachable,
+    Prohibit,
+    Blackhole,
+    Throw,
+    /// No route matched.
+    None,
+}
+
+/// How a branch ends.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "verdict")]
+pub enum Verdict {
+    /// Handed to this node's sockets. `listening` is `None` where sockets are not part of the state.
+    Delivered {
+        to: Tuple,
+        listening: Option<bool>,
+    },
+    /// Left by an interface towards `next_hop` (the destination itself when it is on-link).
+    Forwarded {
+        interface: String,
+        next_hop: IpAddr,
+        to: Tuple,
+    },
+    Dropped {
+        reason: DropReason,
+        by: Option<RuleRef>,
+    },
+    /// REJECT, or the kernel's own refusal (no route).
+    Rejected {
+        with: String,
+        by: Option<RuleRef>,
+    },
+    /// The model ends here, because of this.
+    Unknown {
+        because: String,
+        by: Option<RuleRef>,
+    },
+}
+
+/// Why a packet was dropped.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "reason")]
+pub enum DropReason {
+    /// A DROP rule or policy.
+    Rule,
+    NoRoute,
+    Blackhole,
+    RpFilter,
+    /// A martian: 127/8 on the wire without route_localnet, and relatives.
+    Martian,
+    ForwardingDisabled,
+    /// MASQUERADE found no address on the output interface.
+    NoAddress,
+    /// TTL or hop limit used up.
+    Ttl,
+    TooBig,
+    Other {
+        text: String,
+    },
+}
+
+/// A fraction in lowest terms, for exact branch probabilities.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Fraction {
+    pub num: u64,
+    pub den: u64,
+}
+
+impl Fraction {
+    pub const ONE: Self = Self { num: 1, den: 1 };
+
+    pub fn as_f64(self) -> f64 {
+        self.num as f64 / self.den as f64
+    }
+}
+
+/// `1/3`, or `1`.
+impl fmt::Display for Fraction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.den == 1 { write!(f, "{}", self.num) } else { write!(f, "{}/{}", self.num, self.den) }
+    }
+}
+
+impl Serialize for Fraction {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// What sent a trace into this branch rather than its siblings.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "decider")]
+pub enum Decision {
+    /// `statistic --mode random`, or nftables' `numgen random`.
+    Random { rule: RuleRef, taken: bool },
+    /// Session affinity: `recent --rcheck` or a set's element.
+    Affinity { rule: RuleRef, taken: bool },
+    /// A match that the model cannot decide was assumed to be true or false.
+    Assumed { rule: Option<RuleRef>, text: String, taken: bool },
+    /// The order of equal base chains cannot be known.
+    Order { text: String },
+}
+
+/// One possible outcome.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Branch {
+    /// Product of the random choices; branches that differ only by assumptions each keep their siblings' full probability.
+    pub probability: Fraction,
+    pub decisions: Vec<Decision>,
+    pub hops: Vec<Hop>,
+    pub verdict: Verdict,
+    /// The packet's tuple when it left the model.
+    pub final_tuple: Tuple,
+    /// The tuple that replies carry (conntrack's reply tuple); equals `final_tuple` inverted.
+    pub reply_tuple: Tuple,
+    /// The source was rewritten to an address of this node.
+    pub masquerade: bool,
+    pub out_interface: Option<String>,
+}
+
+/// A packet to simulate, as it enters the node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Packet {
+    pub tuple: Tuple,
+    /// Interface by which it arrives; `None`: a process of this node sends it.
+    pub input: Option<String>,
+    pub mark: u32,
+    /// TCP flags byte (SYN = 2), or 0.
+    pub tcp_flags: u8,
+    pub ttl: u8,
+    /// Bytes from the network header on.
+    pub length: u32,
+}
+
+impl Packet {
+    /// The first packet of a connection: SYN for TCP, one small datagram otherwise.
+    pub fn first_of(tuple: Tuple, input: Option<String>) -> Self {
+        let tcp_flags = if tuple.proto == Proto::Tcp { 2 } else { 0 };
+        Self { tuple, input, mark: 0, tcp_flags, ttl: 64, length: 60 }
+    }
+}
+
+/// All that can happen to one packet in one state of a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Trace {
+    pub packet: Packet,
+    pub branches: Vec<Branch>,
+    /// What the model had to take for granted, in sentences (parts of the state that were missing, …).
+    pub assumptions: Vec<String>,
+}

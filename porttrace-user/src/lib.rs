@@ -1,0 +1,3 @@
+//! Why a packet to a Kubernetes port does or does not arrive: the library behind the `porttrace` command.
+
+pub mod core;
