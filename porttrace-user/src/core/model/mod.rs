@@ -2,4 +2,6 @@
 
 pub mod event;
 pub mod flow;
+pub mod rules;
+pub mod state;
 pub mod trace;

@@ -1,0 +1,180 @@
+//! The state of a node: everything that decides where a packet goes. It can come live or from a snapshot; nothing that reads
+//! it knows the difference. A part that could not be had is `None` (not empty), so that the simulator can say what that costs.
+
+use super::flow::{Family, Proto, Tuple};
+use super::rules::Ruleset;
+use super::trace::RouteKind;
+use ipnet::IpNet;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+/// One node (one network namespace) at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct NodeState {
+    /// The node's name, where known.
+    pub name: Option<String>,
+    /// iptables rules, at most one set per flavour and family, in no particular order.
+    pub rulesets: Vec<Ruleset>,
+    pub links: Option<Vec<Link>>,
+    pub addresses: Option<Vec<Address>>,
+    /// All tables, both families, in the order in which the kernel lists them.
+    pub routes: Option<Vec<RouteEntry>>,
+    /// Policy routing rules, sorted by family, then priority.
+    pub policy: Option<Vec<PolicyRule>>,
+    /// `net.…` keys with dots, values as the kernel prints them.
+    pub sysctls: Option<BTreeMap<String, String>>,
+    pub conntrack: Option<Vec<ConntrackEntry>>,
+    /// ipsets by name.
+    pub sets: Option<BTreeMap<String, IpSet>>,
+    /// `xt_recent` lists by name: the addresses in them, with the seconds since each was last seen (newest first).
+    pub recent: Option<BTreeMap<String, Vec<RecentEntry>>>,
+    /// Listening (TCP, SCTP) and bound (UDP) sockets of the node itself.
+    pub sockets: Option<Vec<Socket>>,
+    pub neighbours: Option<Vec<Neighbour>>,
+    /// What could not be read or understood, each a sentence with its place.
+    pub diagnostics: Vec<Diagnostic>,
+}
+
+/// Something in the input that porttrace could not use, and where.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Diagnostic {
+    /// File or command that it comes from.
+    pub source: String,
+    /// 1-based line, 0 when the source has no lines.
+    pub line: usize,
+    pub message: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    pub index: u32,
+    pub name: String,
+    /// `veth`, `bridge`, `vxlan`, `loopback`, `dummy`, …; empty for a plain device.
+    pub kind: String,
+    pub up: bool,
+    pub mtu: u32,
+    /// Name of the bridge (or bond) that it is a port of.
+    pub master: Option<String>,
+    /// The peer's index, where the kernel gives it (`IFLA_LINK`), and the peer's netns id (`IFLA_LINK_NETNSID`).
+    pub peer_index: Option<u32>,
+    pub peer_netns: Option<i32>,
+    pub loopback: bool,
+    /// Hairpin mode of a bridge port; `None` where unknown or not a port.
+    pub hairpin: Option<bool>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Address {
+    pub interface: String,
+    pub address: IpAddr,
+    pub prefix: u8,
+    /// `global`, `link`, `host`, …
+    pub scope: String,
+    pub secondary: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RouteEntry {
+    pub kind: RouteKind,
+    pub dst: IpNet,
+    /// `main`, `local`, or a number in decimal.
+    pub table: String,
+    pub nexthops: Vec<NextHop>,
+    pub prefsrc: Option<IpAddr>,
+    pub metric: u32,
+    /// `link`, `host`, `global`.
+    pub scope: String,
+    pub mtu: Option<u32>,
+}
+
+/// One way out; several in one route share the load by weight.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NextHop {
+    pub interface: Option<String>,
+    pub gateway: Option<IpAddr>,
+    pub weight: u32,
+    /// Link down or dead.
+    pub dead: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PolicyRule {
+    pub family: Family,
+    pub priority: u32,
+    pub not: bool,
+    pub src: Option<IpNet>,
+    pub dst: Option<IpNet>,
+    pub input: Option<String>,
+    pub output: Option<String>,
+    /// Value and mask.
+    pub fwmark: Option<(u32, u32)>,
+    pub proto: Option<Proto>,
+    pub sport: Option<(u16, u16)>,
+    pub dport: Option<(u16, u16)>,
+    pub action: PolicyAction,
+    /// `suppress_prefixlength`.
+    pub suppress_prefix: Option<u8>,
+    /// Selectors that the model does not know, as text; the rule's match is then unknown.
+    pub unknown: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PolicyAction {
+    Table(String),
+    Unreachable,
+    Prohibit,
+    Blackhole,
+    Goto(u32),
+    Nop,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConntrackEntry {
+    pub original: Tuple,
+    pub reply: Tuple,
+    /// `ESTABLISHED`, `TIME_WAIT`, …; empty for UDP.
+    pub state: String,
+    pub assured: bool,
+    /// No packet was seen in the reply direction yet.
+    pub unreplied: bool,
+    pub mark: u32,
+    /// Seconds until it expires.
+    pub timeout: Option<u64>,
+    pub zone: u16,
+}
+
+/// An ipset: its type (`hash:ip,port`, …) and its members as `ipset save` writes them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct IpSet {
+    pub kind: String,
+    pub family: Option<Family>,
+    pub members: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecentEntry {
+    pub address: IpAddr,
+    /// Seconds since last seen; `None` when only the kernel's jiffies are known.
+    pub age: Option<u64>,
+    /// How many hits the list remembers for it.
+    pub hits: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Socket {
+    pub proto: Proto,
+    pub address: IpAddr,
+    pub port: u16,
+    /// An IPv6 wildcard socket that takes no IPv4 (`IPV6_V6ONLY`).
+    pub v6only: bool,
+    /// `name/pid`, where known.
+    pub process: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Neighbour {
+    pub address: IpAddr,
+    pub interface: String,
+    /// `REACHABLE`, `STALE`, `FAILED`, `PERMANENT`, …
+    pub state: String,
+}
