@@ -1,0 +1,22 @@
+//! One file a subcommand: arguments, and what they do.
+
+pub mod completions;
+
+use crate::cli::Command;
+use std::process::ExitCode;
+use thiserror::Error;
+
+/// A request that makes no sense as given: printed like any error, but with exit code 2.
+#[derive(Debug, Error)]
+#[error("{0}")]
+pub struct Usage(pub String);
+
+/// Runs a subcommand to its end.
+///
+/// # Errors
+/// Whatever stopped it, as one sentence with its causes; a [`Usage`] means exit code 2.
+pub fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Completions(args) => completions::run(&args),
+    }
+}
