@@ -50,7 +50,8 @@ pub enum Kind {
     Dropped = 10,
     /// `tp_btf/tcp_send_reset`: this node's TCP answers RST.
     ResetSent = 11,
-    /// An ICMP error whose inner packet belongs to a watched connection; `packet` is the inner tuple, as the error quotes it.
+    /// TC saw an ICMP error whose inner packet belongs to a watched connection; `packet` is the inner tuple, as the error
+    /// quotes it. `ifindex` is set when it entered, `out_ifindex` when it left.
     IcmpError = 12,
 }
 
