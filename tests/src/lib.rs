@@ -1,1 +1,5 @@
-//! The lab: a cluster of network namespaces on one machine.
+//! The lab: a cluster of network namespaces on one machine, and what the tests that run in it need.
+
+pub mod lines;
+pub mod netns;
+pub mod privilege;
