@@ -1,3 +1,4 @@
 //! Why a packet to a Kubernetes port does or does not arrive: the library behind the `porttrace` command.
 
 pub mod core;
+pub mod render;

@@ -1,3 +1,4 @@
 //! The pure core: values in, values out. No I/O, no async, no clock, no randomness.
 
+pub mod correlate;
 pub mod model;

@@ -2,6 +2,7 @@
 
 pub mod event;
 pub mod flow;
+pub mod interfaces;
 pub mod rules;
 pub mod state;
 pub mod trace;

@@ -1,0 +1,205 @@
+//! One connection as the probe saw it.
+
+use crate::core::model::event::{Conntrack, Event};
+use crate::core::model::flow::{Proto, Tuple};
+use porttrace_ebpf::Kind;
+
+/// `IPS_SRC_NAT` and `IPS_DST_NAT` (include/uapi/linux/netfilter/nf_conntrack_common.h).
+const IPS_SRC_NAT: u32 = 1 << 4;
+const IPS_DST_NAT: u32 = 1 << 5;
+
+pub const FIN: u8 = 1;
+pub const SYN: u8 = 2;
+pub const RST: u8 = 4;
+pub const ACK: u8 = 16;
+
+/// Which way a packet of a connection travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Way {
+    /// From the client that opened it.
+    Request,
+    /// Back to that client.
+    Reply,
+}
+
+/// One event of a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sighting {
+    pub event: Event,
+    pub way: Way,
+    /// This packet was seen here before (same flags and sequence numbers).
+    pub again: bool,
+}
+
+impl Sighting {
+    pub const fn is_tc(&self) -> bool {
+        matches!(self.event.kind, Kind::TcIngress | Kind::TcEgress)
+    }
+
+    /// All of `flags` are set in the packet's TCP flags.
+    pub const fn has(&self, flags: u8) -> bool {
+        self.event.l4_flags & flags == flags
+    }
+}
+
+/// How far a connection has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Still waiting for an answer or its deadline.
+    Open,
+    /// Its outcome was reported; it is kept to report its end.
+    Reported,
+    /// Its end was reported too.
+    Ended,
+}
+
+/// A connection: its conntrack tuples and all that was seen of it.
+#[derive(Clone, Debug)]
+pub struct Flow {
+    /// 1, 2, 3, … in order of first sight.
+    pub id: u64,
+    pub original: Tuple,
+    /// Conntrack's reply tuple as last observed: what NAT really did. `None`: no conntrack event came.
+    pub reply: Option<Tuple>,
+    /// `IPS_*` status as last observed.
+    pub status: u32,
+    /// The first event of the flow that carried a conntrack entry said that the entry was made by this very packet.
+    pub entry_was_new: Option<bool>,
+    /// Set when the first packet that was seen is not the first of the connection.
+    pub joined_late: bool,
+    pub start_ns: u64,
+    pub last_ns: u64,
+    /// At most [`MAX_SIGHTINGS`]; the rest is counted in `more_sightings`.
+    pub sightings: Vec<Sighting>,
+    pub more_sightings: u64,
+    pub stage: Stage,
+    /// When to report the outcome.
+    pub decide_at: u64,
+    pub end: Option<End>,
+}
+
+/// How many events of one connection are kept.
+pub const MAX_SIGHTINGS: usize = 64;
+
+/// How a connection ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct End {
+    pub at_ns: u64,
+    /// Reset rather than closed.
+    pub reset: bool,
+    /// Bytes in the original and the reply direction, where something counted them.
+    pub bytes: Option<(u64, u64)>,
+}
+
+impl Flow {
+    /// Whether the destination was rewritten; `None` when conntrack was not observed.
+    pub fn dnat(&self) -> Option<Option<Tuple>> {
+        let reply = self.reply?;
+        let changed = self.status & IPS_DST_NAT != 0 || reply.source() != self.original.destination();
+        Some((changed && reply.source() != self.original.destination()).then(|| self.after_dnat(reply)))
+    }
+
+    /// Whether the source was rewritten; `None` when conntrack was not observed.
+    pub fn snat(&self) -> Option<Option<Tuple>> {
+        let reply = self.reply?;
+        let changed = self.status & IPS_SRC_NAT != 0 || reply.destination() != self.original.source();
+        Some((changed && reply.destination() != self.original.source()).then(|| reply.inverted()))
+    }
+
+    /// The request's tuple after the destination half of NAT alone.
+    fn after_dnat(&self, reply: Tuple) -> Tuple {
+        Tuple { dst: reply.src, dport: reply.sport, ..self.original }
+    }
+
+    /// Which way a packet with this tuple travels in this flow; `None`: it is not of this flow.
+    pub fn way_of(&self, packet: Tuple) -> Option<Way> {
+        if packet == self.original {
+            return Some(Way::Request);
+        }
+        if packet == self.original.inverted() {
+            return Some(Way::Reply);
+        }
+        let reply = self.reply?;
+        if packet == reply {
+            Some(Way::Reply)
+        } else if packet == reply.inverted() || packet == self.after_dnat(reply) {
+            Some(Way::Request)
+        } else {
+            (packet == self.after_dnat(reply).inverted()).then_some(Way::Reply)
+        }
+    }
+
+    /// All tuples that packets of this flow can carry; the index of the correlator holds them.
+    pub fn tuples(&self) -> Vec<Tuple> {
+        let mut tuples = vec![self.original, self.original.inverted()];
+        if let Some(reply) = self.reply {
+            let middle = self.after_dnat(reply);
+            tuples.extend([reply, reply.inverted(), middle, middle.inverted()]);
+        }
+        tuples.sort_unstable();
+        tuples.dedup();
+        tuples
+    }
+
+    /// Takes over what a conntrack entry says; true when the reply tuple changed.
+    pub fn learn(&mut self, entry: &Conntrack) -> bool {
+        self.entry_was_new.get_or_insert(entry.is_new);
+        self.status |= entry.status;
+        let changed = self.reply != Some(entry.reply);
+        self.reply = Some(entry.reply);
+        changed
+    }
+
+    /// Adds an event. Retransmissions are marked; what exceeds [`MAX_SIGHTINGS`] is counted.
+    pub fn add(&mut self, event: Event, way: Way) {
+        self.last_ns = self.last_ns.max(event.time_ns);
+        if self.sightings.len() >= MAX_SIGHTINGS {
+            self.more_sightings += 1;
+            return;
+        }
+        let again = event.packet.is_some() && self.sightings.iter().any(|seen| is_same_packet(&seen.event, &event));
+        self.sightings.push(Sighting { event, way, again });
+    }
+
+    /// Sightings by TC only, in order.
+    pub fn seen(&self, way: Way) -> impl Iterator<Item = &Sighting> {
+        self.sightings.iter().filter(move |sighting| sighting.is_tc() && sighting.way == way)
+    }
+
+    /// The client is a process of this node: its request left before it entered anywhere.
+    pub fn is_local_client(&self) -> bool {
+        const OUTPUT: u8 = 3;
+        self.sightings.iter().find(|sighting| sighting.way == Way::Request).is_some_and(|first| {
+            match first.event.kind {
+                Kind::TcEgress => true,
+                Kind::AfterConntrack | Kind::AfterDnat => first.event.hook == OUTPUT,
+                _ => false,
+            }
+        })
+    }
+
+    /// Input interface of the first request packet; `None` for a local client.
+    pub fn input_ifindex(&self) -> Option<u32> {
+        if self.is_local_client() {
+            return None;
+        }
+        self.sightings
+            .iter()
+            .find(|sighting| sighting.way == Way::Request && sighting.event.ifindex != 0)
+            .map(|sighting| sighting.event.ifindex)
+    }
+
+    pub fn is_tcp(&self) -> bool {
+        self.original.proto == Proto::Tcp
+    }
+}
+
+fn is_same_packet(seen: &Event, event: &Event) -> bool {
+    seen.kind == event.kind
+        && seen.ifindex == event.ifindex
+        && seen.hook == event.hook
+        && seen.packet == event.packet
+        && seen.l4_flags == event.l4_flags
+        && seen.tcp_seq == event.tcp_seq
+        && seen.payload == event.payload
+}

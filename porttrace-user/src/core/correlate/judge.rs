@@ -1,0 +1,182 @@
+//! The outcome of a connection, from what was seen of it alone (the rules are not asked here).
+
+use super::flow::{ACK, Flow, RST, SYN, Sighting, Way};
+use crate::core::model::flow::Proto;
+use crate::core::model::interfaces::Interfaces;
+use porttrace_ebpf::Kind;
+use std::net::SocketAddr;
+
+/// How a connection came out. Times are nanoseconds since its first sighting.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The other side answered: SYN ACK, SCTP INIT ACK, or the first datagram back.
+    Answered { by: SocketAddr, after_ns: u64 },
+    /// The answer was a refusal.
+    Refused { by: Refuser, from: SocketAddr, how: Refusal, after_ns: u64 },
+    /// An answer came in, but never left towards the client.
+    AnswerLost { by: SocketAddr, entered: u32, after_ns: u64 },
+    /// The kernel dropped the packet and nothing followed.
+    Dropped { reason: u32, after_ns: u64 },
+    /// Nothing came back before the deadline.
+    Silent { reached: Reached, tries: usize },
+    /// The connection is older than this session; only its further life was seen.
+    JoinedLate,
+}
+
+/// Who refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refuser {
+    /// The refusal came in by this interface: from the pod, or from another host, behind it.
+    Behind { ifindex: u32 },
+    /// It began on this node: a rule's REJECT, or this node's own stack without a listener.
+    ThisNode,
+    /// The client itself gave up with a reset before any answer.
+    Client,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    TcpReset,
+    SctpAbort,
+    Icmp { v6: bool, kind: u8, code: u8 },
+}
+
+/// The furthest point at which the request was seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reached {
+    /// It entered and went no further.
+    Entered { ifindex: u32 },
+    /// It was routed to this node itself.
+    LocalIn,
+    /// It left by this interface.
+    Left { ifindex: u32 },
+    /// A process of this node sent it, and it never left.
+    Sent,
+}
+
+const SCTP_INIT_ACK: u8 = 2;
+const SCTP_ABORT: u8 = 6;
+
+/// Judges a connection.
+pub fn judge(flow: &Flow, interfaces: &Interfaces) -> Outcome {
+    if let Some(refused) = refusal(flow, interfaces) {
+        return refused;
+    }
+    if let Some(answer) = flow.sightings.iter().find(|seen| is_answer(flow, seen)) {
+        return answered(flow, answer, interfaces);
+    }
+    if flow.joined_late {
+        return Outcome::JoinedLate;
+    }
+    let reached = reached(flow, interfaces);
+    let dropped = flow.sightings.iter().find(|seen| seen.event.kind == Kind::Dropped && seen.way == Way::Request);
+    match (dropped, reached) {
+        (Some(drop), Reached::Entered { .. } | Reached::LocalIn | Reached::Sent) => {
+            Outcome::Dropped { reason: drop.event.reason, after_ns: since(flow, drop) }
+        }
+        _ => Outcome::Silent { reached, tries: tries(flow) },
+    }
+}
+
+fn since(flow: &Flow, seen: &Sighting) -> u64 {
+    seen.event.time_ns.saturating_sub(flow.start_ns)
+}
+
+fn is_answer(flow: &Flow, seen: &Sighting) -> bool {
+    seen.way == Way::Reply
+        && seen.is_tc()
+        && match flow.original.proto {
+            Proto::Tcp => flow.joined_late || seen.has(SYN | ACK),
+            Proto::Sctp => seen.event.l4_flags == SCTP_INIT_ACK,
+            _ => true,
+        }
+}
+
+fn answered(flow: &Flow, answer: &Sighting, interfaces: &Interfaces) -> Outcome {
+    let by = answerer(flow, answer);
+    let last = flow.sightings.iter().rfind(|seen| is_answer(flow, seen) && !seen.again).unwrap_or(answer);
+    let entered = answer.event.kind == Kind::TcIngress && !interfaces.is_loopback(answer.event.ifindex);
+    let left = flow.seen(Way::Reply).any(|seen| seen.event.kind == Kind::TcEgress);
+    if entered && !left && !flow.is_local_client() && !flow.joined_late {
+        return Outcome::AnswerLost { by, entered: answer.event.ifindex, after_ns: since(flow, answer) };
+    }
+    Outcome::Answered { by, after_ns: since(flow, last) }
+}
+
+/// Conntrack knows who really answers; a sighting at the answerer's side shows it too.
+fn answerer(flow: &Flow, answer: &Sighting) -> SocketAddr {
+    match (flow.reply, answer.event.packet) {
+        (Some(reply), _) => reply.source(),
+        (None, Some(packet)) => packet.source(),
+        (None, None) => flow.original.destination(),
+    }
+}
+
+fn refusal(flow: &Flow, interfaces: &Interfaces) -> Option<Outcome> {
+    let established = flow.sightings.iter().any(|seen| is_answer(flow, seen));
+    if established {
+        return None;
+    }
+    let is_refusal = |seen: &Sighting| match seen.event.kind {
+        Kind::IcmpError => true,
+        Kind::TcIngress | Kind::TcEgress if flow.is_tcp() => seen.has(RST),
+        Kind::TcIngress | Kind::TcEgress if flow.original.proto == Proto::Sctp => seen.event.l4_flags == SCTP_ABORT,
+        _ => false,
+    };
+    let seen = flow.sightings.iter().find(|seen| is_refusal(seen))?;
+    let how = match (seen.event.kind, flow.original.proto) {
+        (Kind::IcmpError, _) => {
+            Refusal::Icmp { v6: flow.original.dst.is_ipv6(), kind: seen.event.icmp_type, code: seen.event.icmp_code }
+        }
+        (_, Proto::Sctp) => Refusal::SctpAbort,
+        _ => Refusal::TcpReset,
+    };
+    let came_in = match seen.event.kind {
+        Kind::IcmpError => seen.event.ifindex != 0,
+        kind => kind == Kind::TcIngress,
+    };
+    let by = if seen.way == Way::Request && how == Refusal::TcpReset {
+        Refuser::Client
+    } else if came_in && !interfaces.is_loopback(seen.event.ifindex) {
+        Refuser::Behind { ifindex: seen.event.ifindex }
+    } else {
+        Refuser::ThisNode
+    };
+    let from = answerer(flow, seen);
+    let from =
+        if seen.event.kind == Kind::IcmpError && flow.reply.is_none() { flow.original.destination() } else { from };
+    Some(Outcome::Refused { by, from, how, after_ns: since(flow, seen) })
+}
+
+fn reached(flow: &Flow, interfaces: &Interfaces) -> Reached {
+    let requests = || flow.sightings.iter().filter(|seen| seen.way == Way::Request);
+    let left = requests()
+        .rfind(|seen| seen.event.kind == Kind::TcEgress && !interfaces.is_loopback(seen.event.ifindex))
+        .map(|seen| Reached::Left { ifindex: seen.event.ifindex });
+    if let Some(left) = left {
+        return left;
+    }
+    if requests().any(|seen| seen.event.kind == Kind::LocalIn) {
+        return Reached::LocalIn;
+    }
+    match requests().find(|seen| seen.event.kind == Kind::TcIngress) {
+        Some(seen) => Reached::Entered { ifindex: seen.event.ifindex },
+        None => Reached::Sent,
+    }
+}
+
+/// How often the request was sent: the first sighting and its retransmissions at the same place.
+fn tries(flow: &Flow) -> usize {
+    let Some(first) = flow.sightings.iter().find(|seen| seen.way == Way::Request && seen.event.packet.is_some()) else {
+        return 0;
+    };
+    flow.sightings
+        .iter()
+        .filter(|seen| {
+            seen.way == Way::Request
+                && seen.event.kind == first.event.kind
+                && seen.event.ifindex == first.event.ifindex
+                && seen.event.hook == first.event.hook
+        })
+        .count()
+}

@@ -1,0 +1,327 @@
+//! Joins the probe's events to connections. Fed with events and time; keeps no clock of its own.
+//!
+//! A connection is known by its conntrack tuples: a packet belongs to it when its tuple is the original or the reply tuple,
+//! either of them inverted, or the state in between (destination rewritten, source not yet). Its outcome is reported once,
+//! a little after the answer (so that the answer's own way back is part of it) or when its deadline passes; its end later.
+
+pub mod flow;
+pub mod fold;
+pub mod judge;
+pub mod story;
+
+use crate::core::model::event::Event;
+use crate::core::model::flow::{Proto, Tuple};
+use flow::{ACK, End, FIN, Flow, RST, SYN, Stage, Way};
+use porttrace_ebpf::Kind;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+/// Time limits, nanoseconds, and size limits.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// A connection without an answer is reported after this.
+    pub silence_ns: u64,
+    /// What is still waited for after an answer, a refusal or a drop.
+    pub grace_ns: u64,
+    /// A reported connection without a sign of life is forgotten after this.
+    pub forget_ns: u64,
+    /// Connections held at once; beyond it the oldest is reported early and counted.
+    pub max_flows: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { silence_ns: 1_000_000_000, grace_ns: 60_000_000, forget_ns: 300_000_000_000, max_flows: 65_536 }
+    }
+}
+
+/// What the correlator has to say.
+#[derive(Clone, Debug)]
+pub enum Update {
+    /// The outcome of a connection is known (or its deadline passed).
+    Reported(Box<Flow>),
+    /// A connection that was reported before has ended.
+    Ended { id: u64, original: Tuple, start_ns: u64, end: End },
+}
+
+/// Counts of what could not be kept or placed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Connections reported before their time because too many were open at once.
+    pub evicted: u64,
+    /// Events that belong to no connection that is watched.
+    pub strays: u64,
+}
+
+/// The joiner; see the module.
+#[derive(Debug)]
+pub struct Correlator {
+    limits: Limits,
+    ports: BTreeSet<u16>,
+    flows: BTreeMap<u64, Flow>,
+    /// Tuple → the newest flow that can carry it. Looked up only, never listed.
+    index: HashMap<Tuple, u64>,
+    /// (when, flow): outcomes to report and flows to forget.
+    timers: BTreeSet<(u64, u64)>,
+    next_id: u64,
+    updates: Vec<Update>,
+    counts: Counts,
+}
+
+impl Correlator {
+    pub fn new(ports: impl IntoIterator<Item = u16>, limits: Limits) -> Self {
+        Self {
+            limits,
+            ports: ports.into_iter().collect(),
+            flows: BTreeMap::new(),
+            index: HashMap::new(),
+            timers: BTreeSet::new(),
+            next_id: 1,
+            updates: Vec::new(),
+            counts: Counts::default(),
+        }
+    }
+
+    pub const fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// Connections held now.
+    pub fn len(&self) -> usize {
+        self.flows.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.flows.is_empty()
+    }
+
+    /// Takes one event. Events of one CPU come in order; across CPUs they may swap by microseconds.
+    pub fn push(&mut self, event: Event) {
+        let Some((id, way)) = self.place(&event) else {
+            self.counts.strays += 1;
+            return;
+        };
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        let learned = event.conntrack.as_ref().is_some_and(|entry| flow.learn(entry));
+        let changes = react(flow, &event, way, &self.limits);
+        flow.add(event, way);
+        if learned {
+            for tuple in flow.tuples() {
+                self.index.insert(tuple, id);
+            }
+        }
+        match changes {
+            Change::None => {}
+            Change::DecideBy(at) => {
+                self.timers.remove(&(flow.decide_at, id));
+                flow.decide_at = at;
+                self.timers.insert((at, id));
+            }
+            Change::Ended(end) => {
+                let update = Update::Ended { id, original: flow.original, start_ns: flow.start_ns, end };
+                flow.stage = Stage::Ended;
+                self.updates.push(update);
+            }
+        }
+    }
+
+    /// Lets time pass until `now_ns` and hands out what there is to say, in order of time.
+    pub fn tick(&mut self, now_ns: u64) -> Vec<Update> {
+        while let Some(&(at, id)) = self.timers.first() {
+            if at > now_ns {
+                break;
+            }
+            self.timers.pop_first();
+            self.expire(at, id);
+        }
+        std::mem::take(&mut self.updates)
+    }
+
+    /// Reports every connection that is still open, as at the end of a session.
+    pub fn finish(&mut self) -> Vec<Update> {
+        let open: Vec<u64> = self.flows.values().filter(|flow| flow.stage == Stage::Open).map(|flow| flow.id).collect();
+        for id in open {
+            self.report(id);
+        }
+        std::mem::take(&mut self.updates)
+    }
+
+    /// When [`Self::tick`] next has work; `None`: nothing is pending.
+    pub fn next_deadline(&self) -> Option<u64> {
+        self.timers.first().map(|&(at, _)| at)
+    }
+
+    fn expire(&mut self, at: u64, id: u64) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        match flow.stage {
+            Stage::Open => {
+                self.report(id);
+            }
+            Stage::Reported if flow.last_ns + self.limits.forget_ns > at => {
+                flow.decide_at = flow.last_ns + self.limits.forget_ns;
+                self.timers.insert((flow.decide_at, id));
+            }
+            Stage::Reported | Stage::Ended => self.forget(id),
+        }
+    }
+
+    fn report(&mut self, id: u64) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        self.timers.remove(&(flow.decide_at, id));
+        self.updates.push(Update::Reported(Box::new(flow.clone())));
+        flow.stage = if flow.end.is_some() { Stage::Ended } else { Stage::Reported };
+        let keep = if flow.end.is_some() { self.limits.grace_ns } else { self.limits.forget_ns };
+        flow.decide_at = flow.last_ns + keep;
+        self.timers.insert((flow.decide_at, id));
+        // The story is told; only the tuples are needed to see the end.
+        flow.sightings = Vec::new();
+    }
+
+    fn forget(&mut self, id: u64) {
+        let Some(flow) = self.flows.remove(&id) else { return };
+        self.timers.remove(&(flow.decide_at, id));
+        for tuple in flow.tuples() {
+            if self.index.get(&tuple) == Some(&id) {
+                self.index.remove(&tuple);
+            }
+        }
+    }
+
+    /// The flow of an event and the way of its packet; opens a new flow where the event begins one.
+    fn place(&mut self, event: &Event) -> Option<(u64, Way)> {
+        let packet = event.packet.or_else(|| event.conntrack.map(|entry| entry.original));
+        let known = event
+            .conntrack
+            .and_then(|entry| self.index.get(&entry.original))
+            .or_else(|| packet.and_then(|tuple| self.index.get(&tuple)))
+            .copied();
+        if let Some(id) = known
+            && let Some(flow) = self.flows.get(&id)
+            && !begins_anew(flow, event)
+        {
+            let way = match (event.conntrack, packet) {
+                (_, Some(tuple)) => flow.way_of(tuple).unwrap_or(Way::Request),
+                (Some(entry), None) if entry.is_reply => Way::Reply,
+                _ => Way::Request,
+            };
+            return Some((id, way));
+        }
+        self.open(event, packet?)
+    }
+
+    fn open(&mut self, event: &Event, packet: Tuple) -> Option<(u64, Way)> {
+        if matches!(event.kind, Kind::Destroyed | Kind::IcmpError) {
+            return None;
+        }
+        let (original, way) = match event.conntrack {
+            Some(entry) if entry.is_reply => (entry.original, Way::Reply),
+            Some(entry) => (entry.original, Way::Request),
+            None if self.ports.contains(&packet.dport) || !self.ports.contains(&packet.sport) => (packet, Way::Request),
+            None => (packet.inverted(), Way::Reply),
+        };
+        if self.flows.len() >= self.limits.max_flows {
+            self.evict();
+        }
+        let id = self.next_id;
+        self.next_id += 1;
+        let tcp = original.proto == Proto::Tcp;
+        let is_first = way == Way::Request && (!tcp || event.l4_flags & (SYN | ACK) == SYN);
+        let decide_at = event.time_ns + self.limits.silence_ns;
+        let flow = Flow {
+            id,
+            original,
+            reply: None,
+            status: 0,
+            entry_was_new: None,
+            joined_late: !is_first,
+            start_ns: event.time_ns,
+            last_ns: event.time_ns,
+            sightings: Vec::new(),
+            more_sightings: 0,
+            stage: Stage::Open,
+            decide_at,
+            end: None,
+        };
+        for tuple in flow.tuples() {
+            self.index.insert(tuple, id);
+        }
+        self.timers.insert((decide_at, id));
+        self.flows.insert(id, flow);
+        Some((id, way))
+    }
+
+    fn evict(&mut self) {
+        let Some(id) = self.flows.keys().next().copied() else { return };
+        if self.flows.get(&id).is_some_and(|flow| flow.stage == Stage::Open) {
+            self.counts.evicted += 1;
+            self.report(id);
+        }
+        self.forget(id);
+    }
+}
+
+/// A new connection on tuples that an older one had: a fresh SYN, or a fresh conntrack entry.
+fn begins_anew(flow: &Flow, event: &Event) -> bool {
+    if event.conntrack.is_some_and(|entry| entry.is_reply) || event.packet.is_some_and(|packet| packet != flow.original)
+    {
+        return false;
+    }
+    if !flow.is_tcp() {
+        return flow.stage != Stage::Open && event.conntrack.is_some_and(|entry| entry.is_new);
+    }
+    let is_syn = event.l4_flags & (SYN | ACK | RST) == SYN;
+    let first = flow.sightings.iter().find(|seen| seen.way == Way::Request && seen.event.packet.is_some());
+    is_syn
+        && match first {
+            Some(first) => first.event.tcp_seq != event.tcp_seq,
+            None => flow.stage != Stage::Open,
+        }
+}
+
+enum Change {
+    None,
+    DecideBy(u64),
+    Ended(End),
+}
+
+/// What an event means for the flow's stage: an answer, a refusal, a drop or an end.
+fn react(flow: &mut Flow, event: &Event, way: Way, limits: &Limits) -> Change {
+    if let Some(end) = end_of(flow, event, way) {
+        match flow.stage {
+            Stage::Reported => return Change::Ended(end),
+            Stage::Ended => return Change::None,
+            Stage::Open => flow.end = Some(merge(flow.end, end)),
+        }
+    }
+    if flow.stage != Stage::Open {
+        return Change::None;
+    }
+    let answer = match event.kind {
+        Kind::Dropped | Kind::IcmpError | Kind::ResetSent | Kind::Destroyed => true,
+        Kind::TcIngress | Kind::TcEgress => way == Way::Reply || (flow.is_tcp() && event.l4_flags & RST != 0),
+        _ => false,
+    };
+    let by = event.time_ns + limits.grace_ns;
+    if answer && (by < flow.decide_at || flow.decide_at < event.time_ns) { Change::DecideBy(by) } else { Change::None }
+}
+
+fn end_of(flow: &Flow, event: &Event, way: Way) -> Option<End> {
+    let bytes = (event.orig_bytes + event.reply_bytes > 0).then_some((event.orig_bytes, event.reply_bytes));
+    let tcp_end = flow.is_tcp()
+        && matches!(event.kind, Kind::TcIngress | Kind::TcEgress)
+        && event.packet.is_some()
+        && (event.l4_flags & RST != 0 || (event.l4_flags & FIN != 0 && way == Way::Reply));
+    (event.kind == Kind::Destroyed || tcp_end).then_some(End {
+        at_ns: event.time_ns,
+        reset: event.l4_flags & RST != 0,
+        bytes,
+    })
+}
+
+fn merge(earlier: Option<End>, later: End) -> End {
+    match earlier {
+        Some(earlier) => {
+            End { at_ns: later.at_ns, reset: earlier.reset || later.reset, bytes: later.bytes.or(earlier.bytes) }
+        }
+        None => later,
+    }
+}

@@ -1,0 +1,378 @@
+//! One connection told: what was observed, joined with what the rules predict.
+
+use super::flow::{Flow, Way};
+use crate::core::model::flow::Tuple;
+use crate::core::model::trace::{Action, Branch, Flavour, Fraction, Hook, Hop, Manip, Route, RuleRef, Trace};
+use porttrace_ebpf::Kind;
+
+/// Where a line of the story comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Certainty {
+    /// The probe saw it.
+    Observed,
+    /// The rules say so; nothing observed it.
+    Predicted,
+    /// The rules say so, and the probe saw that it is so.
+    Both,
+    /// The probe saw something that the rules do not allow.
+    Differs,
+}
+
+/// One line of the story.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// Nanoseconds since the first sighting; `None` for what was only predicted.
+    pub offset_ns: Option<u64>,
+    pub certainty: Certainty,
+    pub what: What,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum What {
+    /// A packet at an interface.
+    Packet {
+        ifindex: u32,
+        entering: bool,
+        way: Way,
+        packet: PacketSeen,
+        again: bool,
+    },
+    /// A process of this node sent the request.
+    LocalSend {
+        tuple: Tuple,
+    },
+    /// Rules on the way from a base chain to the one that acted; `rewrite` is what that did to the tuple.
+    Rules {
+        path: RulePath,
+        rewrite: Option<(Manip, Tuple, Tuple)>,
+    },
+    /// A rewrite without a rule of ours to name: an older conntrack entry, or no agreement.
+    Rewrite {
+        manip: Manip,
+        before: Tuple,
+        after: Tuple,
+    },
+    Route(Route),
+    /// The kernel dropped the packet (`enum skb_drop_reason`).
+    Drop {
+        way: Way,
+        reason: u32,
+    },
+    /// The observed NAT is none of those that the rules predict.
+    Disagreement {
+        predicted: Vec<(Fraction, Tuple)>,
+        observed: Tuple,
+        entry_is_older: bool,
+    },
+    Note {
+        text: String,
+    },
+}
+
+/// What is worth printing of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PacketSeen {
+    pub tuple: Tuple,
+    pub l4_flags: u8,
+    pub payload: u32,
+    pub icmp: Option<(u8, u8)>,
+}
+
+/// Rules that led from a base chain to the rule that acted, in order; the last one acted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RulePath {
+    pub hook: Hook,
+    pub table: String,
+    pub flavour: Flavour,
+    pub steps: Vec<RuleStep>,
+    pub action: Action,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RuleStep {
+    pub rule: RuleRef,
+    pub because: String,
+    pub text: String,
+    /// The chain that the rule jumps or goes to.
+    pub leads_to: Option<String>,
+}
+
+/// The whole story.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Story {
+    pub lines: Vec<Line>,
+    /// The predicted branch that fits what was observed.
+    pub branch: Option<Branch>,
+    /// The observation contradicts every branch.
+    pub disagrees: bool,
+}
+
+/// Tells `flow` against `trace`. `all` keeps rules without effect and every packet.
+pub fn tell(flow: &Flow, trace: Option<&Trace>, all: bool) -> Story {
+    let branch = trace.and_then(|trace| choose(flow, trace));
+    let disagrees = flow.reply.is_some() && branch.is_none() && trace.is_some_and(|trace| !trace.branches.is_empty());
+    let mut lines = Vec::new();
+    let mut seen = observed(flow, all).into_iter().peekable();
+    match seen.next_if(|line| matches!(line.what, What::Packet { way: Way::Request, .. }) && !flow.is_local_client()) {
+        Some(first) => lines.push(first),
+        None if flow.is_local_client() => lines.push(Line {
+            offset_ns: Some(0),
+            certainty: Certainty::Observed,
+            what: What::LocalSend { tuple: flow.original },
+        }),
+        None => {}
+    }
+    match (branch, trace) {
+        (Some(branch), _) => lines.extend(predicted(flow, branch, all)),
+        (None, Some(trace)) if disagrees => lines.extend(disagreement(flow, trace)),
+        (None, Some(trace)) if !flow.joined_late => lines.push(note(format!(
+            "one of {} ways that the rules allow; which one was not observed",
+            trace.branches.len()
+        ))),
+        _ => lines.extend(rewrites(flow, Certainty::Observed)),
+    }
+    lines.extend(seen);
+    Story { lines, branch: branch.cloned(), disagrees }
+}
+
+/// The branch that did what conntrack says was done; without conntrack the only branch, or the one that fits a sighting.
+fn choose<'t>(flow: &Flow, trace: &'t Trace) -> Option<&'t Branch> {
+    let by_probability = |a: &&Branch, b: &&Branch| a.probability.as_f64().total_cmp(&b.probability.as_f64());
+    if let Some(reply) = flow.reply {
+        return trace
+            .branches
+            .iter()
+            .filter(|branch| {
+                let predicted = branch.reply_tuple;
+                // MASQUERADE may take another source port (nf_nat_core.c, get_unique_tuple), so ports decide only for DNAT.
+                predicted.source() == reply.source() && predicted.dst == reply.dst
+            })
+            .max_by(by_probability);
+    }
+    if let [only] = trace.branches.as_slice() {
+        return Some(only);
+    }
+    let left = flow.seen(Way::Request).filter(|seen| seen.event.kind == Kind::TcEgress).last()?.event.packet?;
+    trace.branches.iter().filter(|branch| branch.final_tuple.destination() == left.destination()).max_by(by_probability)
+}
+
+fn note(text: String) -> Line {
+    Line { offset_ns: None, certainty: Certainty::Predicted, what: What::Note { text } }
+}
+
+/// What the probe saw, as lines. Without `all`, of an established connection only the handshake.
+fn observed(flow: &Flow, all: bool) -> Vec<Line> {
+    let mut lines: Vec<Line> = Vec::new();
+    for seen in &flow.sightings {
+        let event = &seen.event;
+        let offset_ns = Some(event.time_ns.saturating_sub(flow.start_ns));
+        let what = match event.kind {
+            Kind::TcIngress | Kind::TcEgress | Kind::IcmpError => {
+                let Some(tuple) = event.packet else { continue };
+                let is_icmp = event.kind == Kind::IcmpError;
+                if !all && !is_icmp && !is_telling(flow, seen) {
+                    continue;
+                }
+                let entering = if is_icmp { event.ifindex != 0 } else { event.kind == Kind::TcIngress };
+                What::Packet {
+                    ifindex: if is_icmp && !entering { event.out_ifindex } else { event.ifindex },
+                    entering,
+                    way: if is_icmp { Way::Reply } else { seen.way },
+                    packet: PacketSeen {
+                        tuple,
+                        l4_flags: event.l4_flags,
+                        payload: event.payload,
+                        icmp: is_icmp.then_some((event.icmp_type, event.icmp_code)),
+                    },
+                    again: seen.again,
+                }
+            }
+            Kind::Dropped => What::Drop { way: seen.way, reason: event.reason },
+            _ => continue,
+        };
+        lines.push(Line { offset_ns, certainty: Certainty::Observed, what });
+    }
+    lines
+}
+
+/// Packets that show the way there and back: the opening ones and their answers.
+fn is_telling(flow: &Flow, seen: &super::flow::Sighting) -> bool {
+    use super::flow::{RST, SYN};
+    if flow.is_tcp() {
+        return seen.event.l4_flags & (SYN | RST) != 0
+            && (!flow.end.is_some_and(|end| end.reset) || !follows_answer(flow, seen));
+    }
+    // One datagram each way at each place is enough.
+    let first = flow.sightings.iter().find(|other| {
+        other.event.kind == seen.event.kind && other.event.ifindex == seen.event.ifindex && other.way == seen.way
+    });
+    first.is_some_and(|first| std::ptr::eq(first, seen))
+}
+
+/// A reset that ends an established connection is its end, not part of the way there.
+fn follows_answer(flow: &Flow, seen: &super::flow::Sighting) -> bool {
+    use super::flow::{ACK, RST, SYN};
+    seen.has(RST)
+        && flow
+            .sightings
+            .iter()
+            .take_while(|other| !std::ptr::eq(*other, seen))
+            .any(|other| other.way == Way::Reply && other.is_tc() && other.has(SYN | ACK))
+}
+
+fn disagreement(flow: &Flow, trace: &Trace) -> Vec<Line> {
+    let observed = flow.reply.map_or(flow.original, Tuple::inverted);
+    let mut predicted: Vec<(Fraction, Tuple)> =
+        trace.branches.iter().map(|branch| (branch.probability, branch.reply_tuple.inverted())).collect();
+    predicted.dedup();
+    let what = What::Disagreement { predicted, observed, entry_is_older: flow.entry_was_new == Some(false) };
+    let mut lines = vec![Line { offset_ns: None, certainty: Certainty::Differs, what }];
+    lines.extend(rewrites(flow, Certainty::Differs));
+    lines
+}
+
+/// NAT as conntrack shows it, without a rule.
+fn rewrites(flow: &Flow, certainty: Certainty) -> Vec<Line> {
+    let mut lines = Vec::new();
+    let mut before = flow.original;
+    for (manip, after) in [(Manip::Dnat, flow.dnat().flatten()), (Manip::Snat, flow.snat().flatten())] {
+        if let Some(after) = after {
+            lines.push(Line {
+                offset_ns: time_of(flow, manip),
+                certainty,
+                what: What::Rewrite { manip, before, after },
+            });
+            before = after;
+        }
+    }
+    lines
+}
+
+/// When a half of NAT was first seen done.
+fn time_of(flow: &Flow, manip: Manip) -> Option<u64> {
+    let kinds: &[Kind] = match manip {
+        Manip::Dnat => &[Kind::AfterDnat, Kind::NatSetup],
+        Manip::Snat => &[Kind::AfterSnat, Kind::NatSetup, Kind::Confirmed],
+    };
+    flow.sightings
+        .iter()
+        .find(|seen| {
+            kinds.contains(&seen.event.kind)
+                && seen.event.conntrack.is_some_and(|entry| match manip {
+                    Manip::Dnat => entry.reply.source() != entry.original.destination(),
+                    Manip::Snat => entry.reply.destination() != entry.original.source(),
+                })
+        })
+        .map(|seen| seen.event.time_ns.saturating_sub(flow.start_ns))
+}
+
+/// The hops of a branch as lines: rule paths folded to what acted, rewrites held against conntrack.
+fn predicted(flow: &Flow, branch: &Branch, all: bool) -> Vec<Line> {
+    let mut lines: Vec<Line> = Vec::new();
+    let mut stack: Vec<RuleStep> = Vec::new();
+    let mut at: Option<(Hook, String)> = None;
+    for hop in &branch.hops {
+        match hop {
+            Hop::Rule { hook, rule, action, because, text } => {
+                let place = (*hook, rule.table.clone());
+                if at.as_ref() != Some(&place) {
+                    stack.clear();
+                    at = Some(place);
+                }
+                unwind(&mut stack, &rule.chain);
+                let leads_to = match action {
+                    Action::Jump { chain } | Action::Goto { chain } => Some(chain.clone()),
+                    _ => None,
+                };
+                stack.push(RuleStep { rule: rule.clone(), because: because.clone(), text: text.clone(), leads_to });
+                if acts(action, rule) || all {
+                    let path = RulePath {
+                        hook: *hook,
+                        table: rule.table.clone(),
+                        flavour: rule.flavour,
+                        steps: stack.clone(),
+                        action: action.clone(),
+                    };
+                    let what = What::Rules { path, rewrite: None };
+                    lines.push(Line { offset_ns: None, certainty: Certainty::Predicted, what });
+                }
+                if !matches!(action, Action::Jump { .. } | Action::Goto { .. }) {
+                    stack.pop();
+                }
+            }
+            Hop::Rewrite { what, before, after, .. } => attach_rewrite(flow, &mut lines, (*what, *before, *after)),
+            Hop::Route { decision } => lines.push(Line {
+                offset_ns: None,
+                certainty: route_certainty(flow, decision),
+                what: What::Route(decision.clone()),
+            }),
+            Hop::Note { text } => lines.push(note(text.clone())),
+            Hop::Receive { .. }
+            | Hop::LocalSend { .. }
+            | Hop::Conntrack { .. }
+            | Hop::Transmit { .. }
+            | Hop::Deliver { .. }
+            | Hop::ReplyRewrite { .. } => {}
+        }
+    }
+    lines
+}
+
+/// Drops the steps of chains that returned without leading to `chain`.
+fn unwind(stack: &mut Vec<RuleStep>, chain: &str) {
+    while let Some(last) = stack.last() {
+        if last.leads_to.as_deref() == Some(chain) {
+            return;
+        }
+        stack.pop();
+    }
+}
+
+/// Rules that are worth a line: those that change the packet or decide about it.
+fn acts(action: &Action, rule: &RuleRef) -> bool {
+    match action {
+        Action::Accept => rule.number.is_some() && rule.table != "nat",
+        Action::Continue | Action::Jump { .. } | Action::Goto { .. } | Action::Return | Action::Other { .. } => false,
+        _ => true,
+    }
+}
+
+/// Puts a rewrite onto the rule that made it, with what conntrack says of it.
+fn attach_rewrite(flow: &Flow, lines: &mut Vec<Line>, predicted: (Manip, Tuple, Tuple)) {
+    let (manip, before, after) = predicted;
+    let observed = match manip {
+        Manip::Dnat => flow.dnat(),
+        Manip::Snat => flow.snat(),
+    };
+    let (certainty, after) = match observed {
+        // The predicted half holds when it rewrote to the same place; the real port of a masquerade is the observed one.
+        Some(Some(real)) => (Certainty::Both, if manip == Manip::Snat { real } else { after }),
+        Some(None) if before == after => (Certainty::Both, after),
+        Some(None) => (Certainty::Differs, after),
+        None => (Certainty::Predicted, after),
+    };
+    let offset_ns = time_of(flow, manip);
+    if let Some(Line { what: What::Rules { path, rewrite }, certainty: of_line, offset_ns: at, .. }) = lines.last_mut()
+        && matches!(
+            path.action,
+            Action::Dnat { .. }
+                | Action::Snat { .. }
+                | Action::Masquerade
+                | Action::Redirect { .. }
+                | Action::Netmap { .. }
+        )
+    {
+        *rewrite = Some((manip, before, after));
+        *of_line = certainty;
+        *at = offset_ns;
+    } else {
+        lines.push(Line { offset_ns, certainty, what: What::Rewrite { manip, before, after } });
+    }
+}
+
+/// A route is confirmed when the request really left by its interface, or really was handed to this node.
+fn route_certainty(flow: &Flow, route: &Route) -> Certainty {
+    let delivered = route.kind == crate::core::model::trace::RouteKind::Local
+        && flow.sightings.iter().any(|seen| seen.event.kind == Kind::LocalIn);
+    if delivered { Certainty::Both } else { Certainty::Predicted }
+}

@@ -1,0 +1,3 @@
+//! Printing: for people, for machines. Nothing prints elsewhere.
+
+pub mod style;
