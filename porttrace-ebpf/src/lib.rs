@@ -28,7 +28,7 @@ pub struct WireTuple {
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// TC saw the packet enter an interface, before netfilter (`ifindex`, `packet`).
+    /// TC saw the packet enter an interface, before netfilter (`ifindex`, `packet`; byte counts as in `orig_bytes`).
     TcIngress = 1,
     /// TC saw the packet leave an interface, after netfilter.
     TcEgress = 2,
@@ -42,7 +42,7 @@ pub enum Kind {
     LocalIn = 6,
     /// kprobe `nf_nat_setup_info`: `reason` is 0 for SRC and 1 for DST (`enum nf_nat_manip_type`), tuples are those after it.
     NatSetup = 7,
-    /// The conntrack entry was confirmed (kprobe or NETFILTER at POSTROUTING/LOCAL_IN, last).
+    /// kprobe `__nf_conntrack_confirm`: the entry enters the table, its tuples are final.
     Confirmed = 8,
     /// The conntrack entry is gone; `orig_bytes`… are its accounting where `nf_conntrack_acct` is on.
     Destroyed = 9,
@@ -82,7 +82,8 @@ pub const HAS_PACKET: u8 = 1;
 pub const HAS_CONNTRACK: u8 = 2;
 /// `flags`: the conntrack entry is not yet confirmed: this is the packet that creates it.
 pub const CT_NEW: u8 = 4;
-/// `flags`: the packet travels in the reply direction of its entry (`ctinfo >= IP_CT_IS_REPLY`).
+/// `flags`: the packet travels against the direction that opened the connection. With [`HAS_CONNTRACK`] conntrack says so
+/// (`ctinfo >= IP_CT_IS_REPLY`); in a TC event the probe knows it from the packet that it saw first.
 pub const CT_REPLY: u8 = 8;
 
 /// One thing that the kernel did, as one fixed-size ring-buffer record.
@@ -93,7 +94,9 @@ pub struct Event {
     pub time_ns: u64,
     /// Identity of the conntrack entry while it lives (address of its `nf_conn`, hashed); 0 when unknown.
     pub ct_id: u64,
-    /// Accounting of the entry, only in [`Kind::Destroyed`]: bytes in the original and the reply direction.
+    /// In [`Kind::Destroyed`]: the entry's accounting, bytes from the network header on, in the original and the reply
+    /// direction. In TC events: bytes of L4 payload that the probe counted so far in the direction that opened the
+    /// connection and in the other, this packet included, each byte at one interface only.
     pub orig_bytes: u64,
     pub reply_bytes: u64,
     /// The packet as it looked at this point.

@@ -14,6 +14,10 @@ pub struct Event {
     /// The packet as it looked at this point; for [`Kind::IcmpError`] the packet that the error quotes.
     pub packet: Option<Tuple>,
     pub conntrack: Option<Conntrack>,
+    /// The packet travels against the direction that opened the connection, as far as the probe knows.
+    pub is_reply: bool,
+    /// Who sent the ICMP error, in [`Kind::IcmpError`].
+    pub icmp_sender: Option<IpAddr>,
     /// Network namespace inode number.
     pub netns: u32,
     /// Interface of the sighting, or input interface; 0: none.
@@ -35,7 +39,7 @@ pub struct Event {
     pub ttl: u8,
     pub icmp_type: u8,
     pub icmp_code: u8,
-    /// Accounting in [`Kind::Destroyed`].
+    /// Bytes so far, as [`wire::Event::orig_bytes`] says.
     pub orig_bytes: u64,
     pub reply_bytes: u64,
 }
@@ -94,6 +98,8 @@ impl TryFrom<&wire::Event> for Event {
             kind,
             packet: (raw.flags & wire::HAS_PACKET != 0).then(|| tuple(&raw.packet)).flatten(),
             conntrack,
+            is_reply: raw.flags & wire::CT_REPLY != 0,
+            icmp_sender: if kind == Kind::IcmpError { tuple(&raw.original).map(|outer| outer.src) } else { None },
             netns: raw.netns,
             ifindex: raw.ifindex,
             out_ifindex: raw.out_ifindex,
