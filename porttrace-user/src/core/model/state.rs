@@ -93,7 +93,7 @@ pub struct NextHop {
     pub interface: Option<String>,
     pub gateway: Option<IpAddr>,
     pub weight: u32,
-    /// Link down or dead.
+    /// `RTNH_F_DEAD`: its device is down, and the kernel skips it. (One without carrier it still uses.)
     pub dead: bool,
 }
 
@@ -143,11 +143,15 @@ pub struct ConntrackEntry {
     pub zone: u16,
 }
 
-/// An ipset: its type (`hash:ip,port`, …) and its members as `ipset save` writes them.
+/// An ipset. A member is its element as `ipset save` writes it, followed by ` nomatch` where it is an exception; timeouts,
+/// counters and comments are left out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct IpSet {
+    /// `hash:ip,port`, …
     pub kind: String,
     pub family: Option<Family>,
+    /// The rest of its `create` line (`netmask 24 …`).
+    pub options: String,
     pub members: Vec<String>,
 }
 

@@ -157,6 +157,8 @@ pub enum RouteKind {
     Local,
     Unicast,
     Broadcast,
+    /// An IPv6 subnet-router anycast address: delivered here, but not `--dst-type LOCAL`.
+    Anycast,
     Multicast,
     Unreachable,
     Prohibit,

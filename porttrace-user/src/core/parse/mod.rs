@@ -1,0 +1,12 @@
+//! Text to model. A line that is not understood becomes a diagnostic; the rest is kept.
+
+pub mod conntrack;
+pub mod iproute;
+pub mod ipset;
+pub mod notes;
+pub mod recent;
+pub mod sockets;
+mod state;
+pub mod sysctl;
+
+pub use state::{FORMAT, Files, Metadata, state};

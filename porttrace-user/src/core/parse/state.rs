@@ -1,0 +1,179 @@
+//! The files of a node, as a snapshot holds them and as live collection makes them, turned into its state.
+
+use super::notes::Notes;
+use super::{conntrack, iproute, ipset, recent, sockets, sysctl};
+use crate::core::model::flow::Family;
+use crate::core::model::state::{Diagnostic, NodeState, PolicyRule, RouteEntry};
+use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+/// The format of snapshots that this porttrace writes.
+pub const FORMAT: u32 = 1;
+
+/// Contents by file name: `iptables-save.txt`, `ip-route.json`, `sysctl.txt`, `xt_recent/NAME`, …
+pub type Files = BTreeMap<String, Vec<u8>>;
+
+/// `snapshot.json`: who wrote a snapshot, and of which node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Metadata {
+    pub format: u32,
+    /// Version of the porttrace that wrote it.
+    pub porttrace: String,
+    pub node: Option<String>,
+    /// Unix time in seconds.
+    pub taken: Option<u64>,
+    pub kernel: Option<String>,
+    /// What could not be collected, each a sentence.
+    pub missing: Vec<String>,
+}
+
+/// Turns a node's files into its state. Whatever is missing or not understood is said in the state's diagnostics; files
+/// with other names are left alone.
+pub fn state(files: &Files) -> NodeState {
+    let mut reader = Reader { files, diagnostics: Vec::new() };
+    let metadata = reader.metadata();
+    let addresses = reader.part("ip-addr.json", "which addresses are the node's own is unknown", iproute::addresses);
+    let mut state = NodeState {
+        name: reader.name(&metadata),
+        links: reader.links(),
+        addresses,
+        routes: reader.routes(),
+        policy: reader.policy(),
+        sysctls: reader.part("sysctl.txt", "forwarding, rp_filter and route_localnet are unknown", |text, notes| {
+            Some(sysctl::sysctls(text, notes))
+        }),
+        conntrack: reader.part("conntrack.txt", "connections that exist already are unknown", |text, notes| {
+            Some(conntrack::entries(text, notes))
+        }),
+        sets: reader
+            .part("ipset.txt", "rules that match a set stay undecided", |text, notes| Some(ipset::sets(text, notes))),
+        recent: reader.recent(),
+        sockets: reader.part("ss.txt", "which ports the node itself listens on is unknown", |text, notes| {
+            Some(sockets::sockets(text, notes))
+        }),
+        neighbours: reader.part("ip-neigh.json", "neighbours are unknown", iproute::neighbours),
+        ..NodeState::default()
+    };
+    state.diagnostics = reader.diagnostics;
+    state
+}
+
+struct Reader<'a> {
+    files: &'a Files,
+    diagnostics: Vec<Diagnostic>,
+}
+
+impl<'a> Reader<'a> {
+    fn text(&self, name: &str) -> Option<Cow<'a, str>> {
+        self.files.get(name).map(|bytes| String::from_utf8_lossy(bytes))
+    }
+
+    /// Reads one file; `cost` says what its absence means.
+    fn part<T>(&mut self, name: &str, cost: &str, parse: impl FnOnce(&str, &mut Notes) -> Option<T>) -> Option<T> {
+        let mut notes = Notes::new(name);
+        let value = match self.text(name) {
+            Some(text) => parse(&text, &mut notes),
+            None => {
+                notes.add(0, format!("not there: {cost}"));
+                None
+            }
+        };
+        self.diagnostics.extend(notes.finish());
+        value
+    }
+
+    fn metadata(&mut self) -> Metadata {
+        let mut notes = Notes::new("snapshot.json");
+        let metadata = match self.text("snapshot.json").map(|text| serde_json::from_str::<Metadata>(&text)) {
+            None => Metadata { format: FORMAT, ..Metadata::default() },
+            Some(Ok(metadata)) => metadata,
+            Some(Err(error)) => {
+                notes.add(error.line(), format!("not understood ({error}); read as format {FORMAT}"));
+                Metadata { format: FORMAT, ..Metadata::default() }
+            }
+        };
+        if metadata.format != FORMAT {
+            notes.add(
+                0,
+                format!(
+                    "written in format {} by porttrace {}; this porttrace knows format {FORMAT}, so parts may be missed",
+                    metadata.format, metadata.porttrace
+                ),
+            );
+        }
+        for missing in &metadata.missing {
+            notes.add(0, missing.as_str());
+        }
+        self.diagnostics.extend(notes.finish());
+        metadata
+    }
+
+    fn name(&self, metadata: &Metadata) -> Option<String> {
+        let configured = || {
+            let text = self.text("kube-proxy-config.json")?;
+            let config: serde_json::Value = serde_json::from_str(&text).ok()?;
+            Some(config.get("hostnameOverride")?.as_str()?.to_owned()).filter(|name| !name.is_empty())
+        };
+        metadata.node.clone().or_else(configured)
+    }
+
+    fn links(&mut self) -> Option<Vec<crate::core::model::state::Link>> {
+        let mut links = self.part("ip-link.json", "bridges, veth pairs and link states are unknown", iproute::links)?;
+        if let Some(text) = self.text("bridge-link.json") {
+            let mut notes = Notes::new("bridge-link.json");
+            iproute::apply_bridge_links(&mut links, &text, &mut notes);
+            self.diagnostics.extend(notes.finish());
+        }
+        Some(links)
+    }
+
+    /// `ip route show table all` without `-4` lists IPv6 too; those are taken from the IPv6 file where there is one.
+    fn routes(&mut self) -> Option<Vec<RouteEntry>> {
+        let four = self
+            .part("ip-route.json", "IPv4 routes are unknown", |text, notes| iproute::routes(text, Family::V4, notes));
+        let six = self
+            .part("ip6-route.json", "IPv6 routes are unknown", |text, notes| iproute::routes(text, Family::V6, notes));
+        let is_six = |route: &RouteEntry| route.dst.addr().is_ipv6();
+        match (four, six) {
+            (None, None) => None,
+            (Some(four), None) => Some(four),
+            (four, Some(six)) => {
+                let four = four.unwrap_or_default().into_iter().filter(|route| !is_six(route));
+                Some(four.chain(six.into_iter().filter(is_six)).collect())
+            }
+        }
+    }
+
+    fn policy(&mut self) -> Option<Vec<PolicyRule>> {
+        let cost = "the usual three tables (local, main, default) are assumed";
+        let four = self.part("ip-rule.json", cost, |text, notes| iproute::policy(text, Family::V4, notes));
+        let six = self.part("ip6-rule.json", cost, |text, notes| iproute::policy(text, Family::V6, notes));
+        if four.is_none() && six.is_none() {
+            return None;
+        }
+        let mut rules: Vec<PolicyRule> = [
+            four.unwrap_or_else(|| iproute::default_policy(Family::V4)),
+            six.unwrap_or_else(|| iproute::default_policy(Family::V6)),
+        ]
+        .concat();
+        // Stable: the kernel walks rules of equal priority in the order of its list.
+        rules.sort_by_key(|rule| (rule.family, rule.priority));
+        Some(rules)
+    }
+
+    /// Lists exist only where a rule has made them, so that there is nothing to say when there is none.
+    fn recent(&mut self) -> Option<BTreeMap<String, Vec<crate::core::model::state::RecentEntry>>> {
+        let clock = self.text("clock.txt").and_then(|text| recent::Clock::parse(&text));
+        let mut lists = BTreeMap::new();
+        for file in self.files.keys() {
+            let Some(name) = file.strip_prefix("xt_recent/") else { continue };
+            let mut notes = Notes::new(file);
+            let text = self.text(file).unwrap_or_default();
+            lists.insert(name.to_owned(), recent::entries(&text, clock, &mut notes));
+            self.diagnostics.extend(notes.finish());
+        }
+        (!lists.is_empty()).then_some(lists)
+    }
+}
