@@ -1,6 +1,7 @@
 //! One file a subcommand: arguments, and what they do.
 
 pub mod completions;
+pub mod output;
 
 use crate::cli::Command;
 use std::process::ExitCode;
