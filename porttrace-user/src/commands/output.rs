@@ -31,17 +31,9 @@ impl Colour {
         let stdout = std::io::stdout();
         let set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
         let no_colour = set("NO_COLOR") || std::env::var_os("TERM").is_some_and(|term| term == "dumb");
-        let columns = columns(&stdout).or_else(|| std::env::var("COLUMNS").ok()?.parse().ok());
+        let columns = terminal_size::terminal_size_of(&stdout)
+            .map(|(width, _)| usize::from(width.0))
+            .or_else(|| std::env::var("COLUMNS").ok()?.parse().ok());
         Style::new(when, stdout.is_terminal(), no_colour, columns)
     }
-}
-
-/// The terminal's width; `None` when the output is none.
-fn columns(output: &impl std::os::fd::AsFd) -> Option<usize> {
-    nix::ioctl_read_bad!(window_size, libc::TIOCGWINSZ, libc::winsize);
-    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
-    use std::os::fd::AsRawFd;
-    // SAFETY: TIOCGWINSZ fills one winsize, which is what it gets.
-    unsafe { window_size(output.as_fd().as_raw_fd(), &mut size) }.ok()?;
-    (size.ws_col > 0).then_some(usize::from(size.ws_col))
 }
