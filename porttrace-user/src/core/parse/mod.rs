@@ -3,6 +3,7 @@
 pub mod conntrack;
 pub mod iproute;
 pub mod ipset;
+pub mod listing;
 pub mod notes;
 pub mod recent;
 pub mod sockets;
