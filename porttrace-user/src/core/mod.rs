@@ -3,3 +3,4 @@
 pub mod correlate;
 pub mod model;
 pub mod parse;
+pub mod simulate;

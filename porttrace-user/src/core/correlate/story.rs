@@ -2,7 +2,8 @@
 
 use super::flow::{Flow, Way};
 use crate::core::model::flow::Tuple;
-use crate::core::model::trace::{Action, Branch, Flavour, Fraction, Hook, Hop, Manip, Route, RuleRef, Trace};
+use crate::core::model::name::{Name, Text};
+use crate::core::model::trace::{Action, Because, Branch, Flavour, Fraction, Hook, Hop, Manip, Route, RuleRef, Trace};
 use porttrace_ebpf::Kind;
 
 /// Where a line of the story comes from.
@@ -82,7 +83,7 @@ pub struct PacketSeen {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RulePath {
     pub hook: Hook,
-    pub table: String,
+    pub table: Name,
     pub flavour: Flavour,
     pub steps: Vec<RuleStep>,
     pub action: Action,
@@ -91,10 +92,10 @@ pub struct RulePath {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuleStep {
     pub rule: RuleRef,
-    pub because: String,
-    pub text: String,
+    pub because: Because,
+    pub text: Text,
     /// The chain that the rule jumps or goes to.
-    pub leads_to: Option<String>,
+    pub leads_to: Option<Name>,
 }
 
 /// The whole story.
@@ -270,7 +271,7 @@ fn time_of(flow: &Flow, manip: Manip) -> Option<u64> {
 fn predicted(flow: &Flow, branch: &Branch, all: bool) -> Vec<Line> {
     let mut lines: Vec<Line> = Vec::new();
     let mut stack: Vec<RuleStep> = Vec::new();
-    let mut at: Option<(Hook, String)> = None;
+    let mut at: Option<(Hook, Name)> = None;
     for hop in &branch.hops {
         match hop {
             Hop::Rule { hook, rule, action, because, text } => {

@@ -2,7 +2,9 @@
 
 pub mod event;
 pub mod flow;
+pub mod hops;
 pub mod interfaces;
+pub mod name;
 pub mod rules;
 pub mod state;
 pub mod trace;

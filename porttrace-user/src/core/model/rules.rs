@@ -1,6 +1,7 @@
 //! iptables rules as values: tables of chains of rules, each a list of matches and a target.
 
 use super::flow::Family;
+use super::name::{Name, Text};
 use super::trace::Flavour;
 
 /// What one `iptables-save` printed.
@@ -9,6 +10,8 @@ pub struct Ruleset {
     pub flavour: Flavour,
     pub family: Family,
     pub tables: Vec<Table>,
+    /// The whole dump; each rule's `text` is a piece of it.
+    pub text: Name,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -18,9 +21,15 @@ pub struct Table {
     pub chains: Vec<Chain>,
 }
 
+impl Table {
+    pub fn chain(&self, name: &str) -> Option<&Chain> {
+        self.chains.iter().find(|chain| *chain.name == *name)
+    }
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct Chain {
-    pub name: String,
+    pub name: Box<str>,
     /// Built-in chains only.
     pub policy: Option<Policy>,
     pub rules: Vec<Rule>,
@@ -32,12 +41,287 @@ pub enum Policy {
     Drop,
 }
 
-/// One rule. `matches` and `target` are filled in by the parser; `text` is the line as it was read, without counters.
+/// One rule: all `matches` must hold, then `target` acts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rule {
     /// 1-based line of the dump.
     pub line: u32,
     /// Packets and bytes, where the dump has them.
     pub counters: Option<(u64, u64)>,
+    /// The line as it was read, from `-A` on.
+    pub text: Text,
+    pub matches: Box<[Match]>,
+    pub target: Target,
+}
+
+impl Rule {
+    /// The text of `-m comment --comment`, unquoted.
+    pub fn comment(&self) -> Option<String> {
+        let mut words = crate::core::parse::words::Words::new(&self.text);
+        words.by_ref().find(|word| *word == "--comment")?;
+        words.next().map(|word| crate::core::parse::words::unquote(word).into_owned())
+    }
+}
+
+/// The matches of a rule's text, without chain, comment and target.
+pub fn conditions(text: &str) -> String {
+    let mut kept: Vec<&str> = Vec::new();
+    let mut words = crate::core::parse::words::Words::new(text).peekable();
+    while let Some(word) = words.next() {
+        match word {
+            "-A" => drop(words.next()),
+            "-j" | "-g" => break,
+            "-m" if words.peek() == Some(&"comment") => {
+                words.next();
+            }
+            "--comment" => drop(words.next()),
+            other => kept.push(other),
+        }
+    }
+    kept.join(" ")
+}
+
+/// One condition and whether it stands behind a `!`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Match {
+    pub kind: MatchKind,
+    pub negated: bool,
+    /// Place of the option in the rule's text: start and length in bytes (0, 0 beyond 64 KiB).
+    pub at: (u16, u16),
+}
+
+/// An address and a mask, as iptables has them: the mask need not be a prefix. IPv6 is boxed to keep rules small.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Net {
+    V4 { addr: u32, mask: u32 },
+    V6(Box<(u128, u128)>),
+}
+
+/// What a rule asks of a packet. Port and number ranges are inclusive.
+#[derive(Clone, Debug, PartialEq)]
+pub enum MatchKind {
+    Source(Net),
+    Destination(Net),
+    Protocol(u8),
+    /// Name; a trailing `+` matches any continuation.
+    Input(Box<str>),
+    Output(Box<str>),
+    SourcePort(u16, u16),
+    DestinationPort(u16, u16),
+    /// `--ports`, `--sports`, `--dports` of multiport.
+    Multiport(PortSide, Box<[(u16, u16)]>),
+    /// Of the flags in `mask` exactly those in `set` are set.
+    TcpFlags {
+        mask: u8,
+        set: u8,
+    },
+    TcpOption(u8),
+    IcmpType {
+        icmp_type: u8,
+        code: (u8, u8),
+    },
+    /// Bits by `RTN_*` number (bit 2: LOCAL).
+    AddrType {
+        source: bool,
+        types: u16,
+        limit: Option<IfaceLimit>,
+    },
+    CtState(CtStates),
+    CtProto(u8),
+    CtAddress(CtField, Net),
+    CtPort(CtField, u16, u16),
+    /// Bits of `IPS_*`; 0 is `NONE`.
+    CtStatus(u32),
+    CtExpire(u32, u32),
+    /// `true`: ORIGINAL.
+    CtDirection(bool),
+    Mark {
+        value: u32,
+        mask: u32,
+    },
+    ConnMark {
+        value: u32,
+        mask: u32,
+    },
+    /// P = k / 2³¹ (`xt_statistic.c`).
+    Random(u32),
+    Nth {
+        every: u32,
+        packet: u32,
+    },
+    Recent(Box<Recent>),
+    Set(Box<SetMatch>),
+    /// First and last address.
+    SourceRange(Box<(Net, Net)>),
+    DestinationRange(Box<(Net, Net)>),
+    PhysIn(Box<str>),
+    PhysOut(Box<str>),
+    PhysIsIn,
+    PhysIsOut,
+    PhysIsBridged,
+    Owner(Box<str>),
+    RpFilter(RpFilter),
+    Length(u16, u16),
+    Tos {
+        value: u8,
+        mask: u8,
+    },
+    /// `unicast`, `broadcast`, `multicast`.
+    PktType(Box<str>),
+    /// `--ttl-eq`, `--hl-gt`, …
+    Ttl(std::cmp::Ordering, u8),
+    /// `-f`: second and further fragments.
+    Fragment,
+    /// Always true (nfacct, empty multi-part options).
+    Always,
+    /// An option that the model does not decide: rate limits, MAC addresses, string, BPF, anything unheard of.
+    Unknown(Box<str>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PortSide {
+    Source,
+    Destination,
+    Either,
+}
+
+/// `--limit-iface-in`, `--limit-iface-out`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IfaceLimit {
+    In,
+    Out,
+}
+
+/// A set of conntrack states, as `--ctstate` takes them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CtStates(pub u8);
+
+impl CtStates {
+    pub const INVALID: u8 = 1;
+    pub const ESTABLISHED: u8 = 2;
+    pub const RELATED: u8 = 4;
+    pub const NEW: u8 = 8;
+    pub const UNTRACKED: u8 = 16;
+    pub const SNAT: u8 = 32;
+    pub const DNAT: u8 = 64;
+}
+
+/// Which part of a conntrack entry an option names (`--ctorigdst`, `--ctreplsrcport`, …).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CtField {
+    OriginalSource,
+    OriginalDestination,
+    ReplySource,
+    ReplyDestination,
+}
+
+/// `-m recent`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recent {
+    pub op: RecentOp,
+    pub name: Box<str>,
+    pub seconds: Option<u32>,
+    pub hits: Option<u32>,
+    /// `--rdest`: the list is about destinations.
+    pub by_destination: bool,
+    /// Address bits that count.
+    pub mask: Net,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RecentOp {
+    Set,
+    Check,
+    Update,
+    Remove,
+}
+
+/// `-m set --match-set NAME FLAGS`: one flag (`true`: src) for each dimension of the set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SetMatch {
+    pub name: Box<str>,
+    pub source: Box<[bool]>,
+    /// Options that the model does not decide (`--packets-gt`, …).
+    pub more: Option<Box<str>>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RpFilter {
+    pub loose: bool,
+    pub valid_mark: bool,
+    pub accept_local: bool,
+    pub invert: bool,
+}
+
+/// What a rule does. Chains are indices into the table's `chains`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Target {
+    /// No `-j`: the rule only counts.
+    None,
+    Accept,
+    Drop,
+    Return,
+    Jump(u32),
+    Goto(u32),
+    /// The kind of answer, as iptables writes it.
+    Reject(Box<str>),
+    Dnat(Box<NatRange>),
+    Snat(Box<NatRange>),
+    Masquerade(Box<NatRange>),
+    Redirect(Box<NatRange>),
+    Netmap(Net),
+    Mark(MarkOp),
+    ConnMark(ConnMarkOp),
+    /// `-j NOTRACK`, `-j CT --notrack`.
+    Notrack,
+    Tproxy(Box<Tproxy>),
+    /// Leaves the model: NFQUEUE, QUEUE, SYNPROXY, …
+    Stop(Box<str>),
+    /// Named, without effect on the path: LOG, TRACE, CT --zone, …
+    Other(Box<str>),
+    /// Neither a chain of the table nor a target that porttrace knows.
+    Missing(Box<str>),
+}
+
+/// `--to-destination`, `--to-source`, `--to-ports` with their options.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NatRange {
+    pub addresses: Option<(Net, Net)>,
+    pub ports: Option<(u16, u16)>,
+    /// `--to-destination 10.0.0.1:1000-2000/1000`: ports are shifted by their distance to this one.
+    pub base_port: Option<u16>,
+    /// `--random` or `--random-fully`.
+    pub random: bool,
+    pub persistent: bool,
+    /// The option's value as iptables writes it.
     pub text: Box<str>,
+}
+
+/// `mark = (mark & !mask) ^ value` (`xt_mark.c`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MarkOp {
+    pub value: u32,
+    pub mask: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConnMarkOp {
+    Set(MarkOp),
+    /// Packet → connection, connection → packet, with the masks of the connection and of the packet.
+    Save {
+        ct_mask: u32,
+        nf_mask: u32,
+    },
+    Restore {
+        ct_mask: u32,
+        nf_mask: u32,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tproxy {
+    pub on_ip: Option<std::net::IpAddr>,
+    /// 0: the packet's own destination port.
+    pub on_port: u16,
+    pub mark: MarkOp,
 }

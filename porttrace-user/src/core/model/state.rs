@@ -7,6 +7,7 @@ use super::trace::RouteKind;
 use ipnet::IpNet;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 /// One node (one network namespace) at one moment.
 #[derive(Clone, Debug, Default)]
@@ -14,7 +15,7 @@ pub struct NodeState {
     /// The node's name, where known.
     pub name: Option<String>,
     /// iptables rules, at most one set per flavour and family, in no particular order.
-    pub rulesets: Vec<Ruleset>,
+    pub rulesets: Vec<Arc<Ruleset>>,
     pub links: Option<Vec<Link>>,
     pub addresses: Option<Vec<Address>>,
     /// All tables, both families, in the order in which the kernel lists them.

@@ -1,6 +1,8 @@
 //! What the simulator predicts: a trace of branches, each a list of hops that ends in a verdict.
 
 use super::flow::{Family, Proto, Tuple};
+use super::hops::Hops;
+use super::name::{Name, Text};
 use serde::Serialize;
 use std::fmt;
 use std::net::IpAddr;
@@ -51,8 +53,8 @@ pub enum Flavour {
 pub struct RuleRef {
     pub flavour: Flavour,
     pub family: Family,
-    pub table: String,
-    pub chain: String,
+    pub table: Name,
+    pub chain: Name,
     /// 1-based position in the chain, as iptables counts; `None` for the chain's policy.
     pub number: Option<u32>,
 }
@@ -64,16 +66,16 @@ pub enum Action {
     /// A rule without a target, or with one that only counts, logs or traces.
     Continue,
     Jump {
-        chain: String,
+        chain: Name,
     },
     Goto {
-        chain: String,
+        chain: Name,
     },
     Accept,
     Drop,
     /// `with` as iptables writes it: `icmp-port-unreachable`, `tcp-reset`, …
     Reject {
-        with: String,
+        with: Name,
     },
     Return,
     /// `skb->mark` becomes `mark`.
@@ -84,24 +86,40 @@ pub enum Action {
         mark: u32,
     },
     Dnat {
-        to: String,
+        to: Name,
     },
     Snat {
-        to: String,
+        to: Name,
     },
     Masquerade,
     Redirect {
-        to: String,
+        to: Name,
     },
     Netmap {
-        to: String,
+        to: Name,
     },
     /// Exempt from conntrack, and so from NAT.
     Notrack,
     /// LOG, NFLOG, TRACE, CT options, …: named, without effect on the path.
     Other {
-        target: String,
+        target: Name,
     },
+}
+
+/// The matches of a rule, as iptables writes them, without the comment; made from the rule's text when it is printed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Because(pub Text);
+
+impl fmt::Display for Because {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&super::rules::conditions(&self.0))
+    }
+}
+
+impl Serialize for Because {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
 }
 
 /// One step of a path.
@@ -109,19 +127,19 @@ pub enum Action {
 #[serde(rename_all = "snake_case", tag = "hop")]
 pub enum Hop {
     /// The packet enters by an interface.
-    Receive { interface: String, tuple: Tuple },
+    Receive { interface: Name, tuple: Tuple },
     /// A process of this node sends it.
     LocalSend { tuple: Tuple },
     /// Conntrack's view when the packet passes it (`NEW`, `ESTABLISHED`, `RELATED`, `INVALID`, `UNTRACKED`).
-    Conntrack { state: String, entry: Option<String> },
+    Conntrack { state: &'static str, entry: Option<String> },
     /// A rule matched (`because` = the matches that decided, as iptables writes them) or a policy ended a base chain.
-    Rule { hook: Hook, rule: RuleRef, action: Action, because: String, text: String },
+    Rule { hook: Hook, rule: RuleRef, action: Action, because: Because, text: Text },
     /// The destination or source really changed. `by` is the rule, or `None` for a conntrack entry or null binding.
     Rewrite { hook: Hook, what: Manip, before: Tuple, after: Tuple, by: Option<RuleRef> },
     /// The routing decision.
     Route { decision: Route },
     /// The packet leaves by an interface.
-    Transmit { interface: String, gateway: Option<IpAddr>, tuple: Tuple },
+    Transmit { interface: Name, gateway: Option<IpAddr>, tuple: Tuple },
     /// A socket of this node gets it.
     Deliver { tuple: Tuple, listener: Option<String> },
     /// The reply of the same connection, on its way back (filled by the simulator for NEW packets that arrive).
@@ -143,11 +161,11 @@ pub enum Manip {
 pub struct Route {
     pub dst: IpAddr,
     pub kind: RouteKind,
-    pub interface: Option<String>,
+    pub interface: Option<Name>,
     pub gateway: Option<IpAddr>,
-    pub table: String,
+    pub table: Name,
     /// The matched route as `ip route` prints it; empty when none matched.
-    pub route: String,
+    pub route: Name,
 }
 
 /// `RTN_*`, as far as it decides a path.
@@ -179,7 +197,7 @@ pub enum Verdict {
     },
     /// Left by an interface towards `next_hop` (the destination itself when it is on-link).
     Forwarded {
-        interface: String,
+        interface: Name,
         next_hop: IpAddr,
         to: Tuple,
     },
@@ -189,7 +207,7 @@ pub enum Verdict {
     },
     /// REJECT, or the kernel's own refusal (no route).
     Rejected {
-        with: String,
+        with: Name,
         by: Option<RuleRef>,
     },
     /// The model ends here, because of this.
@@ -231,9 +249,40 @@ pub struct Fraction {
 impl Fraction {
     pub const ONE: Self = Self { num: 1, den: 1 };
 
+    /// `num / den` in lowest terms; a zero denominator counts as 1.
+    pub fn new(num: u64, den: u64) -> Self {
+        let common = gcd(num, den).max(1);
+        Self { num: num / common, den: (den / common).max(1) }
+    }
+
+    /// The product. Exact while it fits in 64 bits; beyond that both halves lose their lowest bits together.
+    pub fn times(self, other: Self) -> Self {
+        let across = |a: u64, b: u64| gcd(a, b).max(1);
+        let (left, right) = (across(self.num, other.den), across(other.num, self.den));
+        let mut num = u128::from(self.num / left) * u128::from(other.num / right);
+        let mut den = u128::from(self.den / right) * u128::from(other.den / left);
+        while num.max(den) > u128::from(u64::MAX) {
+            num >>= 1;
+            den >>= 1;
+        }
+        Self { num: num as u64, den: (den as u64).max(1) }
+    }
+
+    /// `1 - self`.
+    pub const fn rest(self) -> Self {
+        Self { num: self.den.saturating_sub(self.num), den: self.den }
+    }
+
     pub fn as_f64(self) -> f64 {
         self.num as f64 / self.den as f64
     }
+}
+
+const fn gcd(mut a: u64, mut b: u64) -> u64 {
+    while b != 0 {
+        (a, b) = (b, a % b);
+    }
+    a
 }
 
 /// `1/3`, or `1`.
@@ -268,8 +317,9 @@ pub enum Decision {
 pub struct Branch {
     /// Product of the random choices; branches that differ only by assumptions each keep their siblings' full probability.
     pub probability: Fraction,
+    /// A random choice that was not taken is left out when a later rule of the same chain was taken.
     pub decisions: Vec<Decision>,
-    pub hops: Vec<Hop>,
+    pub hops: Hops,
     pub verdict: Verdict,
     /// The packet's tuple when it left the model.
     pub final_tuple: Tuple,
@@ -277,7 +327,9 @@ pub struct Branch {
     pub reply_tuple: Tuple,
     /// The source was rewritten to an address of this node.
     pub masquerade: bool,
-    pub out_interface: Option<String>,
+    /// The kernel chooses the source port (`--random-fully`, a range, a clash): `final_tuple` then shows the old one.
+    pub sport_chosen: bool,
+    pub out_interface: Option<Name>,
 }
 
 /// A packet to simulate, as it enters the node.
@@ -285,7 +337,7 @@ pub struct Branch {
 pub struct Packet {
     pub tuple: Tuple,
     /// Interface by which it arrives; `None`: a process of this node sends it.
-    pub input: Option<String>,
+    pub input: Option<Name>,
     pub mark: u32,
     /// TCP flags byte (SYN = 2), or 0.
     pub tcp_flags: u8,
@@ -296,7 +348,7 @@ pub struct Packet {
 
 impl Packet {
     /// The first packet of a connection: SYN for TCP, one small datagram otherwise.
-    pub fn first_of(tuple: Tuple, input: Option<String>) -> Self {
+    pub fn first_of(tuple: Tuple, input: Option<Name>) -> Self {
         let tcp_flags = if tuple.proto == Proto::Tcp { 2 } else { 0 };
         Self { tuple, input, mark: 0, tcp_flags, ttl: 64, length: 60 }
     }

@@ -3,11 +3,17 @@
 pub mod conntrack;
 pub mod iproute;
 pub mod ipset;
+pub mod iptables;
+mod iptables_matches;
+mod iptables_modules;
+mod iptables_options;
+mod iptables_targets;
 pub mod listing;
 pub mod notes;
 pub mod recent;
 pub mod sockets;
 mod state;
 pub mod sysctl;
+pub mod words;
 
 pub use state::{FORMAT, Files, Metadata, state};

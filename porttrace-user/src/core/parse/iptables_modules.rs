@@ -1,0 +1,430 @@
+//! What each `-m NAME` knows to ask. `None` means: not understood, the caller keeps the text.
+
+use super::iptables_matches::protocol;
+use super::iptables_options::{Opt, Options, Word, masked, net, number, range};
+use super::words::unquote;
+use crate::core::model::flow::Family;
+use crate::core::model::rules::{
+    CtField, CtStates, IfaceLimit, MatchKind, PortSide, Recent, RecentOp, RpFilter, SetMatch,
+};
+use std::cmp::Ordering;
+
+/// What one option (or a whole block) asks: conditions, each with its negation.
+#[derive(Default)]
+pub(super) struct Parsed {
+    first: Option<(MatchKind, bool)>,
+    second: Option<(MatchKind, bool)>,
+}
+
+impl Parsed {
+    /// An option that asks nothing of the packet.
+    const NOTHING: Self = Self { first: None, second: None };
+
+    pub(super) fn negated_if(mut self, negated: bool) -> Self {
+        if let Some((_, not)) = &mut self.first {
+            *not ^= negated;
+        }
+        self
+    }
+
+    pub(super) fn into_iter(self) -> impl Iterator<Item = (MatchKind, bool)> {
+        self.first.into_iter().chain(self.second)
+    }
+}
+
+fn one(kind: MatchKind) -> Option<Parsed> {
+    Some(Parsed { first: Some((kind, false)), second: None })
+}
+
+/// Blocks whose options belong together.
+pub(super) const WHOLE: [&str; 5] = ["addrtype", "recent", "statistic", "set", "rpfilter"];
+
+/// Modules that ask something without any option.
+pub(super) fn bare_is_a_question(module: &str) -> bool {
+    matches!(module, "socket" | "limit" | "hashlimit" | "time" | "unclean" | "osf" | "ipvs" | "eui64")
+}
+
+/// One option of a module whose options stand alone.
+pub(super) fn option<'a>(
+    module: &str,
+    option: &mut Opt<'a>,
+    options: &mut Options<'_, 'a>,
+    family: Family,
+) -> Option<Parsed> {
+    match module {
+        "comment" => {
+            options.value(option);
+            Some(Parsed::NOTHING)
+        }
+        "nfacct" => {
+            options.value(option);
+            one(MatchKind::Always)
+        }
+        "tcp" | "udp" | "udplite" | "sctp" | "dccp" => l4(option, options),
+        "multiport" => multiport(option, options),
+        "icmp" | "icmp6" | "icmpv6" | "ipv6-icmp" => icmp(option, options, family),
+        "conntrack" | "state" => conntrack(option, options, family),
+        "mark" if option.name == "--mark" => {
+            let (value, mask) = masked(options.value(option))?;
+            one(MatchKind::Mark { value, mask })
+        }
+        "connmark" if option.name == "--mark" => {
+            let (value, mask) = masked(options.value(option))?;
+            one(MatchKind::ConnMark { value, mask })
+        }
+        "iprange" => ip_range(option, options, family),
+        "physdev" => physdev(option, options),
+        "owner" => owner(option, options),
+        "length" if option.name == "--length" => {
+            let (low, high) = range(options.value(option), ':')?;
+            one(MatchKind::Length(low, high))
+        }
+        "tos" | "dscp" => tos(option, options),
+        "pkttype" if option.name == "--pkt-type" => one(MatchKind::PktType(options.value(option).into())),
+        "ttl" | "hl" => ttl(option, options),
+        _ => None,
+    }
+}
+
+/// A block whose options belong together.
+pub(super) fn whole(module: &str, words: &[Word<'_>], family: Family) -> Option<Parsed> {
+    let options = Options::new(words);
+    match module {
+        "addrtype" => addrtype(options),
+        "recent" => recent(options, family),
+        "statistic" => statistic(options),
+        "set" => set(options),
+        _ => rpfilter(options),
+    }
+}
+
+fn l4<'a>(option: &mut Opt<'a>, options: &mut Options<'_, 'a>) -> Option<Parsed> {
+    match option.name {
+        "--dport" | "--destination-port" => {
+            let (low, high) = range(options.value(option), ':')?;
+            one(MatchKind::DestinationPort(low, high))
+        }
+        "--sport" | "--source-port" => {
+            let (low, high) = range(options.value(option), ':')?;
+            one(MatchKind::SourcePort(low, high))
+        }
+        "--syn" => one(MatchKind::TcpFlags { mask: 0x17, set: 0x02 }),
+        "--tcp-flags" => {
+            let mask = tcp_flags(options.value(option))?;
+            let set = tcp_flags(options.value(option))?;
+            one(MatchKind::TcpFlags { mask, set })
+        }
+        "--tcp-option" => one(MatchKind::TcpOption(options.value(option).parse().ok()?)),
+        _ => None,
+    }
+}
+
+fn tcp_flags(text: &str) -> Option<u8> {
+    text.split(',').try_fold(0, |flags, name| {
+        let bit = match name {
+            "FIN" => 0x01,
+            "SYN" => 0x02,
+            "RST" => 0x04,
+            "PSH" => 0x08,
+            "ACK" => 0x10,
+            "URG" => 0x20,
+            "ALL" => 0x3f,
+            "NONE" => 0,
+            other => u8::try_from(number(other)?).ok()?,
+        };
+        Some(flags | bit)
+    })
+}
+
+fn multiport<'a>(option: &mut Opt<'a>, options: &mut Options<'_, 'a>) -> Option<Parsed> {
+    let side = match option.name {
+        "--sports" | "--source-ports" => PortSide::Source,
+        "--dports" | "--destination-ports" => PortSide::Destination,
+        "--ports" => PortSide::Either,
+        _ => return None,
+    };
+    let ports: Option<Vec<_>> = options.value(option).split(',').map(|part| range(part, ':')).collect();
+    one(MatchKind::Multiport(side, ports?.into()))
+}
+
+fn icmp<'a>(option: &mut Opt<'a>, options: &mut Options<'_, 'a>, family: Family) -> Option<Parsed> {
+    if !matches!(option.name, "--icmp-type" | "--icmpv6-type") {
+        return None;
+    }
+    let text = options.value(option);
+    if text == "any" || (text == "255" && family == Family::V4) {
+        return Some(Parsed::NOTHING);
+    }
+    let (kind, code) = text.split_once('/').map_or((text, None), |(kind, code)| (kind, Some(code)));
+    let icmp_type = match (kind, family) {
+        ("echo-request" | "ping", Family::V4) => 8,
+        ("echo-reply" | "pong", Family::V4) => 0,
+        ("destination-unreachable", Family::V4) => 3,
+        ("time-exceeded" | "ttl-exceeded", Family::V4) => 11,
+        ("echo-request" | "ping", Family::V6) => 128,
+        ("echo-reply" | "pong", Family::V6) => 129,
+        ("destination-unreachable", Family::V6) => 1,
+        ("packet-too-big", Family::V6) => 2,
+        ("router-solicitation", Family::V6) => 133,
+        ("router-advertisement", Family::V6) => 134,
+        ("neighbour-solicitation" | "neighbor-solicitation", Family::V6) => 135,
+        ("neighbour-advertisement" | "neighbor-advertisement", Family::V6) => 136,
+        (other, _) => other.parse().ok()?,
+    };
+    let code = match code {
+        None => (0, u8::MAX),
+        Some(code) => code.parse().ok().map(|code| (code, code))?,
+    };
+    one(MatchKind::IcmpType { icmp_type, code })
+}
+
+fn conntrack<'a>(option: &mut Opt<'a>, options: &mut Options<'_, 'a>, family: Family) -> Option<Parsed> {
+    let name = option.name;
+    let value = options.value(option);
+    let field = match name {
+        "--ctorigsrc" | "--ctorigsrcport" => CtField::OriginalSource,
+        "--ctorigdst" | "--ctorigdstport" => CtField::OriginalDestination,
+        "--ctreplsrc" | "--ctreplsrcport" => CtField::ReplySource,
+        _ => CtField::ReplyDestination,
+    };
+    one(match name {
+        "--ctstate" | "--state" => MatchKind::CtState(states(value)?),
+        "--ctproto" => MatchKind::CtProto(protocol(value)?),
+        "--ctorigsrc" | "--ctorigdst" | "--ctreplsrc" | "--ctrepldst" => {
+            MatchKind::CtAddress(field, net(value, family)?)
+        }
+        "--ctorigsrcport" | "--ctorigdstport" | "--ctreplsrcport" | "--ctrepldstport" => {
+            let (low, high) = range(value, ':')?;
+            MatchKind::CtPort(field, low, high)
+        }
+        "--ctstatus" => MatchKind::CtStatus(value.split(',').try_fold(0, |bits, name| Some(bits | status(name)?))?),
+        "--ctexpire" => {
+            let (low, high) = value.split_once(':').unwrap_or((value, value));
+            MatchKind::CtExpire(low.parse().ok()?, high.parse().ok()?)
+        }
+        "--ctdir" => MatchKind::CtDirection(match value {
+            "ORIGINAL" => true,
+            "REPLY" => false,
+            _ => return None,
+        }),
+        _ => return None,
+    })
+}
+
+fn states(text: &str) -> Option<CtStates> {
+    let bits = text.split(',').try_fold(0, |bits, name| {
+        Some(
+            bits | match name {
+                "INVALID" => CtStates::INVALID,
+                "ESTABLISHED" => CtStates::ESTABLISHED,
+                "RELATED" => CtStates::RELATED,
+                "NEW" => CtStates::NEW,
+                "UNTRACKED" => CtStates::UNTRACKED,
+                "SNAT" => CtStates::SNAT,
+                "DNAT" => CtStates::DNAT,
+                _ => return None,
+            },
+        )
+    })?;
+    Some(CtStates(bits))
+}
+
+/// `enum ip_conntrack_status`.
+fn status(name: &str) -> Option<u32> {
+    Some(match name {
+        "NONE" => 0,
+        "EXPECTED" => 1,
+        "SEEN_REPLY" => 2,
+        "ASSURED" => 4,
+        "CONFIRMED" => 8,
+        _ => return None,
+    })
+}
+
+fn ip_range<'a>(option: &mut Opt<'a>, options: &mut Options<'_, 'a>, family: Family) -> Option<Parsed> {
+    let name = option.name;
+    let value = options.value(option);
+    let (low, high) = value.split_once('-').unwrap_or((value, value));
+    let ends = Box::new((net(low, family)?, net(high, family)?));
+    one(match name {
+        "--src-range" => MatchKind::SourceRange(ends),
+        "--dst-range" => MatchKind::DestinationRange(ends),
+        _ => return None,
+    })
+}
+
+fn physdev<'a>(option: &mut Opt<'a>, options: &mut Options<'_, 'a>) -> Option<Parsed> {
+    one(match option.name {
+        "--physdev-in" => MatchKind::PhysIn(options.value(option).into()),
+        "--physdev-out" => MatchKind::PhysOut(options.value(option).into()),
+        "--physdev-is-in" => MatchKind::PhysIsIn,
+        "--physdev-is-out" => MatchKind::PhysIsOut,
+        "--physdev-is-bridged" => MatchKind::PhysIsBridged,
+        _ => return None,
+    })
+}
+
+fn owner<'a>(option: &mut Opt<'a>, options: &mut Options<'_, 'a>) -> Option<Parsed> {
+    let name = option.name;
+    one(match name {
+        "--uid-owner" | "--gid-owner" => MatchKind::Owner(format!("{name} {}", options.value(option)).into()),
+        "--socket-exists" | "--suppl-groups" => MatchKind::Owner(name.into()),
+        _ => return None,
+    })
+}
+
+fn tos<'a>(option: &mut Opt<'a>, options: &mut Options<'_, 'a>) -> Option<Parsed> {
+    let byte = |value: u32| u8::try_from(value).ok();
+    match option.name {
+        "--tos" => {
+            let (value, mask) = masked(options.value(option))?;
+            one(MatchKind::Tos { value: byte(value)?, mask: mask as u8 })
+        }
+        "--dscp" => {
+            let value = byte(number(options.value(option))?)?;
+            one(MatchKind::Tos { value: value.checked_shl(2)?, mask: 0xfc })
+        }
+        _ => None,
+    }
+}
+
+fn ttl<'a>(option: &mut Opt<'a>, options: &mut Options<'_, 'a>) -> Option<Parsed> {
+    let order = match option.name {
+        "--ttl-eq" | "--ttl" | "--hl-eq" => Ordering::Equal,
+        "--ttl-lt" | "--hl-lt" => Ordering::Less,
+        "--ttl-gt" | "--hl-gt" => Ordering::Greater,
+        _ => return None,
+    };
+    one(MatchKind::Ttl(order, options.value(option).parse().ok()?))
+}
+
+fn addrtype(mut options: Options<'_, '_>) -> Option<Parsed> {
+    let mut parsed = Parsed::default();
+    let mut limit = None;
+    while let Some(mut option) = options.option() {
+        match option.name {
+            "--src-type" | "--dst-type" => {
+                let source = option.name == "--src-type";
+                let types = options.value(&mut option).split(',').try_fold(0, |bits, name| Some(bits | rtn(name)?))?;
+                let asked = Some((MatchKind::AddrType { source, types, limit: None }, option.negated));
+                if parsed.first.is_none() { parsed.first = asked } else { parsed.second = asked }
+            }
+            "--limit-iface-in" => limit = Some(IfaceLimit::In),
+            "--limit-iface-out" => limit = Some(IfaceLimit::Out),
+            _ => return None,
+        }
+    }
+    for asked in [&mut parsed.first, &mut parsed.second] {
+        if let Some((MatchKind::AddrType { limit: of, .. }, _)) = asked {
+            *of = limit;
+        }
+    }
+    Some(parsed)
+}
+
+/// `RTN_*` by name (linux/rtnetlink.h).
+fn rtn(name: &str) -> Option<u16> {
+    let names = [
+        "UNSPEC",
+        "UNICAST",
+        "LOCAL",
+        "BROADCAST",
+        "ANYCAST",
+        "MULTICAST",
+        "BLACKHOLE",
+        "UNREACHABLE",
+        "PROHIBIT",
+        "THROW",
+        "NAT",
+        "XRESOLVE",
+    ];
+    names.iter().position(|known| *known == name).map(|bit| 1 << bit)
+}
+
+fn statistic(mut options: Options<'_, '_>) -> Option<Parsed> {
+    let (mut random, mut every, mut packet, mut probability, mut negated) = (true, None, 0, None, false);
+    while let Some(mut option) = options.option() {
+        let name = option.name;
+        let value = options.value(&mut option);
+        negated |= option.negated;
+        match name {
+            "--mode" => random = value == "random",
+            "--probability" => probability = Some(value.parse::<f64>().ok().filter(|p| (0.0..=1.0).contains(p))?),
+            "--every" => every = Some(value.parse().ok()?),
+            "--packet" => packet = value.parse().ok()?,
+            _ => return None,
+        }
+    }
+    let kind = if random {
+        // iptables-save prints k / 2³¹ with eleven digits, which is enough to find k again.
+        MatchKind::Random((probability? * f64::from(1u32 << 31)).round() as u32)
+    } else {
+        MatchKind::Nth { every: every?, packet }
+    };
+    Some(Parsed { first: Some((kind, negated)), second: None })
+}
+
+fn recent(mut options: Options<'_, '_>, family: Family) -> Option<Parsed> {
+    let all = if family == Family::V4 { "255.255.255.255" } else { "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff" };
+    let (mut op, mut negated, mut name, mut mask) = (None, false, "DEFAULT".into(), net(all, family)?);
+    let (mut seconds, mut hits, mut by_destination) = (None, None, false);
+    while let Some(mut option) = options.option() {
+        negated |= option.negated;
+        match option.name {
+            "--set" => op = Some(RecentOp::Set),
+            "--rcheck" => op = Some(RecentOp::Check),
+            "--update" => op = Some(RecentOp::Update),
+            "--remove" => op = Some(RecentOp::Remove),
+            "--name" => name = unquote(options.value(&mut option)).into(),
+            "--seconds" => seconds = Some(options.value(&mut option).parse().ok()?),
+            "--hitcount" => hits = Some(options.value(&mut option).parse().ok()?),
+            "--mask" => mask = net(options.value(&mut option), family)?,
+            "--rsource" | "--reap" => {}
+            "--rdest" => by_destination = true,
+            // `--rttl` compares with a TTL that the list does not show.
+            _ => return None,
+        }
+    }
+    let recent = Recent { op: op?, name, seconds, hits, by_destination, mask };
+    Some(Parsed { first: Some((MatchKind::Recent(Box::new(recent)), negated)), second: None })
+}
+
+fn set(mut options: Options<'_, '_>) -> Option<Parsed> {
+    let mut asked = None;
+    let mut more: Option<String> = None;
+    while let Some(mut option) = options.option() {
+        if matches!(option.name, "--match-set" | "--set") {
+            let name: Box<str> = unquote(options.value(&mut option)).into();
+            let flags = options.value(&mut option).split(',');
+            let source: Option<Vec<bool>> = flags
+                .map(|flag| match flag {
+                    "src" => Some(true),
+                    "dst" => Some(false),
+                    _ => None,
+                })
+                .collect();
+            asked = Some((name, source?, option.negated));
+        } else if option.name != "--return-nomatch" {
+            let text = format!("{} {}", option.name, options.peek().unwrap_or(""));
+            options.skip_values();
+            more = Some(text);
+        }
+    }
+    let (name, source, negated) = asked?;
+    let kind = MatchKind::Set(Box::new(SetMatch { name, source: source.into(), more: more.map(Into::into) }));
+    Some(Parsed { first: Some((kind, negated)), second: None })
+}
+
+fn rpfilter(mut options: Options<'_, '_>) -> Option<Parsed> {
+    let mut asked = RpFilter::default();
+    while let Some(option) = options.option() {
+        match option.name {
+            "--loose" => asked.loose = true,
+            "--validmark" => asked.valid_mark = true,
+            "--accept-local" => asked.accept_local = true,
+            "--invert" => asked.invert = true,
+            _ => return None,
+        }
+    }
+    one(MatchKind::RpFilter(asked))
+}

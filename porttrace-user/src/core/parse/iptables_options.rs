@@ -1,0 +1,136 @@
+//! The words of one `-m NAME …` block, and the values that stand in them.
+
+use crate::core::model::flow::Family;
+use crate::core::model::rules::Net;
+use std::net::IpAddr;
+
+/// A word of a rule and its place in the line.
+#[derive(Clone, Copy)]
+pub(super) struct Word<'a> {
+    pub text: &'a str,
+    pub start: usize,
+    pub end: usize,
+}
+
+/// Walks over the options of a block.
+pub(super) struct Options<'b, 'a> {
+    words: &'b [Word<'a>],
+    at: usize,
+}
+
+/// `! --name`, and where it starts.
+pub(super) struct Opt<'a> {
+    pub name: &'a str,
+    pub negated: bool,
+    pub start: usize,
+}
+
+impl<'b, 'a> Options<'b, 'a> {
+    pub(super) const fn new(words: &'b [Word<'a>]) -> Self {
+        Self { words, at: 0 }
+    }
+
+    pub(super) fn option(&mut self) -> Option<Opt<'a>> {
+        let mut word = *self.words.get(self.at)?;
+        let start = word.start;
+        let negated = word.text == "!";
+        if negated {
+            self.at += 1;
+            word = *self.words.get(self.at)?;
+        }
+        self.at += 1;
+        Some(Opt { name: word.text, negated, start })
+    }
+
+    /// The option's value. A `!` before it (the spelling of old iptables) is skipped and sets `negated`.
+    pub(super) fn value(&mut self, option: &mut Opt<'_>) -> &'a str {
+        if self.peek() == Some("!") {
+            option.negated = true;
+            self.at += 1;
+        }
+        let word = self.words.get(self.at).map_or("", |word| word.text);
+        self.at += 1;
+        word
+    }
+
+    pub(super) fn peek(&self) -> Option<&'a str> {
+        self.words.get(self.at).map(|word| word.text)
+    }
+
+    /// Skips the values of an option that is not known.
+    pub(super) fn skip_values(&mut self) {
+        while self.peek().is_some_and(|word| !word.starts_with('-') && word != "!") {
+            self.at += 1;
+        }
+    }
+
+    /// End of the word that was read last.
+    pub(super) fn end(&self) -> usize {
+        self.words.get(self.at.min(self.words.len()).wrapping_sub(1)).map_or(0, |word| word.end)
+    }
+}
+
+/// `10.0.0.0/8`, `10.0.0.0/255.0.255.0`, `fd00::/8`, a bare address. `None` for anything else and for the other family.
+pub(super) fn net(text: &str, family: Family) -> Option<Net> {
+    let (address, mask) = text.split_once('/').map_or((text, None), |(address, mask)| (address, Some(mask)));
+    let mask = match mask {
+        None => Mask::Prefix(128),
+        Some(mask) => match mask.parse::<u8>() {
+            Ok(prefix) => Mask::Prefix(prefix),
+            Err(_) => Mask::Address(mask.parse().ok()?),
+        },
+    };
+    match (address.parse().ok()?, family) {
+        (IpAddr::V4(address), Family::V4) => {
+            let mask = match mask {
+                Mask::Prefix(128) => u32::MAX,
+                Mask::Prefix(prefix @ 0..=32) => u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0),
+                Mask::Address(IpAddr::V4(mask)) => mask.to_bits(),
+                _ => return None,
+            };
+            Some(Net::V4 { addr: address.to_bits() & mask, mask })
+        }
+        (IpAddr::V6(address), Family::V6) => {
+            let mask = match mask {
+                Mask::Prefix(prefix @ 0..=128) => u128::MAX.checked_shl(128 - u32::from(prefix)).unwrap_or(0),
+                Mask::Address(IpAddr::V6(mask)) => mask.to_bits(),
+                _ => return None,
+            };
+            Some(Net::V6(Box::new((address.to_bits() & mask, mask))))
+        }
+        _ => None,
+    }
+}
+
+enum Mask {
+    Prefix(u8),
+    Address(IpAddr),
+}
+
+/// `80`, `80:90`, `:90`, `80:`, and the names that iptables itself would have turned into numbers are not accepted.
+pub(super) fn range(text: &str, separator: char) -> Option<(u16, u16)> {
+    match text.split_once(separator) {
+        None => text.parse().ok().map(|port| (port, port)),
+        Some((low, high)) => {
+            let low = if low.is_empty() { 0 } else { low.parse().ok()? };
+            let high = if high.is_empty() { u16::MAX } else { high.parse().ok()? };
+            Some((low, high))
+        }
+    }
+}
+
+/// `0x4000`, `16384`.
+pub(super) fn number(text: &str) -> Option<u32> {
+    match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(hex) => u32::from_str_radix(hex, 16).ok(),
+        None => text.parse().ok(),
+    }
+}
+
+/// `value` or `value/mask`.
+pub(super) fn masked(text: &str) -> Option<(u32, u32)> {
+    match text.split_once('/') {
+        None => number(text).map(|value| (value, u32::MAX)),
+        Some((value, mask)) => number(value).zip(number(mask)),
+    }
+}

@@ -1,0 +1,75 @@
+//! Words of a rule as iptables-save quotes them (`xtables_save_string`: double quotes, backslash before `"`, `\` and `'`).
+
+use std::borrow::Cow;
+
+/// The words of a line, still quoted, in order.
+pub struct Words<'a> {
+    line: &'a str,
+    at: usize,
+    /// Start and end of the last word in the line.
+    pub last: (usize, usize),
+}
+
+impl<'a> Words<'a> {
+    pub const fn new(line: &'a str) -> Self {
+        Self { line, at: 0, last: (0, 0) }
+    }
+}
+
+impl<'a> Iterator for Words<'a> {
+    type Item = &'a str;
+
+    fn next(&mut self) -> Option<&'a str> {
+        let bytes = self.line.as_bytes();
+        while bytes.get(self.at).is_some_and(u8::is_ascii_whitespace) {
+            self.at += 1;
+        }
+        let start = self.at;
+        let mut quoted = false;
+        while let Some(byte) = bytes.get(self.at) {
+            match byte {
+                b'\\' if quoted => self.at += 1,
+                b'"' => quoted = !quoted,
+                byte if byte.is_ascii_whitespace() && !quoted => break,
+                _ => {}
+            }
+            self.at += 1;
+        }
+        self.at = self.at.min(bytes.len());
+        self.last = (start, self.at);
+        self.line.get(start..self.at).filter(|word| !word.is_empty())
+    }
+}
+
+/// A word without its quotes and backslashes.
+pub fn unquote(word: &str) -> Cow<'_, str> {
+    if !word.contains('"') {
+        return Cow::Borrowed(word);
+    }
+    let mut plain = String::with_capacity(word.len());
+    let mut quoted = false;
+    let mut chars = word.chars();
+    while let Some(c) = chars.next() {
+        match c {
+            '"' => quoted = !quoted,
+            '\\' if quoted => plain.extend(chars.next()),
+            other => plain.push(other),
+        }
+    }
+    Cow::Owned(plain)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quotes_hold_words_together() {
+        let line = r#"-A X  -m comment --comment "dnat name: \"kindnet\" id: \"ab\"" -j Y"#;
+        let words: Vec<_> = Words::new(line).collect();
+        assert_eq!(words.len(), 8);
+        assert_eq!(unquote(words[5]), r#"dnat name: "kindnet" id: "ab""#);
+        assert_eq!(Words::new(r#"--comment "open \"#).collect::<Vec<_>>(), ["--comment", r#""open \"#]);
+        assert_eq!(Words::new("   ").next(), None);
+    }
+}
