@@ -1,3 +1,4 @@
 //! Printing: for people, for machines. Nothing prints elsewhere.
 
 pub mod style;
+pub mod watch;

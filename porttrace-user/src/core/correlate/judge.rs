@@ -142,9 +142,12 @@ fn refusal(flow: &Flow, interfaces: &Interfaces) -> Option<Outcome> {
     } else {
         Refuser::ThisNode
     };
-    let from = answerer(flow, seen);
-    let from =
-        if seen.event.kind == Kind::IcmpError && flow.reply.is_none() { flow.original.destination() } else { from };
+    let asked = flow.reply.map_or(flow.original.destination(), |reply| reply.source());
+    let from = match (seen.event.kind, seen.event.icmp_sender) {
+        (Kind::IcmpError, Some(sender)) => SocketAddr::new(sender, asked.port()),
+        (Kind::IcmpError, None) => asked,
+        _ => answerer(flow, seen),
+    };
     Some(Outcome::Refused { by, from, how, after_ns: since(flow, seen) })
 }
 

@@ -325,3 +325,6 @@ fn merge(earlier: Option<End>, later: End) -> End {
         None => later,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,31 @@
+//! `porttrace watch PORT…`: the live log.
+
+pub mod args;
+mod output;
+mod rules;
+mod session;
+
+use crate::commands::Usage;
+use anyhow::Context as _;
+use std::process::ExitCode;
+
+/// Something was lost and `--strict` was given.
+const EXIT_LOST: u8 = 4;
+
+/// Watches until told to stop.
+///
+/// # Errors
+/// The probe cannot start, or standard output cannot be written (a closed pipe ends the session quietly).
+pub fn run(args: &args::Args) -> anyhow::Result<ExitCode> {
+    if args.json && args.summary {
+        return Err(Usage("--summary is a way of printing text: leave it out, or leave --json out".to_owned()).into());
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start the event loop")?;
+    let lost = runtime.block_on(session::run(args))?;
+    runtime.shutdown_background();
+    Ok(if lost && args.strict { ExitCode::from(EXIT_LOST) } else { ExitCode::SUCCESS })
+}

@@ -1,0 +1,255 @@
+//! Puts the live log on standard output: text or JSON lines, folded where connections are alike.
+
+use porttrace_user::core::correlate::flow::End;
+use porttrace_user::core::correlate::fold::{Bundle, Folder, Mode, Shape, Show};
+use porttrace_user::core::model::flow::Tuple;
+use porttrace_user::render::style::{Style, wrap};
+use porttrace_user::render::watch::header::{self, Header, Summary};
+use porttrace_user::render::watch::words::{self, Mood};
+use porttrace_user::render::watch::{Context, Report, block, json};
+use serde_json::json;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, BufWriter, Stdout, Write};
+
+/// Turns the probe's monotonic times into wall-clock times.
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
+    /// CLOCK_REALTIME minus CLOCK_MONOTONIC, nanoseconds.
+    pub offset_ns: i128,
+}
+
+impl Clock {
+    /// Measures the offset now.
+    pub fn measure() -> anyhow::Result<Self> {
+        use nix::time::{ClockId, clock_gettime};
+        let nanoseconds = |clock| -> anyhow::Result<i128> {
+            let time = clock_gettime(clock)?;
+            Ok(i128::from(time.tv_sec()) * 1_000_000_000 + i128::from(time.tv_nsec()))
+        };
+        Ok(Self { offset_ns: nanoseconds(ClockId::CLOCK_REALTIME)? - nanoseconds(ClockId::CLOCK_MONOTONIC)? })
+    }
+
+    /// Now, on CLOCK_MONOTONIC.
+    pub fn now() -> u64 {
+        nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(0, |time| {
+            u64::try_from(time.tv_sec()).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec()).unwrap_or(0)
+        })
+    }
+
+    fn timestamp(self, monotonic_ns: u64) -> jiff::Timestamp {
+        jiff::Timestamp::from_nanosecond(self.offset_ns + i128::from(monotonic_ns)).unwrap_or(jiff::Timestamp::UNIX_EPOCH)
+    }
+
+    /// `12:04:05.123456` in the node's time zone.
+    pub fn local(self, monotonic_ns: u64) -> String {
+        let zoned = self.timestamp(monotonic_ns).to_zoned(jiff::tz::TimeZone::system());
+        zoned.strftime("%H:%M:%S%.6f").to_string()
+    }
+
+    /// RFC 3339 in UTC.
+    pub fn utc(self, monotonic_ns: u64) -> String {
+        format!("{:.9}", self.timestamp(monotonic_ns))
+    }
+}
+
+/// Connections that were shown and whose end is still to be shown; older ones are forgotten.
+const MAX_AWAITED: usize = 10_000;
+/// Beyond this many kinds of connections, clients are no longer told apart.
+const MAX_SHAPES: usize = 1_000;
+
+pub struct Printer {
+    out: BufWriter<Stdout>,
+    json: bool,
+    verbose: bool,
+    style: Style,
+    clock: Clock,
+    folder: Folder,
+    verdicts: BTreeMap<Shape, (Mood, String)>,
+    awaited: BTreeSet<u64>,
+    pub connections: u64,
+}
+
+impl Printer {
+    pub fn new(json: bool, mode: Mode, verbose: bool, style: Style, clock: Clock) -> Self {
+        Self {
+            out: BufWriter::with_capacity(1 << 16, io::stdout()),
+            json,
+            verbose,
+            style,
+            clock,
+            folder: Folder::new(mode),
+            verdicts: BTreeMap::new(),
+            awaited: BTreeSet::new(),
+            connections: 0,
+        }
+    }
+
+    /// What stands above the log; also says that the session is ready.
+    pub fn header(&mut self, header: &Header<'_>) -> io::Result<()> {
+        if self.json {
+            let status = json!({
+                "state": "ready",
+                "ports": header.ports,
+                "node": header.node,
+                "kernel": header.kernel,
+                "probes": header.probes,
+                "rules": header.rules,
+                "warnings": header.warnings,
+                "ready_ns": header.ready_ns,
+            });
+            self.line(&json::line("status", status))?;
+        } else {
+            let text = header::header(header, self.style);
+            self.out.write_all(text.as_bytes())?;
+        }
+        self.out.flush()
+    }
+
+    /// A connection whose outcome is known.
+    pub fn report(&mut self, report: &Report, context: &Context<'_>, now_ns: u64) -> io::Result<()> {
+        self.connections += 1;
+        let (mood, verdict) = words::verdict(report, context, false);
+        let shape = self.shape(report, &verdict);
+        let id = report.flow.id;
+        self.verdicts.entry(shape.clone()).or_insert((mood, verdict));
+        let show = self.folder.show(&shape, id, now_ns);
+        if self.json {
+            for line in json::flow(report, context, &self.clock.utc(report.flow.start_ns)) {
+                self.line(&line)?;
+            }
+            return Ok(());
+        }
+        match show {
+            Show::Whole => {
+                let time = self.clock.local(report.flow.start_ns);
+                let text = block::block(report, context, self.style, &time, self.verbose);
+                writeln!(self.out, "{text}")?;
+            }
+            Show::Line { like } => {
+                let (mood, verdict) = words::verdict(report, context, true);
+                let flow = &report.flow;
+                let lead = format!("#{id} {} {}  as #{like}: ", flow.original.proto, flow.original);
+                let verdict = block::paint(mood, self.style, &format!("{} {verdict}", mood.mark()));
+                self.wrapped(&lead, &verdict)?;
+            }
+            Show::Counted => return Ok(()),
+        }
+        if report.flow.end.is_none() && mood == Mood::Good {
+            self.awaited.insert(id);
+            if self.awaited.len() > MAX_AWAITED {
+                self.awaited.pop_first();
+            }
+        }
+        Ok(())
+    }
+
+    /// A connection that was reported has ended.
+    pub fn ended(&mut self, id: u64, original: Tuple, start_ns: u64, end: &End) -> io::Result<()> {
+        if self.json {
+            return self.line(&json::flow_end(id, start_ns, end));
+        }
+        if !self.awaited.remove(&id) {
+            return Ok(());
+        }
+        let text = format!("#{id} {} {}  {}", original.proto, original, block::ended(end, start_ns));
+        writeln!(self.out, "{}", self.style.dim(text))
+    }
+
+    /// Something that happened to the node or to us, with its time.
+    pub fn note(&mut self, text: &str, now_ns: u64, warning: bool) -> io::Result<()> {
+        if self.json {
+            let fields = json!({"time": self.clock.utc(now_ns), "text": text, "warning": warning});
+            self.line(&json::line("note", fields))?;
+        } else {
+            let time = self.clock.local(now_ns);
+            let line = format!("! {time}  {text}");
+            writeln!(self.out, "{}", if warning { self.style.bad(line) } else { self.style.warn(line) })?;
+        }
+        self.out.flush()
+    }
+
+    /// Lost events by reason, as totals of the session.
+    pub fn lost(&mut self, reasons: &[(String, u64)], now_ns: u64) -> io::Result<()> {
+        if self.json {
+            let counts: serde_json::Map<String, serde_json::Value> =
+                reasons.iter().map(|(reason, count)| (reason.clone(), json!(count))).collect();
+            self.line(&json::line("lost", json!({"time": self.clock.utc(now_ns), "total": counts})))?;
+            return self.out.flush();
+        }
+        let text: Vec<String> = reasons.iter().map(|(reason, count)| format!("{count} ({reason})")).collect();
+        self.note(&format!("events lost so far: {}", text.join(", ")), now_ns, true)
+    }
+
+    /// Lines for what was only counted since the last call; call about once a second.
+    pub fn bundles(&mut self) -> io::Result<()> {
+        let bundles = self.folder.take_bundles();
+        if self.json || bundles.is_empty() {
+            return Ok(());
+        }
+        for Bundle { shape, like, count, first_id, last_id } in bundles {
+            let Some((mood, verdict)) = self.verdicts.get(&shape).cloned() else { continue };
+            let lead = format!("#{first_id}–#{last_id}  {count} more as #{like}: ");
+            let verdict = block::paint(mood, self.style, &format!("{} {verdict}", mood.mark()));
+            self.wrapped(&lead, &verdict)?;
+        }
+        self.out.flush()
+    }
+
+    /// The sum of the session. `lost` are sentences.
+    pub fn summary(&mut self, duration_ns: u64, lost: &[String]) -> io::Result<()> {
+        let shapes: Vec<(String, u64, u64, Mood)> = self
+            .folder
+            .totals()
+            .into_iter()
+            .filter_map(|(shape, like, total)| {
+                let (mood, verdict) = self.verdicts.get(shape)?;
+                Some((verdict.clone(), like, total, *mood))
+            })
+            .collect();
+        if self.json {
+            let verdicts: Vec<_> = shapes
+                .iter()
+                .map(|(verdict, like, total, _)| json!({"text": verdict, "like": like, "connections": total}))
+                .collect();
+            let fields = json!({
+                "state": "ended", "connections": self.connections, "duration_ns": duration_ns,
+                "verdicts": verdicts, "lost": lost,
+            });
+            self.line(&json::line("status", fields))?;
+        } else {
+            let summary = Summary { connections: self.connections, duration_ns, shapes, lost };
+            let text = header::summary(&summary, self.style);
+            write!(self.out, "\n{text}")?;
+        }
+        self.out.flush()
+    }
+
+    pub fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+
+    fn shape(&self, report: &Report, verdict: &str) -> Shape {
+        let flow = &report.flow;
+        let client = if self.verdicts.len() < MAX_SHAPES { flow.original.src.to_string() } else { "any".to_owned() };
+        let end = flow.reply.map_or(flow.original.destination(), |reply| reply.source());
+        let agrees = if report.story.disagrees { " against the rules" } else { "" };
+        Shape(format!("{} {client} {} {end} {verdict}{agrees}", flow.original.proto, flow.original.destination()))
+    }
+
+    /// `lead` and `text` on one line where they fit, else `text` indented below.
+    fn wrapped(&mut self, lead: &str, text: &str) -> io::Result<()> {
+        let plain = lead.chars().count() + text.chars().count();
+        if plain <= self.style.width {
+            return writeln!(self.out, "{lead}{text}");
+        }
+        writeln!(self.out, "{}", lead.trim_end())?;
+        for line in wrap(text, self.style.width.saturating_sub(4)) {
+            writeln!(self.out, "    {line}")?;
+        }
+        Ok(())
+    }
+
+    fn line(&mut self, line: &str) -> io::Result<()> {
+        writeln!(self.out, "{line}")
+    }
+}

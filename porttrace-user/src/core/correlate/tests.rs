@@ -1,0 +1,245 @@
+//! Connections as the probe reports them, and what becomes of them.
+
+use super::flow::{ACK, FIN, RST, SYN};
+use super::judge::{Outcome, Reached, Refuser, judge};
+use super::story::{Certainty, What, tell};
+use super::*;
+use crate::core::model::event::Conntrack;
+use crate::core::model::interfaces::Interfaces;
+use crate::core::model::trace::{Branch, Fraction, Packet, Trace, Verdict};
+
+const ETH0: u32 = 2;
+const VETH: u32 = 7;
+const MS: u64 = 1_000_000;
+
+fn tuple(text: &str) -> Tuple {
+    let (src, dst) = text.split_once(" → ").expect("a tuple has an arrow");
+    Tuple::new(Proto::Tcp, src.parse().expect("source"), dst.parse().expect("destination"))
+}
+
+fn event(time_ns: u64, kind: Kind, ifindex: u32, packet: &str, l4_flags: u8) -> Event {
+    Event {
+        time_ns,
+        kind,
+        packet: Some(tuple(packet)),
+        conntrack: None,
+        is_reply: false,
+        icmp_sender: None,
+        netns: 1,
+        ifindex,
+        out_ifindex: 0,
+        hook: 0,
+        mark: 0,
+        reason: 0,
+        length: 60,
+        payload: 0,
+        l4_flags,
+        tcp_seq: 100,
+        tcp_ack: 0,
+        ttl: 64,
+        icmp_type: 0,
+        icmp_code: 0,
+        orig_bytes: 0,
+        reply_bytes: 0,
+    }
+}
+
+fn with_conntrack(mut event: Event, original: &str, reply: &str) -> Event {
+    event.conntrack = Some(Conntrack {
+        original: tuple(original),
+        reply: tuple(reply),
+        id: 1,
+        status: 0,
+        mark: 0,
+        is_new: true,
+        is_reply: false,
+    });
+    event
+}
+
+fn interfaces() -> Interfaces {
+    let mut interfaces = Interfaces::default();
+    interfaces.insert(1, "lo", true);
+    interfaces.insert(ETH0, "eth0", false);
+    interfaces.insert(VETH, "veth1", false);
+    interfaces
+}
+
+const CLIENT: &str = "172.18.0.4:60218 → 172.18.0.3:9088";
+const TO_POD: &str = "172.18.0.4:60218 → 10.244.1.9:8081";
+const FROM_POD: &str = "10.244.1.9:8081 → 172.18.0.4:60218";
+const TO_CLIENT: &str = "172.18.0.3:9088 → 172.18.0.4:60218";
+
+/// The founding story: a SYN to hostPort 9088 that the pod refuses.
+fn refused() -> Vec<Event> {
+    vec![
+        event(1000, Kind::TcIngress, ETH0, CLIENT, SYN),
+        with_conntrack(event(2000, Kind::AfterConntrack, ETH0, CLIENT, SYN), CLIENT, TO_CLIENT),
+        with_conntrack(event(3000, Kind::AfterDnat, ETH0, TO_POD, SYN), CLIENT, FROM_POD),
+        event(5000, Kind::TcEgress, VETH, TO_POD, SYN),
+        event(31_000, Kind::TcIngress, VETH, FROM_POD, RST | ACK),
+        event(36_000, Kind::TcEgress, ETH0, TO_CLIENT, RST | ACK),
+    ]
+}
+
+fn reported(events: Vec<Event>, until: u64) -> Flow {
+    let mut correlator = Correlator::new([9088], Limits::default());
+    for event in events {
+        correlator.push(event);
+    }
+    let mut flows: Vec<Flow> = correlator
+        .tick(until)
+        .into_iter()
+        .filter_map(|update| match update {
+            Update::Reported(flow) => Some(*flow),
+            Update::Ended { .. } => None,
+        })
+        .collect();
+    assert_eq!(flows.len(), 1, "one connection, one report");
+    flows.remove(0)
+}
+
+fn trace(final_tuple: &str) -> Trace {
+    let branch = Branch {
+        probability: Fraction::ONE,
+        final_tuple: tuple(final_tuple),
+        reply_tuple: tuple(final_tuple).inverted(),
+        verdict: Verdict::Unknown { because: "a test".into(), by: None },
+        decisions: Vec::new(),
+        hops: Default::default(),
+        masquerade: false,
+        sport_chosen: false,
+        out_interface: None,
+    };
+    Trace { packet: Packet::first_of(tuple(CLIENT), None), branches: vec![branch], assumptions: Vec::new() }
+}
+
+#[test]
+fn the_refused_connection_is_one_flow_with_its_nat() {
+    let flow = reported(refused(), 200 * MS);
+    assert_eq!(flow.original, tuple(CLIENT));
+    assert_eq!(flow.dnat(), Some(Some(tuple(TO_POD))));
+    assert_eq!(flow.snat(), Some(None));
+    assert_eq!(flow.sightings.len(), 6);
+    assert_eq!(flow.input_ifindex(), Some(ETH0));
+    let outcome = judge(&flow, &interfaces());
+    let Outcome::Refused { by, from, after_ns, .. } = outcome else { panic!("{outcome:?}") };
+    assert_eq!((by, from.to_string().as_str()), (Refuser::Behind { ifindex: VETH }, "10.244.1.9:8081"));
+    assert_eq!(after_ns, 30_000);
+}
+
+#[test]
+fn a_report_comes_after_the_grace_and_not_before() {
+    let mut correlator = Correlator::new([9088], Limits::default());
+    for event in refused() {
+        correlator.push(event);
+    }
+    assert!(correlator.tick(59 * MS).is_empty());
+    assert_eq!(correlator.tick(70 * MS).len(), 1);
+    assert!(correlator.tick(10_000 * MS).is_empty(), "it is reported once");
+}
+
+#[test]
+fn rules_that_lead_elsewhere_are_a_disagreement() {
+    let flow = reported(refused(), 200 * MS);
+    assert!(!tell(&flow, Some(&trace(TO_POD)), false).disagrees);
+    let story = tell(&flow, Some(&trace("172.18.0.4:60218 → 10.244.1.10:80")), false);
+    assert!(story.disagrees && story.branch.is_none());
+    let said = story.lines.iter().find(|line| matches!(line.what, What::Disagreement { .. })).expect("it says so");
+    assert_eq!(said.certainty, Certainty::Differs);
+}
+
+#[test]
+fn a_masquerade_to_another_port_is_no_disagreement() {
+    let mut events = refused();
+    let snat = "10.244.1.9:8081 → 10.244.1.1:40000";
+    events[2] = with_conntrack(event(3000, Kind::AfterDnat, ETH0, TO_POD, SYN), CLIENT, snat);
+    let flow = reported(events, 200 * MS);
+    let story = tell(&flow, Some(&trace("10.244.1.1:60218 → 10.244.1.9:8081")), false);
+    assert!(!story.disagrees);
+    assert_eq!(flow.snat(), Some(Some(tuple("10.244.1.1:40000 → 10.244.1.9:8081"))));
+}
+
+#[test]
+fn a_silent_connection_is_reported_at_its_deadline_with_its_tries() {
+    let mut events: Vec<Event> = refused().into_iter().take(4).collect();
+    events.push(event(500 * MS, Kind::TcIngress, ETH0, CLIENT, SYN));
+    events.push(event(500 * MS + 1000, Kind::TcEgress, VETH, TO_POD, SYN));
+    let flow = reported(events, 1_100 * MS);
+    assert_eq!(judge(&flow, &interfaces()), Outcome::Silent { reached: Reached::Left { ifindex: VETH }, tries: 2 });
+    assert_eq!(flow.sightings.iter().filter(|seen| seen.again).count(), 2);
+}
+
+#[test]
+fn an_answer_that_does_not_leave_is_lost() {
+    let mut events: Vec<Event> = refused().into_iter().take(4).collect();
+    events.push(event(31_000, Kind::TcIngress, VETH, FROM_POD, SYN | ACK));
+    let outcome = judge(&reported(events, 200 * MS), &interfaces());
+    assert!(matches!(outcome, Outcome::AnswerLost { entered: VETH, .. }), "{outcome:?}");
+}
+
+#[test]
+fn a_closed_connection_tells_its_bytes() {
+    let mut events: Vec<Event> = refused().into_iter().take(4).collect();
+    events.push(event(31_000, Kind::TcIngress, VETH, FROM_POD, SYN | ACK));
+    events.push(event(36_000, Kind::TcEgress, ETH0, TO_CLIENT, SYN | ACK));
+    let mut fin = event(50_000, Kind::TcIngress, VETH, FROM_POD, FIN | ACK);
+    (fin.orig_bytes, fin.reply_bytes) = (120, 310);
+    events.push(fin);
+    let flow = reported(events, 200 * MS);
+    assert!(matches!(judge(&flow, &interfaces()), Outcome::Answered { after_ns: 35_000, .. }));
+    let end = flow.end.expect("it ended");
+    assert_eq!((end.bytes, end.reset), (Some((120, 310)), false));
+}
+
+#[test]
+fn an_end_after_the_report_is_told_once() {
+    let mut correlator = Correlator::new([9088], Limits::default());
+    for event in refused().into_iter().take(4) {
+        correlator.push(event);
+    }
+    correlator.push(event(36_000, Kind::TcEgress, ETH0, TO_CLIENT, SYN | ACK));
+    assert_eq!(correlator.tick(500 * MS).len(), 1);
+    correlator.push(event(900 * MS, Kind::TcEgress, ETH0, TO_CLIENT, FIN | ACK));
+    correlator.push(event(901 * MS, Kind::TcIngress, VETH, FROM_POD, FIN | ACK));
+    let ended = correlator.tick(950 * MS);
+    assert!(matches!(ended.as_slice(), [Update::Ended { id: 1, .. }]), "{ended:?}");
+}
+
+#[test]
+fn a_reused_source_port_is_a_new_connection() {
+    let mut correlator = Correlator::new([9088], Limits::default());
+    for event in refused() {
+        correlator.push(event);
+    }
+    assert_eq!(correlator.tick(200 * MS).len(), 1);
+    let mut again = event(300 * MS, Kind::TcIngress, ETH0, CLIENT, SYN);
+    again.tcp_seq = 777;
+    correlator.push(again);
+    let reports = correlator.tick(2_000 * MS);
+    let [Update::Reported(flow)] = reports.as_slice() else { panic!("{reports:?}") };
+    assert_eq!(flow.id, 2);
+}
+
+#[test]
+fn memory_is_bounded_and_what_it_costs_is_counted() {
+    let limits = Limits { max_flows: 10, ..Limits::default() };
+    let mut correlator = Correlator::new([9088], limits);
+    for port in 1000..1100u16 {
+        let packet = format!("172.18.0.4:{port} → 172.18.0.3:9088");
+        correlator.push(event(u64::from(port), Kind::TcIngress, ETH0, &packet, SYN));
+    }
+    assert_eq!(correlator.len(), 10);
+    assert_eq!(correlator.counts().evicted, 90);
+    assert_eq!(correlator.tick(2000).len(), 90, "those that had to go were reported");
+    assert_eq!(correlator.tick(2_000 * MS).len(), 10);
+    correlator.tick(1_000_000 * MS);
+    assert!(correlator.is_empty() && correlator.index.is_empty() && correlator.timers.is_empty());
+}
+
+#[test]
+fn traffic_that_was_there_before_is_not_a_verdict() {
+    let flow = reported(vec![event(1000, Kind::TcIngress, ETH0, CLIENT, ACK)], 2_000 * MS);
+    assert!(flow.joined_late);
+    assert_eq!(judge(&flow, &interfaces()), Outcome::JoinedLate);
+}

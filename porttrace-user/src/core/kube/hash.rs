@@ -1,0 +1,41 @@
+//! kube-proxy's and portmap's chain names, computed: a comment is believed only when the chain's name agrees.
+
+use data_encoding::BASE32;
+use sha2::{Digest, Sha256};
+
+/// The suffix of KUBE-SVC-, KUBE-SVL-, KUBE-EXT- and KUBE-FW- chains: `base32(sha256(service port name + protocol))[:16]`
+/// (pkg/proxy/iptables/proxier.go, `portProtoHash`). `service` is `namespace/name` or `namespace/name:port`.
+pub fn service_suffix(service: &str, protocol: &str) -> String {
+    suffix(&[service, protocol])
+}
+
+/// The suffix of KUBE-SEP- chains (`servicePortEndpointChainName`); `endpoint` is `ip:port`, IPv6 in brackets.
+pub fn endpoint_suffix(service: &str, protocol: &str, endpoint: &str) -> String {
+    suffix(&[service, protocol, endpoint])
+}
+
+fn suffix(parts: &[&str]) -> String {
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update(part.as_bytes());
+    }
+    let mut text = BASE32.encode(&hash.finalize());
+    text.truncate(16);
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kubernetes_service_has_its_well_known_chain() {
+        assert_eq!(service_suffix("default/kubernetes:https", "tcp"), "NPX46M4PTMTKRN6Y");
+    }
+
+    #[test]
+    fn an_endpoint_of_the_recorded_frontend_has_its_recorded_chain() {
+        assert_eq!(service_suffix("default/frontend:http", "tcp"), "UHJVR435UML62OOS");
+        assert_eq!(endpoint_suffix("default/frontend:http", "tcp", "10.244.1.9:80"), "XYJSGLKBOREFOWOO");
+    }
+}

@@ -1,0 +1,4 @@
+//! Kubernetes names, as far as a node's rules tell them.
+
+pub mod hash;
+pub mod owners;

@@ -1,0 +1,333 @@
+//! The words of the live log: verdict sentences, packet labels, durations, sizes.
+
+use super::{Context, Report};
+use crate::core::correlate::flow::{ACK, FIN, RST, SYN};
+use crate::core::correlate::judge::{Outcome, Reached, Refusal, Refuser};
+use crate::core::correlate::story::PacketSeen;
+use crate::core::model::flow::Proto;
+use crate::core::model::trace::{Action, Hop, RuleRef, Verdict};
+use std::net::SocketAddr;
+
+/// How a verdict is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mood {
+    Good,
+    Bad,
+    Unsure,
+}
+
+impl Mood {
+    pub const fn mark(self) -> &'static str {
+        match self {
+            Self::Good => "✓",
+            Self::Bad => "✗",
+            Self::Unsure => "?",
+        }
+    }
+}
+
+/// The verdict in one sentence. `timed` adds how long it took.
+pub fn verdict(report: &Report, context: &Context<'_>, timed: bool) -> (Mood, String) {
+    let time = |after_ns: u64| if timed { format!(" in {}", duration(after_ns)) } else { String::new() };
+    match &report.outcome {
+        Outcome::Answered { by, after_ns } => {
+            (Mood::Good, format!("answered by {}{}", who(*by, report, context), time(*after_ns)))
+        }
+        Outcome::Refused { by, from, how, after_ns } => {
+            (Mood::Bad, format!("{}{}", refused(*by, *from, *how, report, context), time(*after_ns)))
+        }
+        Outcome::AnswerLost { by, entered, .. } => (
+            Mood::Bad,
+            format!(
+                "{} answered, but the answer entered {} and never left towards the client",
+                who(*by, report, context),
+                context.interfaces.name(*entered)
+            ),
+        ),
+        Outcome::Dropped { reason, .. } => (Mood::Bad, dropped(*reason, report, context)),
+        Outcome::Silent { reached, tries } => silent(*reached, *tries, report, context),
+        Outcome::JoinedLate => {
+            (Mood::Unsure, "already open when porttrace began: its first packet was not seen".to_owned())
+        }
+    }
+}
+
+/// `10.244.1.9:80 (default/frontend)`.
+fn who(address: SocketAddr, report: &Report, context: &Context<'_>) -> String {
+    match context.owners.name_of(report.flow.original.proto, address) {
+        Some(name) => format!("{address} ({name})"),
+        None => address.to_string(),
+    }
+}
+
+fn refused(by: Refuser, from: SocketAddr, how: Refusal, report: &Report, context: &Context<'_>) -> String {
+    let answer = match how {
+        Refusal::TcpReset => "RST".to_owned(),
+        Refusal::SctpAbort => "ABORT".to_owned(),
+        Refusal::Icmp { v6, kind, code } => format!("ICMP {}", icmp(v6, kind, code)),
+    };
+    match by {
+        Refuser::Client => "given up by the client: it sent RST before any answer".to_owned(),
+        Refuser::Behind { ifindex } => {
+            let interface = context.interfaces.name(ifindex);
+            let nothing_listens = is_port_refusal(how);
+            let tail = if nothing_listens {
+                format!("; nothing listens on port {} there", from.port())
+            } else {
+                String::new()
+            };
+            format!("refused by {} behind {interface}: it answered {answer}{tail}", who(from, report, context))
+        }
+        Refuser::ThisNode => match predicted_end(report) {
+            Some(Verdict::Rejected { with, by: Some(rule) }) => {
+                format!("rejected by {}{}, answered {with}", rule_name(rule), comment_of(report, rule))
+            }
+            _ if is_port_refusal(how) => format!("refused by this node ({answer}): nothing listens on {from}"),
+            _ => format!("refused by this node: {answer}"),
+        },
+    }
+}
+
+/// RST, ABORT and "port unreachable" mean that the host was reached and the port is closed.
+const fn is_port_refusal(how: Refusal) -> bool {
+    match how {
+        Refusal::TcpReset | Refusal::SctpAbort => true,
+        Refusal::Icmp { v6: false, kind, code } => kind == 3 && code == 3,
+        Refusal::Icmp { v6: true, kind, code } => kind == 1 && code == 4,
+    }
+}
+
+fn dropped(reason: u32, report: &Report, context: &Context<'_>) -> String {
+    let name = context.drop_reason(reason);
+    match predicted_end(report) {
+        Some(Verdict::Dropped { by: Some(rule), .. }) => {
+            format!(
+                "dropped ({name}); by the rules it is {}{} that drops it",
+                rule_name(rule),
+                comment_of(report, rule)
+            )
+        }
+        _ => format!("dropped by this node's kernel: {name}"),
+    }
+}
+
+fn silent(reached: Reached, tries: usize, report: &Report, context: &Context<'_>) -> (Mood, String) {
+    let what = match report.flow.original.proto {
+        Proto::Tcp => "SYN",
+        Proto::Sctp => "INIT",
+        _ => "the datagram",
+    };
+    let times = if tries > 1 { format!(" {tries} times") } else { String::new() };
+    let wait = duration(context.silence_ns);
+    let udp = report.flow.original.proto == Proto::Udp;
+    match reached {
+        Reached::Left { ifindex } => {
+            let interface = context.interfaces.name(ifindex);
+            let to = report.flow.reply.map_or(report.flow.original.destination(), |reply| reply.source());
+            let text = format!(
+                "no answer: {what} left {interface}{times} for {}, nothing came back in {wait}",
+                who(to, report, context)
+            );
+            if udp { (Mood::Unsure, format!("{text} (a UDP server need not answer)")) } else { (Mood::Bad, text) }
+        }
+        Reached::LocalIn => {
+            let text =
+                format!("no answer: {what} was handed to this node's own sockets{times}, nothing came back in {wait}");
+            (if udp { Mood::Unsure } else { Mood::Bad }, text)
+        }
+        Reached::Entered { ifindex } => {
+            let text = format!(
+                "lost on this node: {what} entered {}{times} and went no further",
+                context.interfaces.name(ifindex)
+            );
+            (Mood::Bad, format!("{text}{}", expectation(report)))
+        }
+        Reached::Sent => (
+            Mood::Bad,
+            format!("lost on this node: {what} was sent by a local process and never left{}", expectation(report)),
+        ),
+    }
+}
+
+/// What the rules say about a packet that vanished.
+fn expectation(report: &Report) -> String {
+    match predicted_end(report) {
+        Some(Verdict::Dropped { by: Some(rule), .. }) => {
+            format!("; {}{} drops it", rule_name(rule), comment_of(report, rule))
+        }
+        Some(Verdict::Dropped { reason, by: None }) => format!("; predicted: {}", drop_words(reason)),
+        Some(Verdict::Rejected { by: Some(rule), .. }) => {
+            format!("; {}{} rejects it", rule_name(rule), comment_of(report, rule))
+        }
+        Some(Verdict::Rejected { with, by: None }) => format!("; predicted: {with}"),
+        Some(Verdict::Delivered { listening: Some(false), to }) => {
+            format!("; no rule rewrites it and nothing listens on {}", to.destination())
+        }
+        Some(Verdict::Unknown { because, .. }) => format!("; the rules leave it open: {because}"),
+        _ => String::new(),
+    }
+}
+
+/// A reason for a predicted drop, in words.
+pub fn drop_words(reason: &crate::core::model::trace::DropReason) -> String {
+    use crate::core::model::trace::DropReason as R;
+    match reason {
+        R::Rule => "a rule drops it".to_owned(),
+        R::NoRoute => "no route to its destination".to_owned(),
+        R::Blackhole => "a blackhole route".to_owned(),
+        R::RpFilter => "rp_filter drops it: the way back leads elsewhere".to_owned(),
+        R::Martian => "a martian address (127/8 needs route_localnet)".to_owned(),
+        R::ForwardingDisabled => "this node does not forward (ip_forward is 0)".to_owned(),
+        R::NoAddress => "MASQUERADE finds no address on the output interface".to_owned(),
+        R::Ttl => "its TTL is used up".to_owned(),
+        R::TooBig => "it is too big for the next link".to_owned(),
+        R::Other { text } => text.clone(),
+    }
+}
+
+fn predicted_end(report: &Report) -> Option<&Verdict> {
+    report.story.branch.as_ref().map(|branch| &branch.verdict)
+}
+
+/// `filter KUBE-FORWARD #1`, or `filter FORWARD policy`.
+pub fn rule_name(rule: &RuleRef) -> String {
+    match rule.number {
+        Some(number) => format!("{} {} #{number}", rule.table, rule.chain),
+        None => format!("the policy of {} {}", rule.table, rule.chain),
+    }
+}
+
+/// ` ("default/noep:p80 has no endpoints")`: the comment of a rule on the predicted path.
+fn comment_of(report: &Report, rule: &RuleRef) -> String {
+    let hops = report.story.branch.iter().flat_map(|branch| &branch.hops);
+    let text = hops.filter_map(|hop| match hop {
+        Hop::Rule { rule: of, text, .. } if of == rule => Some(&**text),
+        _ => None,
+    });
+    text.last().and_then(comment).map_or_else(String::new, |comment| format!(" (\"{comment}\")"))
+}
+
+/// The comment in a rule's text.
+pub fn comment(text: &str) -> Option<&str> {
+    let (_, rest) = text.split_once("--comment ")?;
+    match rest.strip_prefix('"') {
+        // iptables-save escapes inner quotes with a backslash.
+        Some(quoted) => {
+            let mut escaped = false;
+            let end = quoted.find(|c| {
+                let ends = c == '"' && !escaped;
+                escaped = c == '\\' && !escaped;
+                ends
+            })?;
+            quoted.get(..end)
+        }
+        None => rest.split_whitespace().next(),
+    }
+}
+
+/// What a rule did, in the words of iptables.
+pub fn action(action: &Action) -> String {
+    match action {
+        Action::Continue => "counts".to_owned(),
+        Action::Jump { chain } | Action::Goto { chain } => format!("→ {chain}"),
+        Action::Accept => "ACCEPT".to_owned(),
+        Action::Drop => "DROP".to_owned(),
+        Action::Reject { with } => format!("REJECT with {with}"),
+        Action::Return => "RETURN".to_owned(),
+        Action::Mark { mark } => format!("MARK {mark:#x}"),
+        Action::ConnMark { mark } => format!("CONNMARK {mark:#x}"),
+        Action::Dnat { to } => format!("DNAT to {to}"),
+        Action::Snat { to } => format!("SNAT to {to}"),
+        Action::Masquerade => "MASQUERADE".to_owned(),
+        Action::Redirect { to } => format!("REDIRECT to {to}"),
+        Action::Netmap { to } => format!("NETMAP to {to}"),
+        Action::Notrack => "NOTRACK".to_owned(),
+        Action::Other { target } => target.to_string(),
+    }
+}
+
+/// `SYN`, `SYN ACK`, `RST`, `datagram 12 B`, `ICMP port unreachable`.
+pub fn packet(seen: &PacketSeen) -> String {
+    if let Some((kind, code)) = seen.icmp {
+        return format!("ICMP {}", icmp(seen.tuple.dst.is_ipv6(), kind, code));
+    }
+    match seen.tuple.proto {
+        Proto::Tcp => tcp(seen),
+        Proto::Sctp => sctp(seen.l4_flags).to_owned(),
+        Proto::Udp => format!("datagram {} B", seen.payload),
+        other => other.to_string(),
+    }
+}
+
+fn tcp(seen: &PacketSeen) -> String {
+    let names: Vec<&str> = [(SYN, "SYN"), (FIN, "FIN"), (RST, "RST"), (ACK, "ACK")]
+        .into_iter()
+        .filter(|(bit, _)| seen.l4_flags & bit != 0)
+        .map(|(_, name)| name)
+        .collect();
+    // The ACK of an RST tells a reader nothing.
+    let names = if names == ["RST", "ACK"] { "RST".to_owned() } else { names.join(" ") };
+    if seen.payload > 0 { format!("{names} {} B", seen.payload) } else { names }
+}
+
+const fn sctp(chunk: u8) -> &'static str {
+    match chunk {
+        0 => "DATA",
+        1 => "INIT",
+        2 => "INIT ACK",
+        3 => "SACK",
+        6 => "ABORT",
+        7 => "SHUTDOWN",
+        8 => "SHUTDOWN ACK",
+        10 => "COOKIE ECHO",
+        11 => "COOKIE ACK",
+        14 => "SHUTDOWN COMPLETE",
+        _ => "chunk",
+    }
+}
+
+/// The common unreachables by name (RFC 792, RFC 4443), others by number.
+pub fn icmp(v6: bool, kind: u8, code: u8) -> String {
+    let name = match (v6, kind, code) {
+        (false, 3, 0) => "network unreachable",
+        (false, 3, 1) => "host unreachable",
+        (false, 3, 2) => "protocol unreachable",
+        (false, 3, 3) => "port unreachable",
+        (false, 3, 4) => "fragmentation needed",
+        (false, 3, 9 | 10 | 13) => "administratively prohibited",
+        (false, 11, _) => "time exceeded",
+        (true, 1, 0) => "no route",
+        (true, 1, 1) => "administratively prohibited",
+        (true, 1, 3) => "address unreachable",
+        (true, 1, 4) => "port unreachable",
+        (true, 2, _) => "packet too big",
+        (true, 3, _) => "time exceeded",
+        _ => return format!("type {kind} code {code}"),
+    };
+    name.to_owned()
+}
+
+/// `36 µs`, `1.25 ms`, `1 s`, `2 min 5 s`.
+pub fn duration(ns: u64) -> String {
+    let trim = |text: String| {
+        if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
+    };
+    match ns {
+        0..1_000 => format!("{ns} ns"),
+        1_000..100_000 => format!("{} µs", ns / 1_000),
+        100_000..1_000_000_000 => format!("{} ms", trim(format!("{:.2}", ns as f64 / 1e6))),
+        1_000_000_000..60_000_000_000 => format!("{} s", trim(format!("{:.2}", ns as f64 / 1e9))),
+        _ => format!("{} min {} s", ns / 60_000_000_000, ns / 1_000_000_000 % 60),
+    }
+}
+
+/// `312 B`, `4.1 KiB`, `3.2 MiB`.
+pub fn bytes(count: u64) -> String {
+    let units = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+    for (size, unit) in units {
+        if count >= size {
+            return format!("{:.1} {unit}", count as f64 / size as f64);
+        }
+    }
+    format!("{count} B")
+}
