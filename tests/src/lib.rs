@@ -2,6 +2,8 @@
 
 pub mod lab;
 pub mod lines;
+mod netlink;
 pub mod netns;
+pub mod oracle;
 pub mod peer;
 pub mod privilege;
