@@ -1,1 +1,50 @@
-fn main() {}
+//! `cargo xtask …`: set up, build, demonstrate, test and measure porttrace. One file a subcommand.
+mod binaries;
+mod build;
+mod demo;
+mod oracle;
+mod run;
+mod setup;
+mod shell;
+mod system;
+mod test;
+mod vm;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Set up, build, demonstrate, test and measure porttrace.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    Setup(setup::Args),
+    Build(build::Args),
+    Run(run::Args),
+    Demo(demo::Args),
+    Test(test::Args),
+    Oracle(oracle::Args),
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Task::Setup(args) => setup::main(&args),
+        Task::Build(args) => build::main(&args),
+        Task::Run(args) => run::main(&args),
+        Task::Demo(args) => demo::main(&args),
+        Task::Test(args) => test::main(&args),
+        Task::Oracle(args) => oracle::main(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
