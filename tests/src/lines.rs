@@ -1,6 +1,6 @@
 //! Lines that a process prints, collected as they come, to be waited for with a deadline.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -29,6 +29,14 @@ impl Lines {
         let lines = Self::default();
         let writer = lines.clone();
         thread::spawn(move || writer.collect(stream));
+        lines
+    }
+
+    /// As [`Lines::of`]; each line is also written to `show` before anybody who waits hears of it.
+    pub fn of_shown(stream: impl Read + Send + 'static, show: impl Write + Send + 'static) -> Self {
+        let lines = Self::default();
+        let writer = lines.clone();
+        thread::spawn(move || writer.collect(Shown { stream, show }));
         lines
     }
 
@@ -102,5 +110,20 @@ impl Lines {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Writes what it reads.
+struct Shown<R, W> {
+    stream: R,
+    show: W,
+}
+
+impl<R: Read, W: Write> Read for Shown<R, W> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.stream.read(buffer)?;
+        self.show.write_all(&buffer[..read])?;
+        self.show.flush()?;
+        Ok(read)
     }
 }

@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, ChildStderr, ChildStdout, Command, Output, Stdio};
 use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
@@ -136,12 +136,29 @@ pub struct ChildGuard {
 
 impl ChildGuard {
     /// Starts `command` with standard input closed and both outputs collected.
-    pub fn spawn(mut command: Command) -> Result<Self> {
+    pub fn spawn(command: Command) -> Result<Self> {
+        Self::start(command, Lines::of, Lines::of)
+    }
+
+    /// As [`ChildGuard::spawn`]; what it prints also goes to our own outputs.
+    pub fn spawn_shown(command: Command) -> Result<Self> {
+        Self::start(
+            command,
+            |stream| Lines::of_shown(stream, std::io::stdout()),
+            |stream| Lines::of_shown(stream, std::io::stderr()),
+        )
+    }
+
+    fn start(
+        mut command: Command,
+        out: impl FnOnce(ChildStdout) -> Lines,
+        err: impl FnOnce(ChildStderr) -> Lines,
+    ) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().with_context(|| format!("starting {name}"))?;
-        let stdout = child.stdout.take().map(Lines::of).unwrap_or_default();
-        let stderr = child.stderr.take().map(Lines::of).unwrap_or_default();
+        let stdout = child.stdout.take().map(out).unwrap_or_default();
+        let stderr = child.stderr.take().map(err).unwrap_or_default();
         Ok(Self { child, name, stdout, stderr })
     }
 

@@ -82,7 +82,7 @@ impl ConntrackEvents {
     }
 }
 
-/// `[1764000000.123456]	    [NEW] tcp      6 120 SYN_SENT src=… dst=… sport=… dport=… [UNREPLIED] src=… … id=…`; `None` for
+/// `[1764000000.123456] [NEW] tcp 6 120 SYN_SENT src=… dst=… sport=… dport=… [UNREPLIED] src=… … id=…`; `None` for
 /// anything else, and for protocols whose tuples have no ports.
 pub fn parse(line: &str) -> Option<Entry> {
     let mut words = line.split_whitespace().peekable();
