@@ -1,3 +1,15 @@
 //! The outside, turned into values: a node's state live or from a snapshot, the probe's events.
 
+mod attributes;
+pub mod conntrack;
+pub mod live;
+pub mod netlink;
+pub mod nftables;
+pub mod ruleset;
 pub mod snapshot;
+pub mod sockets;
+pub mod sysctl;
+mod timings;
+mod tool;
+
+pub use timings::Timings;

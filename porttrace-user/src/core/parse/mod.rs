@@ -11,6 +11,7 @@ mod iptables_targets;
 pub mod listing;
 pub mod notes;
 pub mod recent;
+pub mod rulesets;
 pub mod sockets;
 mod state;
 pub mod sysctl;

@@ -1,12 +1,13 @@
 //! The files of a node, as a snapshot holds them and as live collection makes them, turned into its state.
 
 use super::notes::Notes;
-use super::{conntrack, iproute, ipset, recent, sockets, sysctl};
+use super::{conntrack, iproute, ipset, recent, rulesets, sockets, sysctl};
 use crate::core::model::flow::Family;
 use crate::core::model::state::{Diagnostic, NodeState, PolicyRule, RouteEntry};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// The format of snapshots that this porttrace writes.
 pub const FORMAT: u32 = 1;
@@ -35,8 +36,11 @@ pub fn state(files: &Files) -> NodeState {
     let mut reader = Reader { files, diagnostics: Vec::new() };
     let metadata = reader.metadata();
     let addresses = reader.part("ip-addr.json", "which addresses are the node's own is unknown", iproute::addresses);
+    let (rulesets, diagnostics) = rulesets::rulesets(files);
+    reader.diagnostics.extend(diagnostics);
     let mut state = NodeState {
         name: reader.name(&metadata),
+        rulesets: rulesets.into_iter().map(Arc::new).collect(),
         links: reader.links(),
         addresses,
         routes: reader.routes(),

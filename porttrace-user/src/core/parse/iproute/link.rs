@@ -19,6 +19,7 @@ struct RawLink {
     link: Option<String>,
     ifname: String,
     flags: Vec<String>,
+    #[serde(skip_serializing_if = "is_zero")]
     mtu: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     master: Option<String>,

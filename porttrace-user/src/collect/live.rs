@@ -1,0 +1,221 @@
+//! The state of the node that porttrace runs on: the calling thread's network namespace.
+
+use super::{Timings, conntrack, netlink, nftables, ruleset, sockets, sysctl, tool};
+use crate::core::model::state::NodeState;
+use crate::core::parse::{self, FORMAT, Files, Metadata, iproute};
+use nix::time::{ClockId, clock_gettime};
+use std::fs;
+use std::thread;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// What to collect beyond what every use needs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Which process holds a socket: takes a walk through all of `/proc`.
+    pub processes: bool,
+    /// All conntrack entries: many on a busy node.
+    pub conntrack: bool,
+    /// What only a bug report wants: native nftables rules as text and JSON.
+    pub report: bool,
+}
+
+/// A node's files, as a snapshot holds them, and how long each part took.
+#[derive(Debug)]
+pub struct Collected {
+    pub files: Files,
+    pub timings: Timings,
+}
+
+/// Collects everything and turns it into a state. Never fails: what is missing is in the diagnostics.
+pub fn state(options: Options) -> (NodeState, Timings) {
+    let Collected { files, mut timings } = collect(options);
+    let state = timings.measure("parse", || parse::state(&files));
+    (state, timings)
+}
+
+/// Collects everything as files, its parts side by side.
+pub fn collect(options: Options) -> Collected {
+    let parts: [(&'static str, Part); 6] = [
+        ("rules", Box::new(rules)),
+        ("netlink", Box::new(network)),
+        ("sysctls", Box::new(sysctls)),
+        ("sockets", Box::new(move |found| socket_list(found, options.processes))),
+        (
+            "conntrack",
+            Box::new(move |found| {
+                if options.conntrack {
+                    entries(found)
+                }
+            }),
+        ),
+        (
+            "report",
+            Box::new(move |found| {
+                if options.report {
+                    report(found)
+                }
+            }),
+        ),
+    ];
+    let mut timings = Timings::default();
+    let mut all = Found::default();
+    timings.measure_into(|timings| {
+        thread::scope(|scope| {
+            let threads: Vec<_> = parts.into_iter().map(|(name, part)| scope.spawn(move || run(name, part))).collect();
+            for thread in threads {
+                match thread.join() {
+                    Ok((name, found, took)) => {
+                        all.files.extend(found.files);
+                        all.missing.extend(found.missing);
+                        timings.add(name, took);
+                    }
+                    Err(_) => all.missing.push("one part of the collection broke off".to_owned()),
+                }
+            }
+        });
+    });
+    let metadata = metadata(std::mem::take(&mut all.missing));
+    all.text("snapshot.json", metadata);
+    Collected { files: all.files, timings }
+}
+
+type Part = Box<dyn FnOnce(&mut Found) + Send>;
+
+/// What a part brought.
+#[derive(Default)]
+struct Found {
+    files: Files,
+    missing: Vec<String>,
+}
+
+impl Found {
+    fn text(&mut self, name: &str, text: String) {
+        self.files.insert(name.to_owned(), text.into_bytes());
+    }
+}
+
+fn run(name: &'static str, part: Part) -> (&'static str, Found, std::time::Duration) {
+    let start = std::time::Instant::now();
+    let mut found = Found::default();
+    part(&mut found);
+    (name, found, start.elapsed())
+}
+
+/// Rules, and what rules refer to: ipsets and recent lists.
+fn rules(found: &mut Found) {
+    let rules = ruleset::read();
+    let mentions = |word: &str| rules.files.values().any(|text| String::from_utf8_lossy(text).contains(word));
+    // Asking would load the kernel's ipset where nothing uses it.
+    if mentions("--match-set ") {
+        match tool::run("ipset", &["save"]) {
+            Ok(text) => drop(found.files.insert("ipset.txt".to_owned(), text)),
+            Err(error) => found.missing.push(format!("rules that match a set stay undecided: {error}")),
+        }
+    } else {
+        found.text("ipset.txt", String::new());
+    }
+    if mentions("-m recent ") {
+        recent(found);
+    }
+    found.files.extend(rules.files);
+    found.missing.extend(rules.missing);
+}
+
+fn recent(found: &mut Found) {
+    for list in fs::read_dir("/proc/thread-self/net/xt_recent").into_iter().flatten().flatten() {
+        let (Ok(name), Ok(bytes)) = (list.file_name().into_string(), fs::read(list.path())) else { continue };
+        found.files.insert(format!("xt_recent/{name}"), bytes);
+    }
+    match clock() {
+        Some((jiffies, hz)) => found.text("clock.txt", format!("jiffies={jiffies}\nhz={hz}\n")),
+        None => found.missing.push("how long ago clients were seen is unknown: no /proc/timer_list".to_owned()),
+    }
+}
+
+/// The kernel's jiffies, and how many make a second.
+///
+/// HZ is not told anywhere, but jiffies begin 300 seconds before they overflow 32 bits (include/linux/jiffies.h,
+/// INITIAL_JIFFIES) and count since boot: of the rates that Linux can be built with, only one fits.
+fn clock() -> Option<(u64, u64)> {
+    let timers = fs::read_to_string("/proc/timer_list").ok()?;
+    let jiffies: u64 = timers.lines().find_map(|line| line.trim().strip_prefix("jiffies: ")?.trim().parse().ok())?;
+    let uptime = u64::try_from(clock_gettime(ClockId::CLOCK_MONOTONIC).ok()?.tv_sec()).ok()?;
+    let expected = |hz: u64| (1 << 32) - 300 * hz + uptime * hz;
+    let hz = [100, 250, 300, 1000].into_iter().min_by_key(|hz| expected(*hz).abs_diff(jiffies))?;
+    (expected(hz).abs_diff(jiffies) < 10 * hz).then_some((jiffies, hz))
+}
+
+fn network(found: &mut Found) {
+    let network = netlink::read();
+    found.missing.extend(network.diagnostics.into_iter().map(|diagnostic| diagnostic.message));
+    if let Some(links) = &network.links {
+        found.text("ip-link.json", iproute::write_links(links));
+    }
+    if let Some(addresses) = &network.addresses {
+        found.text("ip-addr.json", iproute::write_addresses(addresses));
+    }
+    if let Some(neighbours) = &network.neighbours {
+        found.text("ip-neigh.json", iproute::write_neighbours(neighbours));
+    }
+    if let Some(routes) = network.routes {
+        let (four, six): (Vec<_>, Vec<_>) = routes.into_iter().partition(|route| route.dst.addr().is_ipv4());
+        found.text("ip-route.json", iproute::write_routes(&four));
+        found.text("ip6-route.json", iproute::write_routes(&six));
+    }
+    if let Some(rules) = network.policy {
+        let is_four =
+            |rule: &crate::core::model::state::PolicyRule| rule.family == crate::core::model::flow::Family::V4;
+        let (four, six): (Vec<_>, Vec<_>) = rules.into_iter().partition(is_four);
+        found.text("ip-rule.json", iproute::write_policy(&four));
+        found.text("ip6-rule.json", iproute::write_policy(&six));
+    }
+}
+
+fn sysctls(found: &mut Found) {
+    found.text("sysctl.txt", parse::sysctl::write(&sysctl::read()));
+}
+
+fn socket_list(found: &mut Found, processes: bool) {
+    match sockets::read(processes) {
+        Ok(sockets) => found.text("ss.txt", parse::sockets::write(&sockets)),
+        Err(error) => found.missing.push(format!("listening sockets are unknown: {error}")),
+    }
+}
+
+fn entries(found: &mut Found) {
+    match conntrack::dump(|_| true) {
+        Ok(entries) => found.text("conntrack.txt", parse::conntrack::write(&entries)),
+        Err(error) => found.missing.push(error.to_string()),
+    }
+}
+
+/// Native nftables rules as the tool prints them. Nothing reads them yet, but a person who helps does.
+fn report(found: &mut Found) {
+    let has_native = nftables::tables().is_ok_and(|tables| tables.iter().any(|table| !nftables::is_iptables(table)));
+    if !has_native {
+        return;
+    }
+    for (name, arguments) in
+        [("nft-ruleset.txt", &["list", "ruleset"][..]), ("nft-ruleset.json", &["-j", "list", "ruleset"])]
+    {
+        match tool::run("nft", arguments) {
+            Ok(text) => drop(found.files.insert(name.to_owned(), text)),
+            Err(error) => return found.missing.push(format!("native nftables rules are not in the snapshot: {error}")),
+        }
+    }
+}
+
+fn metadata(missing: Vec<String>) -> String {
+    let taken = SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|since| since.as_secs());
+    let kernel = nix::sys::utsname::uname().ok();
+    let metadata = Metadata {
+        format: FORMAT,
+        porttrace: env!("CARGO_PKG_VERSION").to_owned(),
+        node: kernel.as_ref().and_then(|names| names.nodename().to_str().map(str::to_owned)),
+        taken,
+        kernel: kernel.as_ref().and_then(|names| names.release().to_str().map(str::to_owned)),
+        missing,
+    };
+    // A plain struct with string keys always serialises.
+    serde_json::to_string_pretty(&metadata).unwrap_or_default() + "\n"
+}

@@ -1,0 +1,185 @@
+//! iptables rules, legacy and nft, whichever holds any, through the tools that only print them.
+
+use super::Timings;
+use super::nftables;
+use super::tool::{self, ToolError};
+use crate::core::model::flow::Family;
+use crate::core::model::rules::Ruleset;
+use crate::core::model::state::Diagnostic;
+use crate::core::model::trace::Flavour;
+use crate::core::parse::Files;
+use crate::core::parse::rulesets::{header_flavour, rulesets};
+use std::collections::BTreeSet;
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::thread;
+
+/// One dump to take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Dump {
+    flavour: Flavour,
+    family: Family,
+}
+
+/// Rules as text, and what of them could not be had.
+#[derive(Debug, Default)]
+pub struct Rules {
+    pub files: Files,
+    pub missing: Vec<String>,
+}
+
+/// Reads and parses all rules of the calling thread's network namespace.
+///
+/// Never fails: what is missing is in the diagnostics.
+pub fn read_all() -> (Vec<Ruleset>, Vec<Diagnostic>, Timings) {
+    let mut timings = Timings::default();
+    let rules = timings.measure("read rules", read);
+    let (found, mut diagnostics) = timings.measure("parse rules", || rulesets(&rules.files));
+    let missing = |message| Diagnostic { source: "rules".to_owned(), line: 0, message };
+    diagnostics.extend(rules.missing.into_iter().map(missing));
+    (found, diagnostics, timings)
+}
+
+/// Reads all rules as text, the dumps side by side.
+pub fn read() -> Rules {
+    let mut rules = Rules::default();
+    let (dumps, native) = needed(&mut rules.missing);
+    // A family that nothing speaks for has no rules, which is known and not missing.
+    for family in [Family::V4, Family::V6] {
+        rules.files.insert(file_name(Dump { flavour: Flavour::IptablesNft, family }).to_owned(), Vec::new());
+    }
+    let answers: Vec<_> = thread::scope(|scope| {
+        let threads: Vec<_> = dumps.iter().map(|dump| (*dump, scope.spawn(|| save(*dump, true)))).collect();
+        threads.into_iter().map(|(dump, thread)| (dump, thread.join())).collect()
+    });
+    for (dump, answer) in answers {
+        match answer {
+            Ok(Ok(text)) => drop(rules.files.insert(file_name(dump).to_owned(), text)),
+            Ok(Err(error)) => {
+                rules.files.remove(file_name(dump));
+                rules.missing.push(format!("{} rules of {} are unknown: {error}", words(dump).0, words(dump).1));
+            }
+            Err(_) => rules.missing.push(format!("reading {} rules broke off", words(dump).0)),
+        }
+    }
+    rules.missing.extend(native.iter().map(|(family, name)| {
+        format!("nftables table {family} {name} holds native rules, which are not followed yet")
+    }));
+    rules
+}
+
+/// Which dumps hold rules, and the native tables beside them. Found out without touching anything: the save tools of
+/// iptables-legacy register their tables when they look.
+fn needed(missing: &mut Vec<String>) -> (Vec<Dump>, BTreeSet<nftables::Table>) {
+    let mut dumps = Vec::new();
+    let mut tables = BTreeSet::new();
+    match nftables::tables() {
+        Ok(found) => tables = found,
+        // A kernel without nf_tables: there are no such rules. Anything else hides them.
+        Err(error) if nf_tables_is_absent() => drop(error),
+        Err(error) => missing.push(format!("whether there are nftables rules is unknown: {error}")),
+    }
+    for (family, name) in [(Family::V4, "ip"), (Family::V6, "ip6")] {
+        if tables.iter().any(|table| table.0 == name && nftables::is_iptables(table)) {
+            dumps.push(Dump { flavour: Flavour::IptablesNft, family });
+        }
+        if !legacy_tables(family).is_empty() {
+            dumps.push(Dump { flavour: Flavour::IptablesLegacy, family });
+        }
+    }
+    tables.retain(|table| !nftables::is_iptables(table));
+    (dumps, tables)
+}
+
+fn nf_tables_is_absent() -> bool {
+    // Only a root whose request reached the kernel can tell "absent" from "not for you".
+    nix::unistd::geteuid().is_root() && !fs::exists("/sys/module/nf_tables").unwrap_or(false)
+}
+
+/// The tables that iptables-legacy has in use, from `/proc/net/ip_tables_names`; the file is there only once one is.
+fn legacy_tables(family: Family) -> Vec<String> {
+    let file = if family == Family::V4 { "ip_tables_names" } else { "ip6_tables_names" };
+    let names = fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap_or_default();
+    names.lines().map(str::to_owned).collect()
+}
+
+/// Runs the save tool of a flavour: the one named after it, or the plain one if its header says that it is that one.
+fn save(dump: Dump, counters: bool) -> Result<Vec<u8>, ToolError> {
+    let (flavour, _) = words(dump);
+    let family = if dump.family == Family::V4 { "iptables" } else { "ip6tables" };
+    let arguments: &[&str] = if counters { &["-c"] } else { &[] };
+    let named = format!("{family}-{flavour}-save");
+    match tool::run(&named, arguments) {
+        Err(ToolError::Missing(_)) => {}
+        answer => return answer,
+    }
+    let plain = format!("{family}-save");
+    let text = match tool::run(&plain, arguments) {
+        Err(ToolError::Missing(_)) => return Err(ToolError::Missing(format!("neither {named} nor {plain}"))),
+        answer => answer?,
+    };
+    match header_flavour(&String::from_utf8_lossy(&text)) {
+        Some(found) if found != dump.flavour => Err(ToolError::Missing(named)),
+        _ => Ok(text),
+    }
+}
+
+fn file_name(dump: Dump) -> &'static str {
+    match (dump.flavour, dump.family) {
+        (Flavour::IptablesLegacy, Family::V4) => "iptables-legacy-save.txt",
+        (Flavour::IptablesLegacy, Family::V6) => "ip6tables-legacy-save.txt",
+        (_, Family::V4) => "iptables-save.txt",
+        (_, Family::V6) => "ip6tables-save.txt",
+    }
+}
+
+fn words(dump: Dump) -> (&'static str, &'static str) {
+    let flavour = if dump.flavour == Flavour::IptablesLegacy { "legacy" } else { "nft" };
+    (flavour, if dump.family == Family::V4 { "IPv4" } else { "IPv6" })
+}
+
+/// A mark of the rules at one moment: two that differ mean that rules changed in between.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Fingerprint {
+    /// nftables' generation; `None` where the kernel would not say.
+    nft: Option<u32>,
+    /// Hash of the legacy rules without counters; `None` where there are none.
+    legacy: Option<u64>,
+}
+
+impl Fingerprint {
+    /// Takes one: a netlink round trip (tens of microseconds), and a dump of the legacy rules where there are any, which
+    /// costs as much as `iptables-legacy-save` does; so better not more than every few seconds.
+    pub fn take() -> Self {
+        Self { legacy: legacy_hash(), ..Self::take_cheap(&Self::default()) }
+    }
+
+    /// Takes one with the legacy half of an earlier one: cheap enough for every tick of a clock.
+    pub fn take_cheap(earlier: &Self) -> Self {
+        Self { nft: nftables::generation().ok(), legacy: earlier.legacy }
+    }
+
+    /// Whether legacy rules exist, so that [`Fingerprint::take_cheap`] alone is not enough.
+    pub fn has_legacy(&self) -> bool {
+        self.legacy.is_some()
+    }
+}
+
+fn legacy_hash() -> Option<u64> {
+    let mut hasher = DefaultHasher::new();
+    let mut any = false;
+    for family in [Family::V4, Family::V6] {
+        if legacy_tables(family).is_empty() {
+            continue;
+        }
+        any = true;
+        let text = save(Dump { flavour: Flavour::IptablesLegacy, family }, false).unwrap_or_default();
+        for line in String::from_utf8_lossy(&text).lines().filter(|line| !line.starts_with('#')) {
+            // `:INPUT ACCEPT [12:3456]`: chains carry counters even without `-c`.
+            let line =
+                if line.starts_with(':') { line.rsplit_once(" [").map_or(line, |(chain, _)| chain) } else { line };
+            line.hash(&mut hasher);
+        }
+    }
+    any.then(|| hasher.finish())
+}
