@@ -7,3 +7,4 @@ pub mod netns;
 pub mod oracle;
 pub mod peer;
 pub mod privilege;
+pub mod watch;

@@ -23,7 +23,7 @@ pub struct NflogTrace {
 }
 
 impl NflogTrace {
-    pub fn start(netns: &Netns, tools: &Tools, filter: TraceFilter) -> Result<Self> {
+    pub fn start(netns: &Netns, tools: &Tools, filters: &[TraceFilter]) -> Result<Self> {
         let mut socket = netns.run_in(|| NetfilterSocket::open(0))??;
         for family in [NFPROTO_IPV4, NFPROTO_IPV6] {
             configure(&mut socket, family, NFULA_CFG_CMD, &[CMD_PF_BIND])?;
@@ -32,15 +32,8 @@ impl NflogTrace {
         // Copy whole packets (struct nfulnl_msg_config_mode), and send each at once.
         configure(&mut socket, 0, NFULA_CFG_MODE, &[0, 0, 0xff, 0xff, 2, 0])?;
         configure(&mut socket, 0, NFULA_CFG_QTHRESH, &1u32.to_be_bytes())?;
-        for family in ["iptables", "ip6tables"] {
-            for chain in ["PREROUTING", "OUTPUT"] {
-                let tool = tools.tool(family).display().to_string();
-                let mut argv: Vec<String> =
-                    [tool.as_str(), "-w", "10", "-t", "raw", "-I", chain].map(String::from).into();
-                argv.extend(matches(filter));
-                argv.extend(["-j", "TRACE"].map(String::from));
-                netns.exec(argv)?;
-            }
+        for filter in filters {
+            switch_on(netns, tools, *filter)?;
         }
         Ok(Self { socket })
     }
@@ -52,6 +45,20 @@ impl NflogTrace {
         }
         Ok(messages.iter().filter(|message| message.kind == PACKET).filter_map(step).collect())
     }
+}
+
+/// `-j TRACE` in the raw tables of both families.
+fn switch_on(netns: &Netns, tools: &Tools, filter: TraceFilter) -> Result<()> {
+    for family in ["iptables", "ip6tables"] {
+        for chain in ["PREROUTING", "OUTPUT"] {
+            let tool = tools.tool(family).display().to_string();
+            let mut argv: Vec<String> = [tool.as_str(), "-w", "10", "-t", "raw", "-I", chain].map(String::from).into();
+            argv.extend(matches(filter));
+            argv.extend(["-j", "TRACE"].map(String::from));
+            netns.exec(argv)?;
+        }
+    }
+    Ok(())
 }
 
 fn configure(socket: &mut NetfilterSocket, family: u8, kind: u16, payload: &[u8]) -> Result<()> {

@@ -39,11 +39,10 @@ struct Pass {
 }
 
 impl NftTrace {
-    pub fn start(netns: &Netns, filter: TraceFilter) -> Result<Self> {
-        let expression = expression(filter);
-        let chain = |hook: &str| {
-            format!("chain {hook} {{\ntype filter hook {hook} priority -350\n{expression} meta nftrace set 1\n}}\n")
-        };
+    pub fn start(netns: &Netns, filters: &[TraceFilter]) -> Result<Self> {
+        let rules: String =
+            filters.iter().map(|filter| format!("{} meta nftrace set 1\n", expression(*filter))).collect();
+        let chain = |hook: &str| format!("chain {hook} {{\ntype filter hook {hook} priority -350\n{rules}}}\n");
         // Delete first what an earlier trace in this namespace left.
         let script = format!(
             "table inet {TABLE} {{}}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n{}{}}}\n",

@@ -98,9 +98,14 @@ enum Reader {
 impl RuleTrace {
     /// Starts to trace in a namespace of the lab. Changes its rules: a table `inet ptl_trace`, or `-j TRACE` in legacy raw tables.
     pub fn start(netns: &Netns, tools: &Tools, flavour: IptablesFlavour, filter: TraceFilter) -> Result<Self> {
+        Self::start_many(netns, tools, flavour, &[filter])
+    }
+
+    /// As [`RuleTrace::start`], for packets that fit any of several filters.
+    pub fn start_many(netns: &Netns, tools: &Tools, flavour: IptablesFlavour, filters: &[TraceFilter]) -> Result<Self> {
         let reader = match flavour {
-            IptablesFlavour::Nft => Reader::Nft(NftTrace::start(netns, filter)?),
-            IptablesFlavour::Legacy => Reader::Legacy(NflogTrace::start(netns, tools, filter)?),
+            IptablesFlavour::Nft => Reader::Nft(NftTrace::start(netns, filters)?),
+            IptablesFlavour::Legacy => Reader::Legacy(NflogTrace::start(netns, tools, filters)?),
         };
         Ok(Self { reader, steps: Vec::new() })
     }
