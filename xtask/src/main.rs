@@ -28,6 +28,7 @@ enum Task {
     Run(run::Args),
     Demo(demo::Args),
     Test(test::Args),
+    Vm(vm::Args),
     Oracle(oracle::Args),
 }
 
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         Task::Run(args) => run::main(&args),
         Task::Demo(args) => demo::main(&args),
         Task::Test(args) => test::main(&args),
+        Task::Vm(args) => vm::main(&args),
         Task::Oracle(args) => oracle::main(&args),
     };
     match done {
