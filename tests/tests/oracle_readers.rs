@@ -46,6 +46,8 @@ fn trace_names_the_dnat(flavour: IptablesFlavour) {
                 let listing: Vec<String> = steps.iter().map(Step::to_string).collect();
                 let in_nat: Vec<&Step> =
                     steps.iter().filter(|step| step.table == "nat" && matches!(step.place, Place::Rule(_))).collect();
+                let lost = steps.iter().filter(|step| matches!(step.place, Place::Handle(_)));
+                assert_eq!(lost.count(), 0, "every step is a known rule, policy or chain end: {listing:#?}");
                 let first = text_of(&rules, in_nat[0]);
                 assert!(first.ends_with("-j KUBE-SERVICES"), "{first} {listing:#?}");
                 let dnat = in_nat.iter().find(|step| {

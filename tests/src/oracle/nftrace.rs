@@ -17,6 +17,8 @@ const NEW_RULE: u16 = SUBSYSTEM | 6;
 const TRACE: u16 = SUBSYSTEM | 17;
 /// `NFNLGRP_NFTRACE` is group 9.
 const TRACE_GROUP: u32 = 1 << 8;
+/// `NFT_TRACETYPE_POLICY`. The end of a chain comes as RETURN or, from newer kernels, as a RULE without a handle.
+const POLICY: u64 = 1;
 const NFPROTO_IPV4: u8 = 2;
 const NFPROTO_IPV6: u8 = 10;
 
@@ -33,6 +35,9 @@ pub struct NftTrace {
 
 #[derive(Clone)]
 struct Pass {
+    /// The base chain, which the first message of a pass names.
+    table: String,
+    chain: String,
     tuple: Tuple,
     input: Option<u32>,
     output: Option<u32>,
@@ -92,15 +97,18 @@ impl NftTrace {
     fn step(&mut self, message: &Message) -> Option<Step> {
         let raw = Raw::of(message);
         if let Some(tuple) = of_headers(raw.network, raw.transport) {
-            self.passing.insert(raw.id, Pass { tuple, input: raw.input, output: raw.output });
+            let (table, chain) = (raw.table.clone(), raw.chain.clone());
+            self.passing.insert(raw.id, Pass { table, chain, tuple, input: raw.input, output: raw.output });
         }
         if raw.table == TABLE {
             return None;
         }
         let pass = self.passing.get(&raw.id)?.clone();
-        let place = match raw.kind {
-            1 => Place::Policy,
-            2 => Place::Return,
+        let place = match (raw.kind, raw.handle) {
+            (POLICY, _) => Place::Policy,
+            // The end of a base chain is followed by its policy.
+            (_, 0) if (&raw.table, &raw.chain) == (&pass.table, &pass.chain) => return None,
+            (_, 0) => Place::Return,
             _ => match self.numbers.get(&(message.family, raw.table.clone(), raw.handle)) {
                 Some(number) => Place::Rule(*number),
                 None => Place::Handle(raw.handle),
