@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::commands::completions;
+use crate::commands::{completions, snapshot};
 use clap::{Parser, Subcommand};
 
 /// Why a packet to a Kubernetes port does or does not arrive.
@@ -15,4 +15,6 @@ pub struct Cli {
 pub enum Command {
     /// Print a completion script for your shell
     Completions(completions::Args),
+    /// Write all that decides a packet's path on this node into one file, to look at elsewhere
+    Snapshot(snapshot::SnapshotArgs),
 }

@@ -2,6 +2,7 @@
 
 pub mod completions;
 pub mod output;
+pub mod snapshot;
 
 use crate::cli::Command;
 use std::process::ExitCode;
@@ -19,5 +20,6 @@ pub struct Usage(pub String);
 pub fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Completions(args) => completions::run(&args),
+        Command::Snapshot(args) => snapshot::run(&args),
     }
 }

@@ -1,0 +1,56 @@
+//! `porttrace snapshot -o node.tar.zst`.
+
+use clap::Args;
+use porttrace_user::collect::{live, snapshot};
+use porttrace_user::core::parse;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(Debug, Args)]
+pub struct SnapshotArgs {
+    /// The file to write (a .tar.zst); it holds the node's rules, addresses, connections and sockets, no secrets
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    /// Leave out existing connections (they name the node's clients)
+    #[arg(long)]
+    no_conntrack: bool,
+}
+
+/// Writes a snapshot of this node, and says what is in it and what is not.
+///
+/// # Errors
+/// When the file cannot be written. What could not be collected is no error: it is said, here and in the snapshot.
+pub fn run(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
+    let options = live::Options { processes: true, conntrack: !args.no_conntrack, report: true };
+    let collected = live::collect(options);
+    let size = snapshot::write(&collected.files, &args.output)?;
+    let state = parse::state(&collected.files);
+    let mut out = std::io::stdout().lock();
+    let rules: usize = state
+        .rulesets
+        .iter()
+        .flat_map(|set| &set.tables)
+        .flat_map(|table| &table.chains)
+        .map(|chain| chain.rules.len())
+        .sum();
+    writeln!(
+        out,
+        "{}: {} KiB, {} files; {rules} rules, {} routes, {} addresses, {} connections; collected in {} ms",
+        args.output.display(),
+        size.div_ceil(1024),
+        collected.files.len(),
+        state.routes.as_ref().map_or(0, Vec::len),
+        state.addresses.as_ref().map_or(0, Vec::len),
+        state.conntrack.as_ref().map_or(0, Vec::len),
+        collected.timings.total.as_millis(),
+    )?;
+    for note in &state.diagnostics {
+        if args.no_conntrack && note.source == "conntrack.txt" {
+            continue;
+        }
+        let place = if note.line == 0 { String::new() } else { format!(":{}", note.line) };
+        writeln!(out, "  {}{place}: {}", note.source, note.message)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
