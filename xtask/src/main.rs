@@ -2,6 +2,8 @@
 mod binaries;
 mod build;
 mod demo;
+mod dist;
+mod image;
 mod oracle;
 mod run;
 mod setup;
@@ -30,6 +32,8 @@ enum Task {
     Test(test::Args),
     Vm(vm::Args),
     Oracle(oracle::Args),
+    Image(image::Args),
+    Dist(dist::Args),
 }
 
 fn main() -> ExitCode {
@@ -41,6 +45,8 @@ fn main() -> ExitCode {
         Task::Test(args) => test::main(&args),
         Task::Vm(args) => vm::main(&args),
         Task::Oracle(args) => oracle::main(&args),
+        Task::Image(args) => image::main(&args),
+        Task::Dist(args) => dist::main(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -48,7 +48,9 @@ pub fn main(args: &Args) -> Result<()> {
 /// One sentence a missing thing when it cannot be installed from here (no apt, or not root).
 pub fn ensure(needs: Needs) -> Result<()> {
     shell::step("setup", || {
-        rust_components()?;
+        if needs.lab {
+            rust_components()?;
+        }
         let core = bpf_core();
         let linker = linker_works();
         let mut wanted: Vec<&str> = Vec::new();
@@ -73,7 +75,7 @@ pub fn ensure(needs: Needs) -> Result<()> {
     })
 }
 
-/// Formatting and linting are part of the tests; rustup may have been asked for a minimal profile.
+/// Formatting and linting are part of the tests; rustup may have been asked for a minimal profile (container images are).
 fn rust_components() -> Result<()> {
     for component in ["fmt", "clippy"] {
         if shell::probe(shell::cargo().args([component, "--version"])).is_none() {
