@@ -97,7 +97,9 @@ fn legacy_iptables_and_a_bridge_behave_the_same() {
         return;
     }
     let flavour = IptablesFlavour::Legacy;
-    let lab = Lab::up(LabOptions { phase: Phase::Fixed, flavour, interface: Interface::Bridge }).unwrap();
+    let lab =
+        Lab::up(LabOptions { phase: Phase::Fixed, flavour, interface: Interface::Bridge, ..LabOptions::default() })
+            .unwrap();
     check_host_port(&lab, Phase::Fixed);
     let node = lab.node(NodeName::Worker3);
     assert!(lab.tools.save(node, "iptables").unwrap().contains("CNI-HOSTPORT-DNAT"));

@@ -49,6 +49,8 @@ pub struct LabOptions {
     pub phase: Phase,
     pub flavour: IptablesFlavour,
     pub interface: Interface,
+    /// The servers log no requests ([`Pod::served`] then finds none): for measuring.
+    pub quiet: bool,
 }
 
 /// Where a connection to worker3 starts.
@@ -179,12 +181,20 @@ fn host_port_mappings(phase: Phase) -> Vec<PortMapping> {
 fn pod_specs(node: NodeName, phase: Phase) -> Vec<PodSpec> {
     let mappings = if node == NodeName::Worker3 { host_port_mappings(phase) } else { Vec::new() };
     let mut specs = vec![
-        PodSpec { name: "frontend", node, number: FRONTEND, mappings, tcp: vec![80], udp: vec![80] },
-        PodSpec { name: "dns", node, number: DNS, mappings: Vec::new(), tcp: Vec::new(), udp: vec![53] },
+        PodSpec { name: "frontend", node, number: FRONTEND, mappings, tcp: vec![80], udp: vec![80], quiet: false },
+        PodSpec { name: "dns", node, number: DNS, mappings: Vec::new(), tcp: Vec::new(), udp: vec![53], quiet: false },
     ];
     if node != NodeName::Worker {
         let mappings = Vec::new();
-        specs.push(PodSpec { name: "client", node, number: CLIENT, mappings, tcp: Vec::new(), udp: Vec::new() });
+        specs.push(PodSpec {
+            name: "client",
+            node,
+            number: CLIENT,
+            mappings,
+            tcp: Vec::new(),
+            udp: Vec::new(),
+            quiet: false,
+        });
     }
     specs
 }
@@ -224,6 +234,7 @@ fn raise_node(
     let ground = Ground { node: Arc::new(netns), data, tools, interface: options.interface };
     let mut pods = Vec::new();
     for spec in pod_specs(name, options.phase) {
+        let spec = PodSpec { quiet: options.quiet, ..spec };
         pods.push(Pod::start(spec, ground.clone())?);
     }
     Ok((name, ground, pods))

@@ -23,6 +23,8 @@ pub struct PodSpec {
     /// Ports that its server really listens on, TCP and UDP; no server without ports.
     pub tcp: Vec<u16>,
     pub udp: Vec<u16>,
+    /// The server logs no requests.
+    pub quiet: bool,
 }
 
 /// What a pod needs of its node.
@@ -114,6 +116,9 @@ impl Pod {
             if !list.is_empty() {
                 command.args([option, &ports(list)]);
             }
+        }
+        if self.spec.quiet {
+            command.arg("--quiet");
         }
         let server = ChildGuard::spawn(command)?;
         let ready = server.stdout.wait_for(Duration::from_secs(10), |line| (line == "ready").then_some(()));
