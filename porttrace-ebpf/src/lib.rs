@@ -140,5 +140,102 @@ pub struct Event {
     pub pad: [u8; 4],
 }
 
+/// What the kernel side knows of one tuple of a watched connection: the value of map `TRACKED`, whose key is a [`WireTuple`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Track {
+    /// As [`Event::ct_id`]; 0 until a conntrack hook has seen the connection.
+    pub ct_id: u64,
+    /// When TC last saw the tuple, `bpf_ktime_get_ns`.
+    pub last_ns: u64,
+    /// Packets and bytes of L4 payload at the interface `ifindex`.
+    pub packets: u64,
+    pub bytes: u64,
+    /// The interface that counts: the first one at which TC saw the tuple; 0: none yet.
+    pub ifindex: u32,
+    /// A `ROLE_*`.
+    pub role: u8,
+    /// [`Kind::TcIngress`] or [`Kind::TcEgress`]: on which side of the interface is counted.
+    pub side: u8,
+    /// Packets with payload that were shown to user space since the connection began (or woke up).
+    pub shown: u16,
+}
+
+/// The tuple travels in the direction that opened the connection.
+pub const ROLE_OPENING: u8 = 1;
+/// The tuple travels against it.
+pub const ROLE_REPLY: u8 = 2;
+/// The watched port is only this connection's ephemeral source port.
+pub const ROLE_IGNORED: u8 = 3;
+
+/// Bits of map `PORTS` (a byte for each port): watched for TCP, UDP, SCTP.
+pub const PORT_TCP: u8 = 1;
+pub const PORT_UDP: u8 = 2;
+pub const PORT_SCTP: u8 = 4;
+/// The server's port of some tracked tuple, so that packets of all other ports need no look-up.
+pub const PORT_TRACKED: u8 = 8;
+
+/// Indices of the per-CPU counters in map `STATS`.
+pub const STAT_EMITTED: u32 = 0;
+/// Events lost because the ring buffer was full.
+pub const STAT_LOST_RING: u32 = 1;
+/// Tuples that could not be tracked because the map refused them: their later packets go unseen.
+pub const STAT_LOST_TRACK: u32 = 2;
+pub const STAT_COUNT: u32 = 4;
+
+/// Offsets of kernel structure members, found in BTF at start, in bytes. The global `OFFSETS` of the kernel side.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offsets {
+    pub skb_dev: u32,
+    pub skb_sk: u32,
+    pub skb_refdst: u32,
+    pub skb_nfct: u32,
+    pub skb_len: u32,
+    pub skb_data_len: u32,
+    pub skb_head: u32,
+    pub skb_data: u32,
+    pub skb_network_header: u32,
+    pub skb_mark: u32,
+    pub ct_tuplehash: u32,
+    /// Size of a `struct nf_conntrack_tuple_hash`.
+    pub ct_tuplehash_size: u32,
+    pub tuplehash_tuple: u32,
+    pub ct_status: u32,
+    pub ct_net: u32,
+    /// 0: this kernel has no `nf_conn.mark`.
+    pub ct_mark: u32,
+    pub ct_ext: u32,
+    /// `NF_CT_EXT_ACCT`, an index and not an offset.
+    pub ext_acct: u32,
+    pub net_inum: u32,
+    pub dev_ifindex: u32,
+    pub dev_net: u32,
+    pub sock_net: u32,
+    pub dst_dev: u32,
+    pub state_hook: u32,
+    pub state_in: u32,
+    pub state_out: u32,
+}
+
+/// Number of words in [`Offsets`].
+pub const OFFSET_WORDS: usize = size_of::<Offsets>() / 4;
+
+impl Offsets {
+    pub const ZERO: Self = zeroed_offsets();
+
+    /// The offsets as the loader hands them over.
+    pub const fn words(self) -> [u32; OFFSET_WORDS] {
+        // SAFETY: `repr(C)`, nothing but u32.
+        unsafe { core::mem::transmute(self) }
+    }
+}
+
+const fn zeroed_offsets() -> Offsets {
+    // SAFETY: `repr(C)`, nothing but u32.
+    unsafe { core::mem::transmute([0u32; OFFSET_WORDS]) }
+}
+
 const _: () = assert!(size_of::<WireTuple>() == 40);
 const _: () = assert!(size_of::<Event>() == 208);
+const _: () = assert!(size_of::<Track>() == 40);

@@ -2,9 +2,11 @@
 
 mod attributes;
 pub mod conntrack;
+pub mod links;
 pub mod live;
 pub mod netlink;
 pub mod nftables;
+pub mod probe;
 pub mod ruleset;
 pub mod snapshot;
 pub mod sockets;

@@ -1,0 +1,178 @@
+//! Conntrack: entries of watched connections, as NETFILTER programs or kprobes see them.
+
+use crate::emit::{body, describe_packet, reserve};
+use crate::flow::is_watched;
+use crate::maps::{TRACKED, netns, offset, track};
+use crate::packet::Packet;
+use crate::skb::{
+    CONFIRMED, DST_NAT, DYING, SRC_NAT, conntrack_netns, conntrack_of, copy_tuple, describe_conntrack, id_of,
+    ifindex_of, original_ports, packet_of, peek, status_of,
+};
+use core::ffi::c_void;
+use porttrace_ebpf::{Kind, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY, WireTuple};
+
+/// `IP_CT_RELATED`.
+const RELATED: u64 = 1;
+/// `IP_CT_NEW`.
+const NEW: u64 = 2;
+/// `IP_CT_IS_REPLY`.
+const REPLY: u64 = 3;
+
+/// `struct bpf_nf_ctx`.
+#[repr(C)]
+struct NfContext {
+    state: u64,
+    skb: u64,
+}
+
+/// A NETFILTER hook. Rejects first: all packets of the node come by here.
+#[inline(always)]
+pub fn hook(ctx: *mut c_void, kind: Kind) {
+    // SAFETY: the kernel hands over a `struct bpf_nf_ctx`.
+    let NfContext { state, skb } = unsafe { ctx.cast::<NfContext>().read() };
+    let (ct, info) = conntrack_of(skb);
+    // Only the first look at a connection cares for replies: it may have begun before the probe did.
+    let first_look = matches!(kind, Kind::AfterConntrack);
+    if ct == 0 || (info >= REPLY && !first_look) {
+        return;
+    }
+    let ports = original_ports(ct);
+    if is_watched(ports.dport, ports.proto) {
+        watched(&NfContext { state, skb }, ct, info, kind);
+    } else if first_look && info == NEW && is_watched(ports.sport, ports.proto) {
+        remember(ct, ROLE_IGNORED, 0, 0);
+    }
+}
+
+/// A packet of a watched entry: worth an event when it makes the entry, opens a connection, or is the first one seen.
+#[inline(always)]
+fn watched(at: &NfContext, ct: u64, info: u64, kind: Kind) {
+    let first_look = matches!(kind, Kind::AfterConntrack);
+    let is_new = status_of(ct) & CONFIRMED == 0;
+    let Some(packet) = packet_of(at.skb) else { return };
+    // An ICMP error about the connection carries its entry too.
+    if info == RELATED || info == RELATED + REPLY {
+        return;
+    }
+    let late = !is_new && !packet.opens();
+    if late && !(first_look && is_unknown(&packet.tuple, id_of(ct))) {
+        return;
+    }
+    emit_hook(at, ct, info, kind, &packet);
+    track(&packet.tuple, if info >= REPLY { ROLE_REPLY } else { ROLE_OPENING }, id_of(ct));
+    if late {
+        remember(ct, ROLE_OPENING, 0, id_of(ct));
+        remember(ct, ROLE_REPLY, 1, id_of(ct));
+    }
+}
+
+/// `nf_nat_setup_info` begins: with `maniptype` SRC (0) the destination half is done and the tuples tell what it did.
+#[inline(always)]
+pub fn nat_setup(ct: u64, maniptype: u32) {
+    if !is_watched_here(ct) {
+        return;
+    }
+    if maniptype == 0 {
+        if status_of(ct) & DST_NAT != 0 {
+            emit_entry(Kind::NatSetup, ct, 0, 1);
+        }
+        remember(ct, ROLE_REPLY, 1, id_of(ct));
+    }
+    remember(ct, ROLE_OPENING, 0, id_of(ct));
+}
+
+/// `__nf_conntrack_confirm` begins: both halves of NAT are done.
+#[inline(always)]
+pub fn confirm(skb: u64) {
+    let (ct, info) = conntrack_of(skb);
+    if info >= REPLY || !is_watched_here(ct) {
+        return;
+    }
+    let status = status_of(ct);
+    if status & CONFIRMED != 0 {
+        return;
+    }
+    if status & SRC_NAT != 0 {
+        emit_entry(Kind::NatSetup, ct, 0, 0);
+    }
+    emit_entry(Kind::Confirmed, ct, skb, 0);
+    remember(ct, ROLE_OPENING, 0, id_of(ct));
+    remember(ct, ROLE_REPLY, 1, id_of(ct));
+}
+
+/// `nf_ct_delete` begins; it may be called for an entry that is already dying.
+#[inline(always)]
+pub fn destroy(ct: u64) {
+    if !is_watched_here(ct) || status_of(ct) & (DYING | CONFIRMED) != CONFIRMED {
+        return;
+    }
+    let Some(mut entry) = reserve(Kind::Destroyed) else { return };
+    let event = body(&mut entry);
+    describe_conntrack(event, ct, 0);
+    let extensions: u64 = peek(ct + offset!(ct_ext));
+    if extensions != 0 {
+        let place: u8 = peek(extensions + offset!(ext_acct));
+        if place != 0 {
+            // struct nf_conn_acct: packets and bytes of the original direction, then of the reply.
+            let counters: [u64; 4] = peek(extensions + u64::from(place));
+            (event.orig_bytes, event.reply_bytes) = (counters[1], counters[3]);
+        }
+    }
+    entry.submit(0);
+}
+
+/// Whether the entry is of a watched port and of this namespace.
+#[inline(always)]
+fn is_watched_here(ct: u64) -> bool {
+    if ct == 0 {
+        return false;
+    }
+    let ports = original_ports(ct);
+    is_watched(ports.dport, ports.proto) && conntrack_netns(ct) == netns()
+}
+
+/// Whether TC has not yet been told that this tuple belongs to the entry.
+#[inline(always)]
+fn is_unknown(tuple: &WireTuple, id: u64) -> bool {
+    TRACKED.get_ptr(tuple).is_none_or(|known| unsafe { (*known).ct_id } != id)
+}
+
+/// Tracks one of the entry's own tuples and its inverse. With `ROLE_IGNORED`: the watched port is only the connection's
+/// source port, and its replies must not look as if they opened one.
+#[inline(never)]
+fn remember(ct: u64, role: u8, direction: u64, id: u64) {
+    let mut tuple =
+        WireTuple { src: [0; 16], dst: [0; 16], sport: [0; 2], dport: [0; 2], proto: 0, family: 0, pad: [0; 2] };
+    copy_tuple(ct, direction, &mut tuple);
+    track(&tuple, role, id);
+}
+
+#[inline(always)]
+fn emit_hook(at: &NfContext, ct: u64, info: u64, kind: Kind, packet: &Packet) {
+    let NfContext { state, skb } = *at;
+    let Some(mut entry) = reserve(kind) else { return };
+    let event = body(&mut entry);
+    describe_packet(event, packet);
+    describe_conntrack(event, ct, info);
+    event.mark = peek(skb + offset!(skb_mark));
+    event.hook = peek(state + offset!(state_hook));
+    event.ifindex = ifindex_of(peek(state + offset!(state_in)));
+    event.out_ifindex = ifindex_of(peek(state + offset!(state_out)));
+    entry.submit(0);
+}
+
+/// An event of a kprobe; `skb` is 0 where the function has none.
+#[inline(always)]
+fn emit_entry(kind: Kind, ct: u64, skb: u64, reason: u32) {
+    let Some(mut entry) = reserve(kind) else { return };
+    let event = body(&mut entry);
+    describe_conntrack(event, ct, 0);
+    event.reason = reason;
+    if skb != 0 {
+        if let Some(packet) = packet_of(skb) {
+            describe_packet(event, &packet);
+        }
+        event.mark = peek(skb + offset!(skb_mark));
+    }
+    entry.submit(0);
+}

@@ -1,0 +1,63 @@
+//! Drops and resets. The tracepoints fire for the whole kernel: only packets of this namespace count.
+
+use crate::emit::{body, describe_packet, reserve};
+use crate::flow::is_watched;
+use crate::maps::{TRACKED, netns, offset, port_bits, reset_has_reason};
+use crate::packet::Packet;
+use crate::skb::{conntrack_of, describe_conntrack, packet_of, peek, place_of};
+use aya_ebpf::programs::BtfTracePointContext;
+use porttrace_ebpf::{CT_REPLY, Kind, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY};
+
+#[inline(always)]
+pub fn dropped(skb: u64, reason: u32) {
+    report(Kind::Dropped, skb, reason);
+}
+
+#[inline(always)]
+pub fn reset_sent(ctx: &BtfTracePointContext) {
+    let reason = if reset_has_reason() { ctx.arg(2) } else { 0 };
+    report(Kind::ResetSent, ctx.arg(1), reason);
+}
+
+#[inline(always)]
+fn report(kind: Kind, skb: u64, reason: u32) {
+    if skb == 0 {
+        return;
+    }
+    let (place, ifindex) = place_of(skb);
+    if place != netns() {
+        return;
+    }
+    let Some(packet) = packet_of(skb) else { return };
+    let role = role_of(&packet);
+    if role == ROLE_IGNORED {
+        return;
+    }
+    let (ct, info) = conntrack_of(skb);
+    let Some(mut entry) = reserve(kind) else { return };
+    let event = body(&mut entry);
+    describe_packet(event, &packet);
+    if ct != 0 {
+        describe_conntrack(event, ct, info);
+    }
+    if role == ROLE_REPLY {
+        event.flags |= CT_REPLY;
+    }
+    event.ifindex = ifindex;
+    event.mark = peek(skb + offset!(skb_mark));
+    event.reason = reason;
+    entry.submit(0);
+}
+
+/// Role of a watched packet, `ROLE_IGNORED` for all others.
+#[inline(always)]
+fn role_of(packet: &Packet) -> u8 {
+    if port_bits(packet.tuple.dport) | port_bits(packet.tuple.sport) == 0 {
+        return ROLE_IGNORED;
+    }
+    match TRACKED.get_ptr(&packet.tuple) {
+        Some(known) => unsafe { (*known).role },
+        None if packet.opens() && is_watched(packet.tuple.dport, packet.tuple.proto) => ROLE_OPENING,
+        None => ROLE_IGNORED,
+    }
+}

@@ -1,0 +1,47 @@
+//! Ring-buffer records.
+
+use crate::maps::{EVENTS, count, netns};
+use crate::packet::Packet;
+use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
+use aya_ebpf::maps::ring_buf::RingBufEntry;
+use porttrace_ebpf::{Event, HAS_PACKET, Kind, STAT_EMITTED, STAT_LOST_RING, WIRE_VERSION};
+
+/// A zeroed record with kind, time and namespace set; what does not fit is counted.
+#[inline(always)]
+pub fn reserve(kind: Kind) -> Option<RingBufEntry<Event>> {
+    let Some(mut entry) = EVENTS.reserve::<Event>(0) else {
+        count(STAT_LOST_RING);
+        return None;
+    };
+    count(STAT_EMITTED);
+    let words = entry.as_mut_ptr().cast::<u64>();
+    for index in 0..size_of::<Event>() / 8 {
+        unsafe { words.add(index).write(0) };
+    }
+    let event = body(&mut entry);
+    event.time_ns = unsafe { bpf_ktime_get_ns() };
+    event.kind = kind as u8;
+    event.version = WIRE_VERSION;
+    event.netns = netns();
+    Some(entry)
+}
+
+#[inline(always)]
+pub fn body(entry: &mut RingBufEntry<Event>) -> &mut Event {
+    // SAFETY: `reserve` zeroed it and all-zero is a value of every field.
+    unsafe { entry.assume_init_mut() }
+}
+
+#[inline(always)]
+pub fn describe_packet(event: &mut Event, packet: &Packet) {
+    event.packet = packet.tuple;
+    event.flags |= HAS_PACKET;
+    event.length = packet.length;
+    event.payload = packet.payload;
+    event.tcp_seq = packet.seq;
+    event.tcp_ack = packet.ack;
+    event.l4_flags = packet.l4_flags;
+    event.ttl = packet.ttl;
+    event.icmp_type = packet.icmp_type;
+    event.icmp_code = packet.icmp_code;
+}

@@ -1,0 +1,212 @@
+//! TC: which packets belong to a watched connection, and which of those are worth an event.
+
+use crate::emit::{body, describe_packet, reserve};
+use crate::maps::{TRACKED, port_bits, track};
+use crate::packet::{Bytes, ICMP, ICMPV6, Packet, SCTP, TCP, UDP, inverted, parse};
+use aya_ebpf::EbpfContext;
+use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
+use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_skb_load_bytes_relative};
+use aya_ebpf::programs::TcContext;
+use aya_log_ebpf::debug;
+use porttrace_ebpf::{
+    CT_REPLY, Kind, PORT_SCTP, PORT_TCP, PORT_UDP, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY, Track, WireTuple,
+};
+
+/// Packets with payload shown for each tuple; later ones are only counted.
+const SHOWN: u16 = 8;
+/// A datagram flow that was silent for so long is shown anew.
+const IDLE_NS: u64 = 10_000_000_000;
+
+/// Ethernet protocols as they stand in `__sk_buff.protocol`.
+const IPV4: u32 = 0x0800u16.to_be() as u32;
+const IPV6: u32 = 0x86ddu16.to_be() as u32;
+const VLAN: u32 = 0x8100u16.to_be() as u32;
+const QINQ: u32 = 0x88a8u16.to_be() as u32;
+
+struct FromNetwork {
+    skb: *const core::ffi::c_void,
+}
+
+impl Bytes for FromNetwork {
+    #[inline(always)]
+    fn read(&self, offset: u32, to: *mut u8, len: u32) -> bool {
+        // Relative to the network header: devices with and without Ethernet header look alike.
+        unsafe { bpf_skb_load_bytes_relative(self.skb, offset, to.cast(), len, BPF_HDR_START_NET as u32) == 0 }
+    }
+}
+
+/// A packet at an interface.
+#[inline(always)]
+pub fn sighting(ctx: &TcContext, side: Kind) {
+    let bytes = FromNetwork { skb: ctx.as_ptr() };
+    let Some(base) = ip_header(ctx, &bytes, side) else { return };
+    let Some(packet) = parse(&bytes, base, false) else { return };
+    match packet.tuple.proto {
+        ICMP | ICMPV6 => icmp(ctx, &bytes, &packet, side),
+        _ => flow(ctx, &packet, side),
+    }
+}
+
+/// Whether a connection to this port is watched.
+#[inline(always)]
+pub fn is_watched(port: [u8; 2], proto: u8) -> bool {
+    let bit = match proto {
+        TCP => PORT_TCP,
+        UDP => PORT_UDP,
+        SCTP => PORT_SCTP,
+        _ => 0,
+    };
+    port_bits(port) & bit != 0
+}
+
+/// Where the IP header begins, counted from the kernel's network header.
+#[inline(always)]
+fn ip_header(ctx: &TcContext, bytes: &FromNetwork, side: Kind) -> Option<u32> {
+    match ctx.skb.protocol() {
+        IPV4 | IPV6 => Some(0),
+        // Tags in the packet: at egress the network header is already behind them. At ingress the kernel took the outer
+        // tag off (`skb_vlan_untag`); an inner one is 4 bytes.
+        VLAN | QINQ if matches!(side, Kind::TcEgress) => Some(0),
+        VLAN | QINQ => {
+            let ethertype: [u8; 2] = crate::packet::read(bytes, 2)?;
+            matches!(u16::from_be_bytes(ethertype), 0x0800 | 0x86dd).then_some(4)
+        }
+        _ => None,
+    }
+}
+
+#[inline(always)]
+fn flow(ctx: &TcContext, packet: &Packet, side: Kind) {
+    if port_bits(packet.tuple.dport) | port_bits(packet.tuple.sport) == 0 {
+        return;
+    }
+    let opens = packet.opens() && is_watched(packet.tuple.dport, packet.tuple.proto);
+    let known = TRACKED.get_ptr_mut(&packet.tuple);
+    let begins = match known {
+        Some(known) => opens && unsafe { (*known).role } != ROLE_OPENING,
+        None => opens || packet.tuple.proto == UDP && is_watched(packet.tuple.dport, UDP),
+    };
+    if begins {
+        track(&packet.tuple, ROLE_OPENING, 0);
+        debug!(ctx, "tracking proto {} port {}", packet.tuple.proto, u16::from_be_bytes(packet.tuple.dport));
+    }
+    let Some(known) = TRACKED.get_ptr_mut(&packet.tuple) else { return };
+    let known = unsafe { &mut *known };
+    if known.role == ROLE_IGNORED {
+        return;
+    }
+    let ifindex = unsafe { (*ctx.skb.skb).ifindex };
+    if opens {
+        restart(known, &packet.tuple, ifindex, side);
+    }
+    count_packet(known, packet, ifindex, side);
+    if is_shown(known, packet) {
+        show(ctx, packet, known, side);
+    }
+}
+
+/// A SYN at the interface that counts: a new connection, maybe with a port used before.
+#[inline(always)]
+fn restart(known: &mut Track, tuple: &WireTuple, ifindex: u32, side: Kind) {
+    if known.ifindex != ifindex || known.side != side as u8 {
+        return;
+    }
+    (known.packets, known.bytes, known.shown) = (0, 0, 0);
+    if let Some(reply) = TRACKED.get_ptr_mut(inverted(tuple)) {
+        let reply = unsafe { &mut *reply };
+        (reply.packets, reply.bytes, reply.shown) = (0, 0, 0);
+    }
+}
+
+#[inline(always)]
+fn count_packet(known: &mut Track, packet: &Packet, ifindex: u32, side: Kind) {
+    let now = unsafe { bpf_ktime_get_ns() };
+    if packet.tuple.proto == UDP && now.wrapping_sub(known.last_ns) > IDLE_NS {
+        known.shown = 0;
+    }
+    known.last_ns = now;
+    if known.ifindex == 0 {
+        known.ifindex = ifindex;
+        known.side = side as u8;
+    }
+    if known.ifindex == ifindex && known.side == side as u8 {
+        add(&mut known.packets, 1);
+        add(&mut known.bytes, u64::from(packet.payload));
+    }
+}
+
+/// Adds atomically: the packets of one flow may be on several CPUs at once.
+#[inline(always)]
+fn add(counter: &mut u64, amount: u64) {
+    // SAFETY: one aligned word of a map value. core has no fetch_add for this target.
+    unsafe { core::arch::asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) counter, in(reg) amount) };
+}
+
+#[inline(always)]
+fn is_shown(known: &mut Track, packet: &Packet) -> bool {
+    if packet.is_milestone() {
+        return true;
+    }
+    if (packet.payload == 0 && packet.tuple.proto != UDP) || known.shown >= SHOWN {
+        return false;
+    }
+    known.shown += 1;
+    true
+}
+
+#[inline(always)]
+fn show(ctx: &TcContext, packet: &Packet, known: &Track, side: Kind) {
+    let back = TRACKED.get_ptr(inverted(&packet.tuple)).map_or(0, |back| unsafe { (*back).bytes });
+    let Some(mut entry) = reserve(side) else { return };
+    let event = body(&mut entry);
+    describe_packet(event, packet);
+    let skb = unsafe { &*ctx.skb.skb };
+    event.ifindex = skb.ifindex;
+    event.mark = skb.mark;
+    event.ct_id = known.ct_id;
+    if known.role == ROLE_REPLY {
+        event.flags |= CT_REPLY;
+        (event.orig_bytes, event.reply_bytes) = (back, known.bytes);
+    } else {
+        (event.orig_bytes, event.reply_bytes) = (known.bytes, back);
+    }
+    entry.submit(0);
+}
+
+/// ICMP errors quote the packet that they are about: is that one of ours?
+#[inline(always)]
+fn icmp(ctx: &TcContext, bytes: &FromNetwork, outer: &Packet, side: Kind) {
+    let is_error = match outer.tuple.proto {
+        ICMP => matches!(outer.icmp_type, 3 | 4 | 11 | 12),
+        _ => matches!(outer.icmp_type, 1..=4),
+    };
+    if !is_error {
+        return;
+    }
+    let Some(inner) = parse(bytes, outer.l4 + 8, true) else { return };
+    if port_bits(inner.tuple.dport) | port_bits(inner.tuple.sport) == 0 {
+        return;
+    }
+    let Some(known) = TRACKED.get_ptr(&inner.tuple) else { return };
+    let role = unsafe { (*known).role };
+    if role == ROLE_IGNORED {
+        return;
+    }
+    let Some(mut entry) = reserve(Kind::IcmpError) else { return };
+    let event = body(&mut entry);
+    describe_packet(event, &inner);
+    let skb = unsafe { &*ctx.skb.skb };
+    if matches!(side, Kind::TcIngress) {
+        event.ifindex = skb.ifindex;
+    } else {
+        event.out_ifindex = skb.ifindex;
+    }
+    event.original = outer.tuple;
+    (event.icmp_type, event.icmp_code) = (outer.icmp_type, outer.icmp_code);
+    (event.mark, event.length, event.ttl) = (skb.mark, outer.length, outer.ttl);
+    event.ct_id = unsafe { (*known).ct_id };
+    if role == ROLE_REPLY {
+        event.flags |= CT_REPLY;
+    }
+    entry.submit(0);
+}

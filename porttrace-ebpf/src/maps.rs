@@ -1,0 +1,116 @@
+//! Maps and load-time constants.
+
+use crate::packet::inverted;
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::{Array, LruHashMap, PerCpuArray, RingBuf};
+use porttrace_ebpf::{Offsets, ROLE_OPENING, ROLE_REPLY, STAT_COUNT, STAT_LOST_TRACK, Track, WireTuple};
+
+/// Events to user space; the loader sets the size.
+#[map]
+pub static EVENTS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
+
+/// Tuples of watched connections; the loader sets the size.
+#[map]
+pub static TRACKED: LruHashMap<WireTuple, Track> = LruHashMap::with_max_entries(65_536, 0);
+
+/// `PORT_*` bits for each port.
+#[map]
+static PORTS: Array<[u8; 65_536]> = Array::with_max_entries(1, 0);
+
+#[map]
+static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(STAT_COUNT, 0);
+
+#[unsafe(no_mangle)]
+static OFFSETS: Offsets = Offsets::ZERO;
+
+/// Inode number of the network namespace that is watched.
+#[unsafe(no_mangle)]
+static NETNS: u32 = 0;
+
+/// 1 where the tracepoint `tcp_send_reset` has a third argument, the reason (Linux 6.11).
+#[unsafe(no_mangle)]
+static RESET_HAS_REASON: u32 = 0;
+
+/// The offset of one member, a constant to the verifier because the section is frozen before programs are loaded.
+macro_rules! offset {
+    ($member:ident) => {
+        u64::from($crate::maps::load(unsafe { &raw const (*$crate::maps::offsets()).$member }))
+    };
+}
+pub(crate) use offset;
+
+#[inline(always)]
+pub fn offsets() -> *const Offsets {
+    &raw const OFFSETS
+}
+
+/// Volatile, so that the compiler does not fold the value that the loader replaces.
+#[inline(always)]
+pub fn load(word: *const u32) -> u32 {
+    unsafe { core::ptr::read_volatile(word) }
+}
+
+#[inline(always)]
+pub fn netns() -> u32 {
+    load(&raw const NETNS)
+}
+
+#[inline(always)]
+pub fn reset_has_reason() -> bool {
+    load(&raw const RESET_HAS_REASON) != 0
+}
+
+#[inline(always)]
+pub fn port_bits(port: [u8; 2]) -> u8 {
+    match PORTS.get_ptr(0) {
+        Some(ports) => unsafe { *ports.cast::<u8>().add(usize::from(u16::from_be_bytes(port))) },
+        None => 0,
+    }
+}
+
+/// Sets [`porttrace_ebpf::PORT_TRACKED`]; it is never cleared, a stale bit costs one look-up a packet.
+#[inline(always)]
+pub fn mark_port(port: [u8; 2]) {
+    if let Some(ports) = PORTS.get_ptr_mut(0) {
+        let byte = unsafe { ports.cast::<u8>().add(usize::from(u16::from_be_bytes(port))) };
+        unsafe { *byte |= porttrace_ebpf::PORT_TRACKED };
+    }
+}
+
+#[inline(always)]
+pub fn count(stat: u32) {
+    if let Some(counter) = STATS.get_ptr_mut(stat) {
+        unsafe { *counter += 1 };
+    }
+}
+
+/// Remembers that `key` and its inverse belong to a watched connection, `key` with `role` (or, with `ROLE_IGNORED`, do
+/// not). A function of its own: inlined, its copies would not fit on a program's 512 bytes of stack.
+#[inline(never)]
+pub fn track(key: &WireTuple, role: u8, ct_id: u64) {
+    track_one(key, role, ct_id);
+    let back = match role {
+        ROLE_OPENING => ROLE_REPLY,
+        ROLE_REPLY => ROLE_OPENING,
+        other => other,
+    };
+    track_one(&inverted(key), back, ct_id);
+}
+
+#[inline(never)]
+fn track_one(key: &WireTuple, role: u8, ct_id: u64) {
+    if let Some(known) = TRACKED.get_ptr_mut(key) {
+        unsafe {
+            (*known).role = role;
+            if ct_id != 0 {
+                (*known).ct_id = ct_id;
+            }
+        }
+        return;
+    }
+    mark_port(if role == ROLE_REPLY { key.sport } else { key.dport });
+    let fresh = Track { ct_id, last_ns: 0, packets: 0, bytes: 0, ifindex: 0, role, side: 0, shown: 0 };
+    if TRACKED.insert(key, fresh, 0).is_err() {
+        count(STAT_LOST_TRACK);
+    }
+}

@@ -1,0 +1,234 @@
+//! Headers: from bytes to a tuple and what the log shows of a packet. Bounded, IPv4 and IPv6.
+
+use porttrace_ebpf::WireTuple;
+
+pub const TCP: u8 = 6;
+pub const UDP: u8 = 17;
+pub const SCTP: u8 = 132;
+pub const ICMP: u8 = 1;
+pub const ICMPV6: u8 = 58;
+
+const FIN: u8 = 1;
+const SYN: u8 = 2;
+const RST: u8 = 4;
+const ACK: u8 = 16;
+
+/// Extension headers that are followed before a packet counts as unreadable.
+const EXTENSION_HEADERS: u32 = 6;
+/// An answer of `skip_extensions`: protocol 59, "no next header".
+const NO_HEADER: u64 = 59;
+
+/// Where header bytes come from; offsets count from the network header.
+pub trait Bytes {
+    /// Fills `to` (`len` bytes); `false` when the packet has no such bytes.
+    fn read(&self, offset: u32, to: *mut u8, len: u32) -> bool;
+}
+
+#[inline(always)]
+pub fn read<T, B: Bytes>(bytes: &B, offset: u32) -> Option<T> {
+    let mut value = core::mem::MaybeUninit::<T>::uninit();
+    bytes.read(offset, value.as_mut_ptr().cast(), size_of::<T>() as u32).then(|| unsafe { value.assume_init() })
+}
+
+/// A packet with ports, or an ICMP message.
+pub struct Packet {
+    pub tuple: WireTuple,
+    pub length: u32,
+    pub payload: u32,
+    pub seq: u32,
+    pub ack: u32,
+    /// Offset of the L4 header from the network header.
+    pub l4: u32,
+    pub l4_flags: u8,
+    pub ttl: u8,
+    pub icmp_type: u8,
+    pub icmp_code: u8,
+}
+
+impl Packet {
+    /// The packet that opens a connection, whatever came before: SYN without ACK, SCTP INIT.
+    #[inline(always)]
+    pub fn opens(&self) -> bool {
+        match self.tuple.proto {
+            TCP => self.l4_flags & (SYN | ACK) == SYN,
+            SCTP => self.l4_flags == 1,
+            _ => false,
+        }
+    }
+
+    /// A packet that changes a connection's state and is always shown.
+    #[inline(always)]
+    pub fn is_milestone(&self) -> bool {
+        match self.tuple.proto {
+            TCP => self.l4_flags & (SYN | FIN | RST) != 0,
+            // Everything but DATA, SACK and heartbeats.
+            SCTP => !matches!(self.l4_flags, 0 | 3 | 4 | 5),
+            _ => false,
+        }
+    }
+}
+
+#[inline(always)]
+pub fn inverted(tuple: &WireTuple) -> WireTuple {
+    WireTuple {
+        src: tuple.dst,
+        dst: tuple.src,
+        sport: tuple.dport,
+        dport: tuple.sport,
+        proto: tuple.proto,
+        family: tuple.family,
+        pad: [0; 2],
+    }
+}
+
+/// The IP header's part of a packet: addresses, protocol, where L4 begins.
+struct Network {
+    tuple: WireTuple,
+    length: u32,
+    l4: u32,
+    ttl: u8,
+}
+
+/// Reads the packet whose network header is at `base`; `None` for anything without ports or ICMP type: other protocols,
+/// non-first fragments, truncated headers. `lenient`: a quoted packet, of which only 8 bytes of L4 are there for sure.
+#[inline(always)]
+pub fn parse<B: Bytes>(bytes: &B, base: u32, lenient: bool) -> Option<Packet> {
+    let first: u8 = read(bytes, base)?;
+    let network = match first >> 4 {
+        4 => ipv4(bytes, base)?,
+        6 => ipv6(bytes, base)?,
+        _ => return None,
+    };
+    transport(bytes, network, base, lenient)
+}
+
+#[inline(always)]
+fn ipv4<B: Bytes>(bytes: &B, base: u32) -> Option<Network> {
+    let header: [u32; 5] = read(bytes, base)?;
+    let word0 = header[0].to_ne_bytes();
+    let fragment = header[1].to_ne_bytes();
+    if u16::from_be_bytes([fragment[2] & 0x1f, fragment[3]]) != 0 {
+        return None;
+    }
+    let ttl_proto = header[2].to_ne_bytes();
+    let ihl = u32::from(word0[0] & 15) * 4;
+    if ihl < 20 {
+        return None;
+    }
+    let mut src = [0u8; 16];
+    let mut dst = [0u8; 16];
+    let (s, d) = (header[3].to_ne_bytes(), header[4].to_ne_bytes());
+    src[..4].copy_from_slice(&s);
+    dst[..4].copy_from_slice(&d);
+    Some(Network {
+        tuple: WireTuple { src, dst, sport: [0; 2], dport: [0; 2], proto: ttl_proto[1], family: 4, pad: [0; 2] },
+        length: u32::from(u16::from_be_bytes([word0[2], word0[3]])),
+        l4: base + ihl,
+        ttl: ttl_proto[0],
+    })
+}
+
+#[inline(always)]
+fn ipv6<B: Bytes>(bytes: &B, base: u32) -> Option<Network> {
+    let header: [u8; 8] = read(bytes, base)?;
+    let addresses: [[u8; 16]; 2] = read(bytes, base + 8)?;
+    let (next, l4) = match header[6] {
+        next @ (TCP | UDP | SCTP | ICMPV6) => (next, base + 40),
+        next => {
+            let found = skip_extensions(bytes, next, base + 40);
+            (found as u8, (found >> 8) as u32)
+        }
+    };
+    Some(Network {
+        tuple: WireTuple {
+            src: addresses[0],
+            dst: addresses[1],
+            sport: [0; 2],
+            dport: [0; 2],
+            proto: next,
+            family: 6,
+            pad: [0; 2],
+        },
+        length: u32::from(u16::from_be_bytes([header[4], header[5]])) + 40,
+        l4,
+        ttl: header[7],
+    })
+}
+
+/// Follows extension headers from `l4` on: protocol in the low byte of the answer, its offset above. One number, so that
+/// the verifier does not walk the rest of the program once for every chain of headers.
+#[inline(never)]
+fn skip_extensions<B: Bytes>(bytes: &B, mut next: u8, mut l4: u32) -> u64 {
+    for _ in 0..EXTENSION_HEADERS {
+        if !matches!(next, 0 | 43 | 44 | 51 | 60) {
+            break;
+        }
+        // Next header, length, and of a fragment header the offset.
+        let Some(extension) = read::<[u8; 4], B>(bytes, l4) else { return NO_HEADER };
+        l4 += match next {
+            // The fragment header has no length; only a first fragment has the ports.
+            44 if u16::from_be_bytes([extension[2], extension[3]]) & 0xfff8 != 0 => return NO_HEADER,
+            44 => 8,
+            // The authentication header counts in 4 bytes minus 2, the others in 8 bytes beyond the first 8.
+            51 => (u32::from(extension[1]) + 2) * 4,
+            _ => (u32::from(extension[1]) + 1) * 8,
+        };
+        next = extension[0];
+    }
+    u64::from(l4) << 8 | u64::from(next)
+}
+
+#[inline(always)]
+fn transport<B: Bytes>(bytes: &B, network: Network, base: u32, lenient: bool) -> Option<Packet> {
+    let mut packet = Packet {
+        tuple: network.tuple,
+        length: network.length,
+        payload: 0,
+        seq: 0,
+        ack: 0,
+        l4: network.l4,
+        l4_flags: 0,
+        ttl: network.ttl,
+        icmp_type: 0,
+        icmp_code: 0,
+    };
+    let head: [[u8; 2]; 4] = read(bytes, network.l4)?;
+    let header_length = match packet.tuple.proto {
+        TCP | UDP | SCTP => {
+            packet.tuple.sport = head[0];
+            packet.tuple.dport = head[1];
+            l4_details(bytes, &mut packet, head, lenient)?
+        }
+        ICMP | ICMPV6 => {
+            [packet.icmp_type, packet.icmp_code] = head[0];
+            packet.tuple.sport = head[2];
+            packet.tuple.dport = head[0];
+            8
+        }
+        _ => return None,
+    };
+    packet.payload = network.length.saturating_sub(network.l4 - base + header_length);
+    Some(packet)
+}
+
+/// Fills in what the protocol has beyond ports and returns the length of its header.
+#[inline(always)]
+fn l4_details<B: Bytes>(bytes: &B, packet: &mut Packet, head: [[u8; 2]; 4], lenient: bool) -> Option<u32> {
+    match packet.tuple.proto {
+        TCP => {
+            packet.seq = u32::from_be_bytes([head[2][0], head[2][1], head[3][0], head[3][1]]);
+            if lenient {
+                return Some(20);
+            }
+            let rest: [u8; 6] = read(bytes, packet.l4 + 8)?;
+            packet.ack = u32::from_be_bytes([rest[0], rest[1], rest[2], rest[3]]);
+            packet.l4_flags = rest[5];
+            Some(u32::from(rest[4] >> 4) * 4)
+        }
+        SCTP => {
+            packet.l4_flags = if lenient { 0 } else { read(bytes, packet.l4 + 12)? };
+            Some(12)
+        }
+        _ => Some(8),
+    }
+}

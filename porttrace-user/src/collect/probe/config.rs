@@ -1,0 +1,161 @@
+//! What to watch, what runs, what went wrong, what was lost.
+
+use super::TcMode;
+use crate::collect::links::LinkError;
+use crate::core::model::event::DecodeError;
+use porttrace_ebpf as wire;
+use std::time::Duration;
+use std::{fmt, io};
+use thiserror::Error;
+
+/// Default size of the ring buffer: some 38,000 events.
+const RING_BYTES: u32 = 8 << 20;
+/// Default number of tuples that the kernel side remembers.
+const TRACKED: u32 = 65_536;
+
+/// Which conntrack hooks to use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Backend {
+    /// NETFILTER programs where they load, else kprobes, else none.
+    #[default]
+    Auto,
+    Netfilter,
+    Kprobe,
+    /// TC alone: rewrites are not observed.
+    TcOnly,
+}
+
+/// The conntrack hooks that run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConntrackBackend {
+    Netfilter,
+    Kprobe,
+    None,
+}
+
+impl fmt::Display for ConntrackBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Netfilter => "NETFILTER programs",
+            Self::Kprobe => "kprobes",
+            Self::None => "none",
+        })
+    }
+}
+
+/// The protocols whose ports are watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Protos {
+    pub tcp: bool,
+    pub udp: bool,
+    pub sctp: bool,
+}
+
+impl Protos {
+    pub const ALL: Self = Self { tcp: true, udp: true, sctp: true };
+
+    pub(super) const fn bits(self) -> u8 {
+        let mut bits = 0;
+        if self.tcp {
+            bits |= wire::PORT_TCP;
+        }
+        if self.udp {
+            bits |= wire::PORT_UDP;
+        }
+        if self.sctp {
+            bits |= wire::PORT_SCTP;
+        }
+        bits
+    }
+}
+
+/// What to watch, and how.
+#[derive(Clone, Debug)]
+pub struct ProbeConfig {
+    /// Destination ports of the connections to watch, as the opener addresses them.
+    pub ports: Vec<u16>,
+    pub protos: Protos,
+    pub backend: Backend,
+    /// Size of the ring buffer; raised to a power of two of pages.
+    pub ring_bytes: u32,
+    /// Tuples that the kernel side remembers at once (four to six a connection; the least recently seen goes first).
+    pub tracked: u32,
+    /// The kernel side's own log lines, for debugging; see [`Probe::kernel_log`].
+    pub kernel_log: bool,
+}
+
+impl ProbeConfig {
+    pub fn new(ports: impl IntoIterator<Item = u16>) -> Self {
+        Self {
+            ports: ports.into_iter().collect(),
+            protos: Protos::ALL,
+            backend: Backend::Auto,
+            ring_bytes: RING_BYTES,
+            tracked: TRACKED,
+            kernel_log: false,
+        }
+    }
+}
+
+/// What runs, and what is missing.
+#[derive(Clone, Debug)]
+pub struct ProbeInfo {
+    pub conntrack_backend: ConntrackBackend,
+    pub tc: TcMode,
+    /// Network namespace inode number.
+    pub netns: u32,
+    /// Interfaces with TC programs at start.
+    pub interfaces: usize,
+    /// `tp_btf/kfree_skb` runs: drops are seen.
+    pub drops: bool,
+    /// `tp_btf/tcp_send_reset` runs.
+    pub resets: bool,
+    /// From the call of [`Probe::start`] until it was ready.
+    pub start_time: Duration,
+    /// Of that, attaching to interfaces and hooks.
+    pub attach_time: Duration,
+    /// Each a sentence: what is lost, and why.
+    pub degradations: Vec<String>,
+}
+
+#[derive(Debug, Error)]
+pub enum ProbeError {
+    #[error("the probe needs {missing}, which this process does not have: run porttrace with sudo")]
+    Rights { missing: String },
+    #[error("no port to watch")]
+    NoPort,
+    #[error("cannot load {what}: {why}")]
+    Load { what: String, why: String },
+    #[error("--conntrack-backend {backend} cannot run here: {why}")]
+    Backend { backend: &'static str, why: String },
+    #[error("cannot attach to interface {name}: {error}")]
+    Attach { name: String, error: io::Error },
+    #[error(transparent)]
+    Links(#[from] LinkError),
+    #[error("an event from the kernel: {0}")]
+    Decode(#[from] DecodeError),
+    #[error("{what}: {error}")]
+    Io { what: &'static str, error: io::Error },
+}
+
+/// Counts of what did not reach user space, since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lost {
+    /// Events for which the ring buffer had no room.
+    pub ring_full: u64,
+    /// Tuples that the kernel side could not remember.
+    pub track_full: u64,
+}
+
+impl Lost {
+    pub const fn total(self) -> u64 {
+        self.ring_full + self.track_full
+    }
+}
+
+/// Packets and payload bytes of one tuple, counted at the first interface that saw it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    pub packets: u64,
+    pub bytes: u64,
+}

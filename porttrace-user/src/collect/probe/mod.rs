@@ -1,0 +1,280 @@
+//! The eBPF probe: what the kernel really does with the packets of the watched ports, as events.
+//!
+//! All of aya stays in this folder. A [`Probe`] belongs to the network namespace of the thread that starts it; everything
+//! that it attaches vanishes with it.
+
+mod attach;
+mod btf;
+mod config;
+mod object;
+mod offsets;
+mod rights;
+mod sys;
+mod tc;
+
+pub use config::{Backend, ConntrackBackend, Counted, Lost, ProbeConfig, ProbeError, ProbeInfo, Protos};
+pub use tc::TcMode;
+
+use super::links::{LinkChange, LinkWatcher};
+use crate::core::model::event::{DecodeError, Event};
+use crate::core::model::flow::{Proto, Tuple};
+use attach::{attach_conntrack, attach_interface, attach_tracepoints, watch_ports};
+use aya::maps::{HashMap, MapData, PerCpuArray, RingBuf};
+use object::{Kernel, chain};
+use offsets::{KernelTypes, kernel_types};
+use porttrace_ebpf::{self as wire, Kind, Track, WireTuple};
+use std::collections::BTreeMap;
+use std::io;
+use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt;
+use std::time::Instant;
+use tc::Attachments;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Events handed out by one call of [`Probe::read`], at most.
+const BATCH: usize = 4096;
+
+/// The running probe; dropping it detaches everything.
+pub struct Probe {
+    info: ProbeInfo,
+    ring: AsyncFd<RingBuf<MapData>>,
+    stats: PerCpuArray<MapData, u64>,
+    tracked: HashMap<MapData, TrackKey, TrackValue>,
+    links: LinkWatcher,
+    attachments: Attachments,
+    changes: Vec<LinkChange>,
+    kernel: Kernel,
+    clock_offset_ns: i64,
+}
+
+impl Probe {
+    /// Loads and attaches everything in the network namespace of the calling thread. Needs a tokio runtime with I/O
+    /// (for the readiness of its descriptors); does not spawn.
+    pub fn start(config: &ProbeConfig) -> Result<Self, ProbeError> {
+        let began = Instant::now();
+        if config.ports.is_empty() {
+            return Err(ProbeError::NoPort);
+        }
+        rights::check()?;
+        let mut degradations = Vec::new();
+        let types = kernel_types().map_err(|error| chain(&error));
+        let netns = own_netns()?;
+        let empty = KernelTypes::default();
+        let known = types.as_ref().unwrap_or(&empty);
+        let mut kernel = Kernel::load(known, netns, config.ring_bytes, config.tracked, config.kernel_log)?;
+        watch_ports(&mut kernel, config)?;
+        kernel.load_classifier("tc_ingress")?;
+        kernel.load_classifier("tc_egress")?;
+        let attaching = Instant::now();
+        let without_types = types.as_ref().err().map(String::as_str);
+        let conntrack_backend = attach_conntrack(&mut kernel, config.backend, without_types, &mut degradations)?;
+        let (drops, resets) = attach_tracepoints(&mut kernel, without_types, &mut degradations);
+        let links = LinkWatcher::new()?;
+        let mut attachments = Attachments::new();
+        for (index, name) in links.present() {
+            attach_interface(&kernel, &mut attachments, *index, name)?;
+        }
+        let info = ProbeInfo {
+            conntrack_backend,
+            tc: TcMode::Tcx,
+            netns,
+            interfaces: attachments.indices().count(),
+            drops,
+            resets,
+            start_time: began.elapsed(),
+            attach_time: attaching.elapsed(),
+            degradations,
+        };
+        Self::assemble(kernel, info, links, attachments)
+    }
+
+    pub const fn info(&self) -> &ProbeInfo {
+        &self.info
+    }
+
+    /// Waits until there are events (or an interface came or went, which is taken care of here), appends up to some thousand
+    /// to `out` and returns how many; may be 0. Safe to cancel.
+    pub async fn read(&mut self, out: &mut Vec<Event>) -> Result<usize, ProbeError> {
+        tokio::select! {
+            biased;
+            changes = self.links.changed() => {
+                let changes = changes?;
+                self.follow(&changes)?;
+                self.changes.extend(changes);
+                Ok(0)
+            }
+            guard = self.ring.readable_mut() => {
+                let mut guard = guard.map_err(|error| ProbeError::Io { what: "waiting for events", error })?;
+                let before = out.len();
+                if drain(guard.get_inner_mut(), out)? {
+                    guard.clear_ready();
+                }
+                Ok(out.len() - before)
+            }
+        }
+    }
+
+    /// What is in the ring buffer now, without waiting; for the last look before the end.
+    pub fn read_now(&mut self, out: &mut Vec<Event>) -> Result<usize, ProbeError> {
+        let before = out.len();
+        while !drain(self.ring.get_mut(), out)? {}
+        Ok(out.len() - before)
+    }
+
+    /// Interfaces that came, went or changed their name since the last call.
+    pub fn link_changes(&mut self) -> Vec<LinkChange> {
+        std::mem::take(&mut self.changes)
+    }
+
+    /// Name of an interface that is or was there.
+    pub fn interface_name(&self, index: u32) -> Option<&str> {
+        self.links.names().get(&index).map(String::as_str)
+    }
+
+    /// Names by index of all interfaces that are or were there.
+    pub const fn interface_names(&self) -> &BTreeMap<u32, String> {
+        self.links.names()
+    }
+
+    pub fn lost(&self) -> Result<Lost, ProbeError> {
+        Ok(Lost { ring_full: self.stat(wire::STAT_LOST_RING)?, track_full: self.stat(wire::STAT_LOST_TRACK)? })
+    }
+
+    /// Events that the kernel side put into the ring buffer since the start.
+    pub fn emitted(&self) -> Result<u64, ProbeError> {
+        self.stat(wire::STAT_EMITTED)
+    }
+
+    /// What was counted for a tuple so far; `None` when the kernel side does not (or no longer) know it.
+    pub fn counted(&self, tuple: &Tuple) -> Option<Counted> {
+        let TrackValue(track) = self.tracked.get(&TrackKey(wire_tuple(tuple)), 0).ok()?;
+        Some(Counted { packets: track.packets, bytes: track.bytes })
+    }
+
+    /// Name of the `reason` of a [`Kind::Dropped`] (`NETFILTER_DROP`, `NO_SOCKET`, …) or [`Kind::ResetSent`] event, as the
+    /// running kernel calls it.
+    pub fn reason_name(&self, kind: Kind, reason: u32) -> Option<&str> {
+        let types = self.kernel.types();
+        let names = match kind {
+            Kind::Dropped => &types.drop_reasons,
+            Kind::ResetSent => &types.reset_reasons,
+            _ => return None,
+        };
+        names.get(&reason).map(String::as_str)
+    }
+
+    /// Nanoseconds to add to an event's time (CLOCK_MONOTONIC) for the time since 1970, as of the start.
+    pub const fn clock_offset_ns(&self) -> i64 {
+        self.clock_offset_ns
+    }
+
+    fn assemble(
+        mut kernel: Kernel,
+        info: ProbeInfo,
+        links: LinkWatcher,
+        attachments: Attachments,
+    ) -> Result<Self, ProbeError> {
+        let ring = RingBuf::try_from(take(&mut kernel, "EVENTS")?).map_err(|error| map_error("EVENTS", &error))?;
+        // SAFETY: the map owns its descriptor, which stays the same until the ring is dropped.
+        let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }
+            .map_err(|error| ProbeError::Io { what: "polling the ring buffer", error: error.into() })?;
+        let stats = PerCpuArray::try_from(take(&mut kernel, "STATS")?).map_err(|error| map_error("STATS", &error))?;
+        let tracked = HashMap::try_from(take(&mut kernel, "TRACKED")?).map_err(|error| map_error("TRACKED", &error))?;
+        let clock_offset_ns = clock_offset()?;
+        Ok(Self { info, ring, stats, tracked, links, attachments, changes: Vec::new(), kernel, clock_offset_ns })
+    }
+
+    fn follow(&mut self, changes: &[LinkChange]) -> Result<(), ProbeError> {
+        for change in changes {
+            match change {
+                LinkChange::Added { index, name } => {
+                    attach_interface(&self.kernel, &mut self.attachments, *index, name)?
+                }
+                LinkChange::Removed { index, .. } => self.attachments.detach(*index),
+                LinkChange::Renamed { .. } => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn stat(&self, index: u32) -> Result<u64, ProbeError> {
+        let values = self.stats.get(&index, 0).map_err(|error| map_error("STATS", &error))?;
+        Ok(values.iter().sum())
+    }
+}
+
+/// The tuples and values of map `TRACKED`, in the shape that aya asks for.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct TrackKey(WireTuple);
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct TrackValue(Track);
+// SAFETY: `repr(C)`, plain numbers, no implicit padding (sizes are asserted in the wire crate).
+unsafe impl aya::Pod for TrackKey {}
+// SAFETY: as above.
+unsafe impl aya::Pod for TrackValue {}
+
+/// Moves events out of the ring buffer; `true` when it is empty now.
+fn drain(ring: &mut RingBuf<MapData>, out: &mut Vec<Event>) -> Result<bool, ProbeError> {
+    for _ in 0..BATCH {
+        let Some(item) = ring.next() else { return Ok(true) };
+        let found = item.len();
+        if found != size_of::<wire::Event>() {
+            return Err(DecodeError::Size { found, expected: size_of::<wire::Event>() }.into());
+        }
+        // SAFETY: the length is right, every bit pattern is a value, and the read does not ask for alignment.
+        let raw = unsafe { item.as_ptr().cast::<wire::Event>().read_unaligned() };
+        out.push(Event::try_from(&raw)?);
+    }
+    Ok(false)
+}
+
+fn take(kernel: &mut Kernel, name: &'static str) -> Result<aya::maps::Map, ProbeError> {
+    kernel.ebpf.take_map(name).ok_or_else(|| missing_map(name))
+}
+
+fn missing_map(name: &str) -> ProbeError {
+    ProbeError::Load { what: format!("map {name}"), why: "it is not in the object".into() }
+}
+
+fn map_error(name: &str, error: &dyn std::error::Error) -> ProbeError {
+    ProbeError::Load { what: format!("map {name}"), why: chain(error) }
+}
+
+fn own_netns() -> Result<u32, ProbeError> {
+    let what = "reading /proc/thread-self/ns/net";
+    let metadata = std::fs::metadata("/proc/thread-self/ns/net").map_err(|error| ProbeError::Io { what, error })?;
+    u32::try_from(metadata.ino()).map_err(|error| ProbeError::Io { what, error: io::Error::other(error) })
+}
+
+fn clock_offset() -> Result<i64, ProbeError> {
+    use nix::time::{ClockId, clock_gettime};
+    let read = |clock| {
+        clock_gettime(clock)
+            .map(|time| time.tv_sec() * 1_000_000_000 + time.tv_nsec())
+            .map_err(|error| ProbeError::Io { what: "reading the clock", error: error.into() })
+    };
+    Ok(read(ClockId::CLOCK_REALTIME)? - read(ClockId::CLOCK_MONOTONIC)?)
+}
+
+fn wire_tuple(tuple: &Tuple) -> WireTuple {
+    let bytes = |address: IpAddr| match address {
+        IpAddr::V4(address) => {
+            let mut bytes = [0; 16];
+            bytes[..4].copy_from_slice(&address.octets());
+            bytes
+        }
+        IpAddr::V6(address) => address.octets(),
+    };
+    WireTuple {
+        src: bytes(tuple.src),
+        dst: bytes(tuple.dst),
+        sport: tuple.sport.to_be_bytes(),
+        dport: tuple.dport.to_be_bytes(),
+        proto: Proto::number(tuple.proto),
+        family: if tuple.dst.is_ipv4() { 4 } else { 6 },
+        pad: [0; 2],
+    }
+}

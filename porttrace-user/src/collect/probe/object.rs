@@ -1,0 +1,184 @@
+//! The compiled kernel side: loading it with aya, and the programs that aya has no type for by hand.
+
+use super::ProbeError;
+use super::offsets::KernelTypes;
+use super::sys::{self, NetfilterHook, ProgramType};
+use aya::maps::{Map, MapData};
+use aya::programs::{KProbe, SchedClassifier};
+use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
+use aya_obj::Object;
+use std::collections::HashSet;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+static BYTES: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/porttrace.bpf.o"));
+
+const PRE_ROUTING: u32 = 0;
+const LOCAL_IN: u32 = 1;
+const LOCAL_OUT: u32 = 3;
+const POST_ROUTING: u32 = 4;
+
+/// Program, hook, priority: just after conntrack (-200), after NAT's destination half (-100), after its source half (100).
+/// `INT_MIN` itself is refused by the kernel (net/netfilter/nf_bpf_link.c).
+const NETFILTER: [(&str, u32, i32); 7] = [
+    ("nf_after_conntrack", PRE_ROUTING, -199),
+    ("nf_after_conntrack", LOCAL_OUT, -199),
+    ("nf_after_dnat", PRE_ROUTING, -99),
+    ("nf_after_dnat", LOCAL_OUT, -99),
+    ("nf_local_in", LOCAL_IN, i32::MIN + 1),
+    ("nf_after_snat", LOCAL_IN, 101),
+    ("nf_after_snat", POST_ROUTING, 101),
+];
+const FAMILIES: [u32; 2] = [libc::NFPROTO_IPV4 as u32, libc::NFPROTO_IPV6 as u32];
+
+/// kprobe programs and the functions that they wait for; all are symbols of modules on most kernels.
+const KPROBES: [(&str, &str); 3] =
+    [("kp_nat_setup", "nf_nat_setup_info"), ("kp_confirm", "__nf_conntrack_confirm"), ("kp_destroy", "nf_ct_delete")];
+
+/// The loaded object, and links that hold as long as it lives.
+pub struct Kernel {
+    pub ebpf: Ebpf,
+    types: KernelTypes,
+    /// Created the first time a program must be loaded by hand.
+    relocated: Option<Object>,
+    links: Vec<OwnedFd>,
+}
+
+impl Kernel {
+    /// Creates the maps, with `netns` (inode number) as the one namespace that counts.
+    pub fn load(types: &KernelTypes, netns: u32, ring_bytes: u32, tracked: u32, log: bool) -> Result<Self, ProbeError> {
+        let offsets = types.offsets.words();
+        let reset_has_reason = u32::from(types.reset_has_reason);
+        let log_level = if log { u8::MAX } else { 0 };
+        let ebpf = EbpfLoader::new()
+            .verifier_log_level(VerifierLogLevel::DISABLE)
+            .override_global("OFFSETS", &offsets[..], true)
+            .override_global("NETNS", &netns, true)
+            .override_global("RESET_HAS_REASON", &reset_has_reason, true)
+            .override_global("AYA_LOG_LEVEL", &log_level, false)
+            .map_max_entries("EVENTS", ring_bytes)
+            .map_max_entries("TRACKED", tracked)
+            .load(BYTES)
+            .map_err(|error| ProbeError::Load { what: "the maps".into(), why: chain(&error) })?;
+        Ok(Self { ebpf, types: types.clone(), relocated: None, links: Vec::new() })
+    }
+
+    /// Loads a TC program (`tc_ingress`, `tc_egress`).
+    pub fn load_classifier(&mut self, name: &str) -> Result<(), ProbeError> {
+        let failed = |why| ProbeError::Load { what: format!("the TC program {name}"), why };
+        let program: &mut SchedClassifier = self
+            .ebpf
+            .program_mut(name)
+            .ok_or_else(|| failed("it is not in the object".into()))?
+            .try_into()
+            .map_err(|error| failed(chain(&error)))?;
+        program.load().map_err(|error| failed(chain(&error)))
+    }
+
+    /// Descriptor of a loaded TC program.
+    pub fn classifier(&self, name: &str) -> Result<BorrowedFd<'_>, ProbeError> {
+        let failed = |why| ProbeError::Load { what: format!("the TC program {name}"), why };
+        let program = self.ebpf.program(name).ok_or_else(|| failed("it is not in the object".into()))?;
+        program.fd().map(AsFd::as_fd).map_err(|error| failed(chain(&error)))
+    }
+
+    /// Attaches the NETFILTER programs to the hooks of the current network namespace: all or none.
+    pub fn attach_netfilter(&mut self) -> Result<(), String> {
+        let mut links = Vec::new();
+        let mut loaded: Option<(&str, OwnedFd)> = None;
+        for (name, hook, priority) in NETFILTER {
+            let program = match loaded.take() {
+                Some((last, program)) if last == name => program,
+                _ => self.load_by_hand(name, ProgramType::Netfilter)?,
+            };
+            for pf in FAMILIES {
+                let at = NetfilterHook { pf, hook, priority };
+                let link = sys::link_netfilter(program.as_fd(), at)
+                    .map_err(|error| format!("attaching {name} to hook {hook} of family {pf}: {error}"))?;
+                links.push(link);
+            }
+            loaded = Some((name, program));
+        }
+        self.links.append(&mut links);
+        Ok(())
+    }
+
+    /// Attaches the conntrack kprobes: all or none.
+    pub fn attach_kprobes(&mut self) -> Result<(), String> {
+        for (name, function) in KPROBES {
+            let failed = |why: String| format!("kprobe on {function}: {why}");
+            let program: &mut KProbe = self
+                .ebpf
+                .program_mut(name)
+                .ok_or_else(|| failed("not in the object".into()))?
+                .try_into()
+                .map_err(|error| failed(chain(&error)))?;
+            program.load().map_err(|error| failed(chain(&error)))?;
+            program.attach(function, 0).map_err(|error| failed(chain(&error)))?;
+        }
+        Ok(())
+    }
+
+    /// Attaches a `tp_btf` program to its tracepoint.
+    pub fn attach_tracepoint(&mut self, name: &str, attach_btf_id: u32) -> Result<(), String> {
+        let program = self.load_by_hand(name, ProgramType::RawTracepoint { attach_btf_id })?;
+        let link = sys::open_raw_tracepoint(program.as_fd()).map_err(|error| format!("attaching {name}: {error}"))?;
+        self.links.push(link);
+        Ok(())
+    }
+
+    pub const fn types(&self) -> &KernelTypes {
+        &self.types
+    }
+
+    fn load_by_hand(&mut self, name: &str, kind: ProgramType) -> Result<OwnedFd, String> {
+        if self.relocated.is_none() {
+            self.relocated = Some(relocate(&self.ebpf)?);
+        }
+        let object = self.relocated.as_ref().ok_or("the object is gone")?;
+        let program = object.programs.get(name).ok_or_else(|| format!("{name} is not in the object"))?;
+        let function =
+            object.functions.get(&program.function_key()).ok_or_else(|| format!("{name} has no instructions"))?;
+        sys::load(name, kind, &function.instructions, &program.license).map_err(|(error, log)| {
+            let log = if log.is_empty() { String::new() } else { format!("\n{log}") };
+            format!("loading {name}: {error}{log}")
+        })
+    }
+}
+
+/// The same object once more, its references to maps filled in with the maps that aya made (its constants included).
+fn relocate(ebpf: &Ebpf) -> Result<Object, String> {
+    let mut object = Object::parse(BYTES).map_err(|error| chain(&error))?;
+    let maps: Vec<_> = object
+        .maps
+        .iter()
+        .filter_map(|(name, map)| Some((name.clone(), fd_of(ebpf.map(name)?)?, map.clone())))
+        .collect();
+    let text: HashSet<usize> = object.functions.keys().map(|(section, _)| *section).collect();
+    object
+        .relocate_maps(maps.iter().map(|(name, fd, map)| (name.as_str(), *fd, map)), &text)
+        .map_err(|error| chain(&error))?;
+    object.relocate_calls(&text).map_err(|error| chain(&error))?;
+    Ok(object)
+}
+
+fn fd_of(map: &Map) -> Option<i32> {
+    let data: &MapData = match map {
+        Map::Array(data) | Map::LruHashMap(data) | Map::PerCpuArray(data) | Map::RingBuf(data) => data,
+        _ => return None,
+    };
+    Some(data.fd().as_fd().as_raw_fd())
+}
+
+/// An error with all its causes on one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let more = inner.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = inner.source();
+    }
+    text
+}

@@ -1,0 +1,165 @@
+//! The bpf() system call where aya has no words for what is needed: NETFILTER programs, `tp_btf` by id, tcx by index.
+
+use aya_obj::generated::bpf_insn;
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+const PROG_LOAD: libc::c_long = 5;
+const RAW_TRACEPOINT_OPEN: libc::c_long = 17;
+const LINK_CREATE: libc::c_long = 28;
+
+/// `BPF_F_BEFORE` without a reference: first in line.
+const BEFORE_ALL: u32 = 1 << 3;
+const LOG_BYTES: usize = 1 << 16;
+
+/// Program and attach type, as in `enum bpf_prog_type` and `enum bpf_attach_type`.
+#[derive(Clone, Copy, Debug)]
+pub enum ProgramType {
+    Netfilter,
+    /// `tp_btf`: the tracepoint's `attach_btf_id`.
+    RawTracepoint {
+        attach_btf_id: u32,
+    },
+}
+
+/// Which side of an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Side {
+    Ingress,
+    Egress,
+}
+
+/// Where a NETFILTER program runs.
+#[derive(Clone, Copy, Debug)]
+pub struct NetfilterHook {
+    /// `NFPROTO_IPV4` 2 or `NFPROTO_IPV6` 10.
+    pub pf: u32,
+    pub hook: u32,
+    pub priority: i32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ProgLoad {
+    prog_type: u32,
+    insn_cnt: u32,
+    insns: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log_buf: u64,
+    kern_version: u32,
+    prog_flags: u32,
+    prog_name: [u8; 16],
+    prog_ifindex: u32,
+    expected_attach_type: u32,
+    prog_btf_fd: u32,
+    func_info_rec_size: u32,
+    func_info: u64,
+    func_info_cnt: u32,
+    line_info_rec_size: u32,
+    line_info: u64,
+    line_info_cnt: u32,
+    attach_btf_id: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct LinkCreate {
+    prog_fd: u32,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+    /// NETFILTER: pf, hook, priority, flags; tcx: relative fd, padding, expected revision.
+    extra: [u32; 4],
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct RawTracepointOpen {
+    name: u64,
+    prog_fd: u32,
+    pad: u32,
+}
+
+/// Loads a program; an error carries the end of the verifier's log.
+pub fn load(
+    name: &str,
+    kind: ProgramType,
+    instructions: &[bpf_insn],
+    license: &CString,
+) -> Result<OwnedFd, (io::Error, String)> {
+    let mut attr = ProgLoad {
+        insn_cnt: instructions.len() as u32,
+        insns: instructions.as_ptr() as u64,
+        license: license.as_ptr() as u64,
+        ..ProgLoad::default()
+    };
+    (attr.prog_type, attr.expected_attach_type) = match kind {
+        ProgramType::Netfilter => (32, 45),
+        ProgramType::RawTracepoint { attach_btf_id } => {
+            attr.attach_btf_id = attach_btf_id;
+            (26, 23)
+        }
+    };
+    for (to, from) in attr.prog_name.iter_mut().take(15).zip(name.bytes()) {
+        *to = from;
+    }
+    let error = match fd(bpf(PROG_LOAD, &attr)) {
+        Ok(loaded) => return Ok(loaded),
+        Err(error) => error,
+    };
+    let mut log = vec![0u8; LOG_BYTES];
+    (attr.log_level, attr.log_size, attr.log_buf) = (1, LOG_BYTES as u32, log.as_mut_ptr() as u64);
+    match fd(bpf(PROG_LOAD, &attr)) {
+        Ok(loaded) => Ok(loaded),
+        Err(_) => {
+            let end = log.iter().position(|byte| *byte == 0).unwrap_or(0);
+            let text = String::from_utf8_lossy(&log[..end]).into_owned();
+            Err((error, tail(&text, 6)))
+        }
+    }
+}
+
+/// Links a NETFILTER program to a hook of the calling thread's network namespace.
+pub fn link_netfilter(program: BorrowedFd<'_>, at: NetfilterHook) -> io::Result<OwnedFd> {
+    link(program, 0, 45, 0, [at.pf, at.hook, at.priority.cast_unsigned(), 0])
+}
+
+/// Links a TC program to an interface of the calling thread's network namespace: first at ingress, last at egress, so that
+/// it sees packets as they are on the wire.
+pub fn link_tcx(program: BorrowedFd<'_>, ifindex: u32, side: Side) -> io::Result<OwnedFd> {
+    match side {
+        Side::Ingress => link(program, ifindex, 46, BEFORE_ALL, [0; 4]),
+        Side::Egress => link(program, ifindex, 47, 0, [0; 4]),
+    }
+}
+
+/// Attaches a `tp_btf` program to the tracepoint that it was loaded for.
+pub fn open_raw_tracepoint(program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let attr = RawTracepointOpen { name: 0, prog_fd: program.as_raw_fd().cast_unsigned(), pad: 0 };
+    fd(bpf(RAW_TRACEPOINT_OPEN, &attr))
+}
+
+fn link(program: BorrowedFd<'_>, target: u32, attach_type: u32, flags: u32, extra: [u32; 4]) -> io::Result<OwnedFd> {
+    let attr = LinkCreate { prog_fd: program.as_raw_fd().cast_unsigned(), target, attach_type, flags, extra };
+    fd(bpf(LINK_CREATE, &attr))
+}
+
+fn bpf<T>(command: libc::c_long, attr: &T) -> io::Result<libc::c_long> {
+    // SAFETY: `attr` is `repr(C)`, zero where unused, and its pointers outlive the call.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn fd(result: io::Result<libc::c_long>) -> io::Result<OwnedFd> {
+    let raw = i32::try_from(result?).map_err(io::Error::other)?;
+    // SAFETY: the kernel just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
+fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
