@@ -199,6 +199,9 @@ fn pod_specs(node: NodeName, phase: Phase) -> Vec<PodSpec> {
     specs
 }
 
+/// Every temporary directory of the lab starts like this, then `<pid>-<random>`.
+const DIRECTORY_PREFIX: &str = "ptlab-";
+
 type RaisedNode = (NodeName, Ground, Vec<Pod>);
 
 /// The nodes with their pods, each on a thread of its own.
@@ -258,9 +261,11 @@ struct TemporaryDirectory(PathBuf);
 
 impl TemporaryDirectory {
     fn new() -> Result<Self> {
+        let home = std::env::temp_dir();
+        remove_leftovers(&home);
         let id = std::fs::read_to_string("/proc/sys/kernel/random/uuid").context("making a unique name")?;
-        let path = std::env::temp_dir().join(format!("ptl-{}-{}", std::process::id(), id.trim()));
-        std::fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
+        let path = home.join(format!("{DIRECTORY_PREFIX}{}-{}", std::process::id(), id.trim()));
+        std::fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
         Ok(Self(path))
     }
 
@@ -275,6 +280,19 @@ impl Drop for TemporaryDirectory {
     fn drop(&mut self) {
         if let Err(error) = std::fs::remove_dir_all(&self.0) {
             eprintln!("{} stays behind: {error}", self.0.display());
+        }
+    }
+}
+
+/// Directories of processes that were killed before they could remove them.
+fn remove_leftovers(home: &Path) {
+    for entry in std::fs::read_dir(home).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let owner =
+            name.to_str().and_then(|name| name.strip_prefix(DIRECTORY_PREFIX)?.split('-').next()?.parse::<u32>().ok());
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+            // Somebody else may be sweeping too.
+            let _ = std::fs::remove_dir_all(entry.path());
         }
     }
 }
