@@ -1,1 +1,108 @@
-//! The packet path.
+//! The packet path: one packet through a node's state, every hop and every outcome.
+//!
+//! A [`Simulator`] is made once from a state; [`Simulator::trace`] walks a packet along the hook timeline. Where two things
+//! can happen (a random choice, a match that nobody can decide) the path forks and both are followed.
+
+mod compiled;
+mod config;
+mod conn;
+mod index;
+mod matches;
+mod nat;
+mod nat_hash;
+mod path;
+mod routing;
+mod run;
+mod sets;
+mod source;
+mod targets;
+mod walk;
+
+pub use compiled::Simulator;
+
+use crate::core::model::hops::Hops;
+use crate::core::model::trace::{Branch, Decision, Fraction, Hook, Packet, Trace};
+use run::Run;
+use walk::{Stage, Walk};
+
+impl Simulator {
+    /// All that can happen to the packet.
+    pub fn trace(&self, packet: &Packet) -> Trace {
+        self.trace_both_orders(packet, false)
+    }
+
+    /// The same without the index over long chains: every rule is looked at. For tests.
+    pub fn trace_linear(&self, packet: &Packet) -> Trace {
+        self.trace_both_orders(packet, true)
+    }
+
+    /// Where two rulesets have nat chains on one hook, either may come first; the path forks if that matters.
+    fn trace_both_orders(&self, packet: &Packet, linear: bool) -> Trace {
+        let mut trace = self.trace_once(packet, linear, false);
+        if !self.order_unknown {
+            return trace;
+        }
+        let text = "iptables legacy and iptables-nft both have nat rules; which of them the kernel asks first depends on which \
+                    was loaded last";
+        let other = self.trace_once(packet, linear, true);
+        let same = |one: &Branch, two: &Branch| {
+            one.verdict == two.verdict && one.final_tuple == two.final_tuple && one.reply_tuple == two.reply_tuple
+        };
+        let agree = trace.branches.len() == other.branches.len()
+            && trace.branches.iter().zip(&other.branches).all(|(one, two)| same(one, two));
+        if agree {
+            trace.assumptions.push(format!("{text}; the outcome is the same either way"));
+            return trace;
+        }
+        let label = |branch: &mut Branch, order: &str| {
+            branch.decisions.insert(0, Decision::Order { text: format!("{text}: {order}") });
+        };
+        trace.branches.iter_mut().for_each(|branch| label(branch, "here in the order of the state"));
+        for mut branch in other.branches {
+            label(&mut branch, "here in the other order");
+            trace.branches.push(branch);
+        }
+        trace
+    }
+
+    fn trace_once(&self, packet: &Packet, linear: bool, reversed: bool) -> Trace {
+        let mut run = Run::new(self, linear, reversed);
+        let mut walk = start(packet);
+        let next = run.receive(&mut walk);
+        run.follow(walk, next);
+        let assumptions = run.assumptions.into_iter().map(Into::into).collect();
+        Trace { packet: packet.clone(), branches: run.branches, assumptions }
+    }
+}
+
+fn start(packet: &Packet) -> Walk {
+    Walk {
+        tuple: packet.tuple,
+        input: packet.input.clone(),
+        phys_in: None,
+        output: None,
+        hook_output: None,
+        output_unknown: false,
+        gateway: None,
+        to_self: false,
+        mark: packet.mark,
+        tcp_flags: packet.tcp_flags,
+        ttl: packet.ttl,
+        length: packet.length,
+        local: packet.input.is_none(),
+        looped: false,
+        bridged: false,
+        conn: conn::Conn::begins(packet.tuple),
+        sport_chosen: false,
+        nat_by: None,
+        remembered: Vec::new(),
+        probability: Fraction::ONE,
+        decisions: Vec::new(),
+        hops: Hops::default(),
+        stage: Stage { hook: Hook::Output, entry: 0, nat: 0 },
+        frames: Vec::with_capacity(8),
+        way: None,
+        again: None,
+        before_mangle: (packet.mark, packet.tuple.src, packet.tuple.dst),
+    }
+}

@@ -1,0 +1,236 @@
+//! A state made ready for walking: base chains on the hook timeline, names to share, indices over long chains.
+
+use super::config::Config;
+use super::index::{Index, LONG};
+use super::routing::Routing;
+use super::sets::Sets;
+use crate::core::model::flow::Family;
+use crate::core::model::name::{Name, Text};
+use crate::core::model::rules::{Chain, Rule, Ruleset};
+use crate::core::model::state::{NodeState, RecentEntry};
+use crate::core::model::trace::{Flavour, Hook, RuleRef};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+/// A node's state, compiled. Packets are walked through it without changing it, so that many threads can share one; each
+/// thread does better with one of its own, because what a trace shares with its simulator is counted.
+#[derive(Debug)]
+pub struct Simulator {
+    pub(super) tables: Vec<TableData>,
+    /// Both orders of base chains with equal priority: newest last, and the other way round.
+    timelines: [Timeline; 2],
+    pub(super) routing: Routing,
+    pub(super) config: Config,
+    pub(super) sets: Sets,
+    pub(super) recent: Option<BTreeMap<String, Vec<RecentEntry>>>,
+    /// Both iptables flavours have chains on the same NAT hooks: their order is not known.
+    pub(super) order_unknown: bool,
+    pub(super) assumptions: Vec<String>,
+}
+
+/// Entries by family and hook, in the order in which the kernel calls them.
+type Timeline = BTreeMap<(Family, Hook), Vec<Entry>>;
+
+/// One step of a hook.
+#[derive(Clone, Debug)]
+pub(super) enum Entry {
+    /// `nf_conntrack_in`, priority -200.
+    Conntrack,
+    Chain(BaseChain),
+    /// The NAT dispatcher at -100 (destination) or +100 (source), with the nat chains in their own order.
+    Nat(Vec<BaseChain>),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BaseChain {
+    pub(super) table: u16,
+    pub(super) chain: u32,
+    /// The mangle table re-routes in OUTPUT when it changed the packet (`ipt_mangle_out`).
+    pub(super) reroutes: bool,
+}
+
+/// One table of one ruleset.
+#[derive(Debug)]
+pub(super) struct TableData {
+    ruleset: Arc<Ruleset>,
+    place: usize,
+    pub(super) flavour: Flavour,
+    pub(super) family: Family,
+    pub(super) name: Name,
+    pub(super) chains: Vec<Name>,
+    text: Name,
+    indices: HashMap<u32, Index>,
+}
+
+impl TableData {
+    pub(super) fn chain(&self, chain: u32) -> Option<&Chain> {
+        self.ruleset.tables.get(self.place)?.chains.get(chain as usize)
+    }
+
+    pub(super) fn index(&self, chain: u32) -> Option<&Index> {
+        self.indices.get(&chain)
+    }
+
+    pub(super) fn chain_name(&self, chain: u32) -> Name {
+        self.chains.get(chain as usize).cloned().unwrap_or_default()
+    }
+
+    /// The rule's place; `None` for the chain's policy.
+    pub(super) fn reference(&self, chain: u32, rule: Option<u32>) -> RuleRef {
+        RuleRef {
+            flavour: self.flavour,
+            family: self.family,
+            table: self.name.clone(),
+            chain: self.chain_name(chain),
+            number: rule.map(|rule| rule + 1),
+        }
+    }
+
+    pub(super) fn text(&self, rule: &Rule) -> Text {
+        rule.text.moved_to(&self.text)
+    }
+}
+
+impl Simulator {
+    /// Compiles a state. Costs about as much as a walk over all rules; the rules themselves are shared, not copied.
+    pub fn new(state: &NodeState) -> Self {
+        let mut tables = Vec::new();
+        for ruleset in &state.rulesets {
+            let text = Name::from(&*ruleset.text);
+            for place in 0..ruleset.tables.len() {
+                tables.push(table(ruleset, place, &text));
+            }
+        }
+        let routing = Routing::new(state);
+        let mut assumptions = routing.assumptions.clone();
+        if state.rulesets.is_empty() {
+            assumptions.push("no iptables rules are part of the state: the packet meets none".into());
+        }
+        let order_unknown = ambiguous(&tables);
+        Self {
+            timelines: [timeline(&tables, false), timeline(&tables, true)],
+            order_unknown,
+            tables,
+            routing,
+            config: Config::new(state),
+            sets: Sets::new(state.sets.as_ref()),
+            recent: state.recent.clone(),
+            assumptions,
+        }
+    }
+
+    pub(super) fn entry(&self, reversed: bool, family: Family, hook: Hook, at: usize) -> Option<&Entry> {
+        self.timelines[usize::from(reversed)].get(&(family, hook))?.get(at)
+    }
+}
+
+fn table(ruleset: &Arc<Ruleset>, place: usize, text: &Name) -> TableData {
+    let source = &ruleset.tables[place];
+    let name = match source.name.as_str() {
+        "raw" => Name::Static("raw"),
+        "mangle" => Name::Static("mangle"),
+        "nat" => Name::Static("nat"),
+        "filter" => Name::Static("filter"),
+        "security" => Name::Static("security"),
+        other => Name::from(other),
+    };
+    let long = source.chains.iter().enumerate().filter(|(_, chain)| chain.rules.len() >= LONG);
+    TableData {
+        ruleset: Arc::clone(ruleset),
+        place,
+        flavour: ruleset.flavour,
+        family: ruleset.family,
+        name,
+        chains: source.chains.iter().map(|chain| Name::from(&*chain.name)).collect(),
+        text: text.clone(),
+        indices: long.map(|(at, chain)| (at as u32, Index::new(&chain.rules))).collect(),
+    }
+}
+
+/// Priority of a table's base chain at a hook, `None` where the table has none (`enum nf_ip_hook_priorities`).
+fn priority(table: &str, hook: Hook) -> Option<i32> {
+    use Hook::{Input, Output, Postrouting, Prerouting};
+    match (table, hook) {
+        ("raw", Prerouting | Output) => Some(-300),
+        ("mangle", _) => Some(-150),
+        ("nat", Prerouting | Output) => Some(-100),
+        ("nat", Input | Postrouting) => Some(100),
+        ("filter", Hook::Forward | Input | Output) => Some(0),
+        ("security", Hook::Forward | Input | Output) => Some(50),
+        _ => None,
+    }
+}
+
+const HOOKS: [Hook; 5] = [Hook::Prerouting, Hook::Input, Hook::Forward, Hook::Output, Hook::Postrouting];
+
+fn base_chains(tables: &[TableData], family: Family, hook: Hook) -> Vec<(i32, BaseChain)> {
+    let mut found = Vec::new();
+    for (at, table) in tables.iter().enumerate().filter(|(_, table)| table.family == family) {
+        let Some(priority) = priority(&table.name, hook) else { continue };
+        let named = |name: &Name| **name == *hook.name();
+        if let Some(chain) = table.chains.iter().position(named) {
+            let reroutes = hook == Hook::Output && *table.name == *"mangle";
+            found.push((priority, BaseChain { table: at as u16, chain: chain as u32, reroutes }));
+        }
+    }
+    found
+}
+
+fn timeline(tables: &[TableData], reversed: bool) -> Timeline {
+    let mut timeline = Timeline::new();
+    for family in [Family::V4, Family::V6] {
+        for hook in HOOKS {
+            let mut chains = base_chains(tables, family, hook);
+            if reversed {
+                chains.reverse();
+            }
+            chains.sort_by_key(|(priority, _)| *priority);
+            timeline.insert((family, hook), entries(hook, &chains));
+        }
+    }
+    timeline
+}
+
+fn entries(hook: Hook, chains: &[(i32, BaseChain)]) -> Vec<Entry> {
+    let tracked = matches!(hook, Hook::Prerouting | Hook::Output);
+    let nat = match hook {
+        Hook::Prerouting | Hook::Output => Some(-100),
+        Hook::Input | Hook::Postrouting => Some(100),
+        Hook::Forward => None,
+    };
+    let between = |from: i32, to: i32| {
+        let nat = nat.unwrap_or(i32::MAX);
+        chains.iter().filter(move |(priority, _)| (from..to).contains(priority) && *priority != nat)
+    };
+    let plain = |from: i32, to: i32| between(from, to).map(|(_, chain)| Entry::Chain(*chain));
+    let nat_step = nat.map(|nat| {
+        let list = chains.iter().filter(|(priority, _)| *priority == nat);
+        (nat, Entry::Nat(list.map(|(_, chain)| *chain).collect()))
+    });
+    let mut entries: Vec<Entry> = plain(i32::MIN, -200).collect();
+    if tracked {
+        entries.push(Entry::Conntrack);
+    }
+    match nat_step {
+        Some((nat, step)) => {
+            entries.extend(plain(-200, nat));
+            entries.push(step);
+            entries.extend(plain(nat, i32::MAX));
+        }
+        None => entries.extend(plain(-200, i32::MAX)),
+    }
+    entries
+}
+
+/// Whether two rulesets of one family have nat rules on the same hook.
+fn ambiguous(tables: &[TableData]) -> bool {
+    [Family::V4, Family::V6].into_iter().any(|family| {
+        HOOKS.into_iter().any(|hook| {
+            let with_rules = base_chains(tables, family, hook).into_iter().filter(|(_, base)| {
+                let table = &tables[usize::from(base.table)];
+                *table.name == *"nat" && table.chain(base.chain).is_some_and(|chain| !chain.rules.is_empty())
+            });
+            with_rules.count() > 1
+        })
+    })
+}

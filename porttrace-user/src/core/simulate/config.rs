@@ -1,0 +1,187 @@
+//! Sysctls, links, addresses, sockets and conntrack entries, ready for lookup.
+
+use crate::core::model::flow::{Direction, Family, Proto, Tuple};
+use crate::core::model::name::Name;
+use crate::core::model::state::{Address, ConntrackEntry, Link, NodeState, Socket};
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+/// `net.ipv4.conf.INTERFACE`, as far as it decides a path. `None`: not part of the state.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct InterfaceConf {
+    pub(super) forwarding: Option<u8>,
+    pub(super) rp_filter: Option<u8>,
+    pub(super) route_localnet: Option<u8>,
+    pub(super) accept_local: Option<u8>,
+    pub(super) src_valid_mark: Option<u8>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Config {
+    four: HashMap<String, InterfaceConf>,
+    /// `net.ipv6.conf.all.forwarding`.
+    pub(super) forwarding6: Option<u8>,
+    pub(super) bridge_nf4: Option<u8>,
+    pub(super) bridge_nf6: Option<u8>,
+    /// `nf_conntrack_tcp_loose`.
+    pub(super) tcp_loose: Option<u8>,
+    links: HashMap<String, Link>,
+    names: Vec<Name>,
+    addresses: Option<Vec<Address>>,
+    sockets: Option<Vec<Socket>>,
+    entries: Option<Vec<ConntrackEntry>>,
+    by_tuple: HashMap<Tuple, (u32, Direction)>,
+}
+
+impl Config {
+    pub(super) fn new(state: &NodeState) -> Self {
+        let mut config = Self {
+            addresses: state.addresses.clone(),
+            sockets: state.sockets.clone(),
+            entries: state.conntrack.clone(),
+            ..Self::default()
+        };
+        for (key, value) in state.sysctls.iter().flatten() {
+            if let Ok(value) = value.trim().parse::<u8>() {
+                config.sysctl(key, value);
+            }
+        }
+        let mut links: Vec<&Link> = state.links.iter().flatten().collect();
+        links.sort_by_key(|link| link.index);
+        config.names = links.iter().map(|link| Name::from(link.name.as_str())).collect();
+        config.links = links.into_iter().map(|link| (link.name.clone(), link.clone())).collect();
+        for (index, entry) in config.entries.iter().flatten().enumerate() {
+            config.by_tuple.entry(entry.original).or_insert((index as u32, Direction::Original));
+            config.by_tuple.entry(entry.reply).or_insert((index as u32, Direction::Reply));
+        }
+        config
+    }
+
+    fn sysctl(&mut self, key: &str, value: u8) {
+        match key {
+            "net.ipv6.conf.all.forwarding" => self.forwarding6 = Some(value),
+            "net.bridge.bridge-nf-call-iptables" => self.bridge_nf4 = Some(value),
+            "net.bridge.bridge-nf-call-ip6tables" => self.bridge_nf6 = Some(value),
+            "net.netfilter.nf_conntrack_tcp_loose" => self.tcp_loose = Some(value),
+            "net.ipv4.ip_forward" => self.four.entry("all".into()).or_default().forwarding = Some(value),
+            _ => {}
+        }
+        let Some((interface, name)) = key.strip_prefix("net.ipv4.conf.").and_then(|rest| rest.rsplit_once('.')) else {
+            return;
+        };
+        // sysctl writes the dots of an interface's name as slashes.
+        let conf = self.four.entry(interface.replace('/', ".")).or_default();
+        match name {
+            "forwarding" => conf.forwarding = Some(value),
+            "rp_filter" => conf.rp_filter = Some(value),
+            "route_localnet" => conf.route_localnet = Some(value),
+            "accept_local" => conf.accept_local = Some(value),
+            "src_valid_mark" => conf.src_valid_mark = Some(value),
+            _ => {}
+        }
+    }
+
+    /// Settings of an interface; `all` and `default` are names like any other.
+    pub(super) fn interface(&self, name: &str) -> InterfaceConf {
+        self.four.get(name).copied().unwrap_or_default()
+    }
+
+    pub(super) fn link(&self, name: &str) -> Option<&Link> {
+        self.links.get(name)
+    }
+
+    /// The interface's name, shared.
+    pub(super) fn name(&self, name: &str) -> Name {
+        self.names.iter().find(|known| **known == *name).cloned().unwrap_or_else(|| Name::from(name))
+    }
+
+    /// `inet_select_addr(device, towards, RT_SCOPE_UNIVERSE)` (net/ipv4/devinet.c) or, for IPv6, roughly
+    /// `ipv6_dev_get_saddr`. The outer `None`: addresses are not part of the state.
+    pub(super) fn source_address(&self, device: &str, towards: IpAddr) -> Option<Option<IpAddr>> {
+        let family = Family::of(towards);
+        let addresses = self.addresses.as_ref()?;
+        let usable = |address: &&Address| {
+            Family::of(address.address) == family && address.scope == "global" && !address.secondary
+        };
+        let here = || addresses.iter().filter(usable).filter(|address| address.interface == device);
+        let near = |address: &&Address| common_bits(address.address, towards) >= address.prefix;
+        let chosen = match family {
+            Family::V4 => here().find(near).or_else(|| here().next()),
+            Family::V6 => {
+                let link_local = |address: &&Address| {
+                    address.interface == device && Family::of(address.address) == family && address.scope == "link"
+                };
+                let to_link = matches!(towards, IpAddr::V6(six) if six.is_unicast_link_local());
+                let link = || addresses.iter().find(link_local);
+                let best = || here().rev().max_by_key(|address| common_bits(address.address, towards));
+                if to_link { link() } else { best().or_else(|| addresses.iter().find(usable)).or_else(link) }
+            }
+        };
+        let anywhere = || addresses.iter().find(usable).filter(|_| family == Family::V4);
+        Some(chosen.or_else(anywhere).map(|address| address.address))
+    }
+
+    /// The first address of an interface, as REDIRECT takes it (`nf_nat_redirect_ipv4`).
+    pub(super) fn first_address(&self, device: &str, family: Family) -> Option<Option<IpAddr>> {
+        let addresses = self.addresses.as_ref()?;
+        let own = |address: &&Address| {
+            address.interface == device
+                && Family::of(address.address) == family
+                && (family == Family::V4 || address.scope == "global")
+        };
+        Some(addresses.iter().find(own).map(|address| address.address))
+    }
+
+    /// The network of an address on this interface that contains `address`: it is reachable without a router.
+    pub(super) fn on_link(&self, device: &str, address: IpAddr) -> bool {
+        self.addresses.iter().flatten().any(|own| {
+            own.interface == device
+                && Family::of(own.address) == Family::of(address)
+                && common_bits(own.address, address) >= own.prefix
+        })
+    }
+
+    /// The socket that a packet to `tuple`'s destination finds: `None` where sockets are not known or have no ports,
+    /// `Some(None)` where there is none.
+    pub(super) fn listener(&self, tuple: &Tuple) -> Option<Option<&Socket>> {
+        let sockets = self.sockets.as_ref().filter(|_| tuple.proto.has_ports())?;
+        let takes = |socket: &&Socket| {
+            let any = match socket.address {
+                IpAddr::V4(four) => four.is_unspecified() && tuple.dst.is_ipv4(),
+                IpAddr::V6(six) => six.is_unspecified() && (tuple.dst.is_ipv6() || !socket.v6only),
+            };
+            socket.proto == tuple.proto && socket.port == tuple.dport && (any || socket.address == tuple.dst)
+        };
+        Some(
+            sockets
+                .iter()
+                .find(|socket| takes(socket) && socket.address == tuple.dst)
+                .or_else(|| sockets.iter().find(takes)),
+        )
+    }
+
+    /// The conntrack entry that a packet belongs to; the outer `None`: entries are not part of the state.
+    pub(super) fn entry(&self, tuple: &Tuple) -> Option<Option<(&ConntrackEntry, Direction)>> {
+        let entries = self.entries.as_ref()?;
+        let hit = self.by_tuple.get(tuple).and_then(|&(index, way)| Some((entries.get(index as usize)?, way)));
+        Some(hit)
+    }
+}
+
+/// A shared name for a protocol's port-less tuples: ICMP type and code of an echo request, unless the tuple says otherwise.
+pub(super) fn icmp_type(tuple: &Tuple) -> (u8, u8) {
+    match (tuple.dport.to_be_bytes(), tuple.proto) {
+        ([0, 0], Proto::Icmpv6) => (128, 0),
+        ([0, 0], _) => (8, 0),
+        ([kind, code], _) => (kind, code),
+    }
+}
+
+fn common_bits(one: IpAddr, other: IpAddr) -> u8 {
+    let same = match (one, other) {
+        (IpAddr::V4(one), IpAddr::V4(other)) => (one.to_bits() ^ other.to_bits()).leading_zeros(),
+        (IpAddr::V6(one), IpAddr::V6(other)) => (one.to_bits() ^ other.to_bits()).leading_zeros(),
+        _ => 0,
+    };
+    same as u8
+}

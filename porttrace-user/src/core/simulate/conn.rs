@@ -1,0 +1,170 @@
+//! Conntrack: which entry a packet belongs to, or which one it makes (net/netfilter/nf_conntrack_core.c).
+
+use super::run::Run;
+use super::walk::Walk;
+use crate::core::model::flow::{Direction, Proto, Tuple};
+use crate::core::model::rules::CtStates;
+use crate::core::model::trace::Hop;
+
+/// A packet's view of conntrack (`skb->_nfct`).
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Conn {
+    pub(super) state: CtInfo,
+    pub(super) original: Tuple,
+    pub(super) reply: Tuple,
+    pub(super) direction: Direction,
+    /// `IPS_SRC_NAT_DONE`, `IPS_DST_NAT_DONE`.
+    pub(super) src_done: bool,
+    pub(super) dst_done: bool,
+    pub(super) mark: u32,
+    /// `IPS_SEEN_REPLY`, `IPS_ASSURED`, `IPS_CONFIRMED`, as in `enum ip_conntrack_status`.
+    pub(super) status: u32,
+    pub(super) timeout: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum CtInfo {
+    /// Conntrack has not seen the packet yet.
+    Unseen,
+    Untracked,
+    Invalid,
+    New,
+    Established,
+}
+
+pub(super) const SEEN_REPLY: u32 = 2;
+const ASSURED: u32 = 4;
+const CONFIRMED: u32 = 8;
+
+impl Conn {
+    /// A connection that begins with this packet.
+    pub(super) fn begins(tuple: Tuple) -> Self {
+        Self {
+            state: CtInfo::Unseen,
+            original: tuple,
+            reply: tuple.inverted(),
+            direction: Direction::Original,
+            src_done: false,
+            dst_done: false,
+            mark: 0,
+            status: 0,
+            timeout: None,
+        }
+    }
+
+    /// There is an entry (`nf_ct_get` is not NULL).
+    pub(super) const fn tracked(&self) -> bool {
+        matches!(self.state, CtInfo::New | CtInfo::Established)
+    }
+
+    /// `IPS_DST_NAT`.
+    pub(super) fn dst_nat(&self) -> bool {
+        self.reply.source() != self.original.destination()
+    }
+
+    /// `IPS_SRC_NAT`.
+    pub(super) fn src_nat(&self) -> bool {
+        self.reply.destination() != self.original.source()
+    }
+
+    /// What a packet of this direction looks like after both manips.
+    pub(super) const fn translated(&self) -> Tuple {
+        match self.direction {
+            Direction::Original => self.reply.inverted(),
+            Direction::Reply => self.original.inverted(),
+        }
+    }
+
+    /// The bits that `--ctstate` compares with (`conntrack_mt`).
+    pub(super) fn state_bits(&self) -> u8 {
+        let state = match self.state {
+            CtInfo::New => CtStates::NEW,
+            CtInfo::Established => CtStates::ESTABLISHED,
+            CtInfo::Untracked => CtStates::UNTRACKED,
+            // Before conntrack (table raw) there is no entry, and that reads as INVALID.
+            CtInfo::Invalid | CtInfo::Unseen => CtStates::INVALID,
+        };
+        let nat = |set: bool, bit: u8| if set && self.tracked() { bit } else { 0 };
+        state | nat(self.src_nat(), CtStates::SNAT) | nat(self.dst_nat(), CtStates::DNAT)
+    }
+
+    const fn name(&self) -> &'static str {
+        match self.state {
+            CtInfo::New => "NEW",
+            CtInfo::Established => "ESTABLISHED",
+            CtInfo::Untracked => "UNTRACKED",
+            CtInfo::Invalid | CtInfo::Unseen => "INVALID",
+        }
+    }
+}
+
+impl Run<'_> {
+    /// `nf_conntrack_in`.
+    pub(super) fn conntrack(&mut self, walk: &mut Walk) {
+        let mut entry = None;
+        match walk.conn.state {
+            CtInfo::Unseen => entry = self.look_up(walk),
+            CtInfo::Untracked if !walk.looped => {}
+            // "Previously seen (loopback or untracked)? Ignore."
+            _ => return,
+        }
+        walk.hop(Hop::Conntrack { state: walk.conn.name(), entry });
+    }
+
+    /// Fills in the walk's connection; the text tells an existing entry.
+    fn look_up(&mut self, walk: &mut Walk) -> Option<String> {
+        walk.conn = Conn::begins(walk.tuple);
+        let found = self.sim.config.entry(&walk.tuple);
+        if found.is_none() {
+            self.assume(
+                "conntrack entries are not part of the state: the packet is taken as the first of a connection",
+            );
+        }
+        if let Some((entry, direction)) = found.flatten() {
+            if !reopens(walk, &entry.state, direction) {
+                let seen = if entry.unreplied { 0 } else { SEEN_REPLY };
+                let status = CONFIRMED | seen | if entry.assured { ASSURED } else { 0 };
+                let established = direction == Direction::Reply || !entry.unreplied;
+                walk.conn = Conn {
+                    state: if established { CtInfo::Established } else { CtInfo::New },
+                    original: entry.original,
+                    reply: entry.reply,
+                    direction,
+                    src_done: true,
+                    dst_done: true,
+                    mark: entry.mark,
+                    status,
+                    timeout: entry.timeout,
+                };
+                return Some(format!("{} / {}", entry.original, entry.reply));
+            }
+            walk.note("the old conntrack entry of this connection is closed: a SYN replaces it");
+        }
+        walk.conn.state = if self.starts(walk) { CtInfo::New } else { CtInfo::Invalid };
+        None
+    }
+
+    /// Whether a packet without an entry makes one (`nf_conntrack_tcp_packet` → `tcp_new`; UDP and the rest always do).
+    fn starts(&mut self, walk: &Walk) -> bool {
+        const FIN: u8 = 1;
+        const SYN: u8 = 2;
+        const RST: u8 = 4;
+        const ACK: u8 = 16;
+        let flags = walk.tcp_flags;
+        match walk.tuple.proto {
+            Proto::Tcp if flags & RST != 0 => false,
+            Proto::Tcp if flags & SYN != 0 => flags & (ACK | FIN) == 0,
+            Proto::Tcp if flags & FIN != 0 => false,
+            Proto::Tcp if flags & ACK != 0 => self.sim.config.tcp_loose.unwrap_or(1) != 0,
+            Proto::Tcp => false,
+            _ => true,
+        }
+    }
+}
+
+/// A SYN in the original direction of a closed connection deletes the entry and starts anew
+/// (nf_conntrack_proto_tcp.c, "Attempt to reopen a closed/aborted connection").
+fn reopens(walk: &Walk, state: &str, direction: Direction) -> bool {
+    let syn = walk.tuple.proto == Proto::Tcp && walk.tcp_flags & 0x17 == 2;
+    syn && direction == Direction::Original && matches!(state, "TIME_WAIT" | "CLOSE")
+}

@@ -1,0 +1,268 @@
+//! NAT: which manip a rule sets up, and how a packet of the connection is rewritten (net/netfilter/nf_nat_core.c).
+
+use super::compiled::BaseChain;
+use super::conn::Conn;
+use super::matches::between;
+use super::nat_hash::pick;
+use super::run::{Next, Run};
+use super::walk::{Frame, Walk};
+use crate::core::model::flow::{Family, Tuple};
+use crate::core::model::rules::{NatRange, Net, Target};
+use crate::core::model::trace::{Action, DropReason, Hook, Hop, Manip, RuleRef, Verdict};
+use std::net::IpAddr;
+
+/// What a NAT target allows: addresses (`None`: unchanged) and the rest of the rule's range.
+struct Range<'r> {
+    addresses: Option<(Net, Net)>,
+    with: &'r NatRange,
+}
+
+/// `HOOK2MANIP`.
+const fn manip_of(hook: Hook) -> Manip {
+    if matches!(hook, Hook::Postrouting | Hook::Input) { Manip::Snat } else { Manip::Dnat }
+}
+
+fn done(conn: &mut Conn, manip: Manip) -> &mut bool {
+    match manip {
+        Manip::Snat => &mut conn.src_done,
+        Manip::Dnat => &mut conn.dst_done,
+    }
+}
+
+impl Run<'_> {
+    /// `nf_nat_inet_fn`: one chain after the other while the manip is open, then the rewrite.
+    pub(super) fn nat(&mut self, walk: &mut Walk, chains: &[BaseChain]) -> Next {
+        let manip = manip_of(walk.stage.hook);
+        if walk.conn.tracked() {
+            if !*done(&mut walk.conn, manip) {
+                if let Some(base) = chains.get(usize::from(walk.stage.nat)) {
+                    walk.frames.push(Frame { table: base.table, chain: base.chain, next: 0 });
+                    return Next::Go;
+                }
+                self.null_binding(walk, manip);
+            }
+            self.rewrite(walk, manip);
+        }
+        walk.stage.entry += 1;
+        walk.stage.nat = 0;
+        // `nf_nat_ipv4_local_fn`: whatever changed the destination, the way out is looked up again.
+        let conn = &walk.conn;
+        if walk.stage.hook == Hook::Output && conn.tracked() && destination_changes(conn) {
+            return self.reroute(walk);
+        }
+        Next::Go
+    }
+
+    /// No rule set the manip up: `nf_nat_alloc_null_binding` keeps the tuple, unless its source port is taken.
+    fn null_binding(&mut self, walk: &mut Walk, manip: Manip) {
+        *done(&mut walk.conn, manip) = true;
+        if manip == Manip::Snat && self.taken(walk.conn.reply) {
+            walk.sport_chosen = true;
+            walk.note("another connection has this tuple: the kernel chooses another source port");
+        }
+    }
+
+    /// Whether another conntrack entry owns the tuple (`nf_nat_used_tuple`).
+    fn taken(&self, reply: Tuple) -> bool {
+        self.sim.config.entry(&reply).flatten().is_some()
+    }
+
+    /// `nf_nat_packet`: the packet gets the half of its translated tuple that this hook is for.
+    fn rewrite(&mut self, walk: &mut Walk, manip: Manip) {
+        let before = walk.tuple;
+        let target = walk.conn.translated();
+        let after = match manip {
+            Manip::Snat => Tuple { src: target.src, sport: target.sport, ..before },
+            Manip::Dnat => Tuple { dst: target.dst, dport: target.dport, ..before },
+        };
+        let by = walk.nat_by.take();
+        if after != before {
+            walk.tuple = after;
+            walk.hop(Hop::Rewrite { hook: walk.stage.hook, what: manip, before, after, by });
+        }
+    }
+
+    /// Sets up the manip of a NAT target. The error is what the packet gets instead.
+    pub(super) fn translate_by(
+        &mut self,
+        walk: &mut Walk,
+        target: &Target,
+        place: &RuleRef,
+    ) -> Result<Action, (Action, Verdict)> {
+        let hook = walk.stage.hook;
+        let to = |range: &NatRange| (&*range.text).into();
+        let plain = NatRange::default();
+        let (range, action) = match target {
+            Target::Dnat(range) => {
+                (Range { addresses: range.addresses.clone(), with: range }, Action::Dnat { to: to(range) })
+            }
+            Target::Snat(range) => {
+                (Range { addresses: range.addresses.clone(), with: range }, Action::Snat { to: to(range) })
+            }
+            Target::Masquerade(range) => match self.masquerade(walk, place)? {
+                Some(address) => (Range { addresses: Some(single(address)), with: range }, Action::Masquerade),
+                None => return Ok(Action::Masquerade),
+            },
+            Target::Redirect(range) => {
+                let action = Action::Redirect { to: to(range) };
+                let address = self.redirect(walk, place).map_err(|verdict| (action.clone(), verdict))?;
+                (Range { addresses: Some(single(address)), with: range }, action)
+            }
+            Target::Netmap(net) => {
+                let old = if manip_of(hook) == Manip::Snat { walk.tuple.src } else { walk.tuple.dst };
+                let new = netmap(net, old);
+                let action = Action::Netmap { to: new.to_string().into() };
+                (Range { addresses: Some(single(new)), with: &plain }, action)
+            }
+            _ => return Ok(Action::Continue),
+        };
+        if *place.table != *"nat" || !walk.conn.tracked() {
+            let because = "a NAT target outside table nat".into();
+            return Err((action, Verdict::Unknown { because, by: Some(place.clone()) }));
+        }
+        let wrong = range.addresses.as_ref().is_some_and(|(low, _)| family(low) != walk.family());
+        if wrong {
+            let because = "the target's address is of the other family".into();
+            return Err((action, Verdict::Unknown { because, by: Some(place.clone()) }));
+        }
+        self.set_up(walk, &range, manip_of(hook));
+        Ok(action)
+    }
+
+    /// `nf_nat_masquerade_ipv4`, `nf_nat_masquerade_ipv6`: the address that the output interface has towards the next hop.
+    fn masquerade(&mut self, walk: &mut Walk, place: &RuleRef) -> Result<Option<IpAddr>, (Action, Verdict)> {
+        if walk.conn.original.src.is_unspecified() {
+            return Ok(None);
+        }
+        let unknown =
+            |because: &str| (Action::Masquerade, Verdict::Unknown { because: because.into(), by: Some(place.clone()) });
+        let Some(output) = walk.output.as_deref() else {
+            return Err(unknown("which address MASQUERADE takes is not known without routes"));
+        };
+        let towards = match walk.family() {
+            Family::V4 => walk.gateway.unwrap_or(walk.tuple.dst),
+            Family::V6 => walk.tuple.dst,
+        };
+        match self.sim.config.source_address(output, towards) {
+            None => Err(unknown("which address MASQUERADE takes is not known without addresses")),
+            Some(None) => {
+                Err((Action::Masquerade, Verdict::Dropped { reason: DropReason::NoAddress, by: Some(place.clone()) }))
+            }
+            Some(found) => Ok(found),
+        }
+    }
+
+    /// `nf_nat_redirect_ipv4`: loopback for what the node sends, else the first address of the input interface.
+    fn redirect(&mut self, walk: &Walk, place: &RuleRef) -> Result<IpAddr, Verdict> {
+        let family = walk.family();
+        if walk.stage.hook == Hook::Output {
+            return Ok(match family {
+                Family::V4 => IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
+                Family::V6 => IpAddr::V6(std::net::Ipv6Addr::LOCALHOST),
+            });
+        }
+        let input = walk.input.as_deref().unwrap_or("lo");
+        match self.sim.config.first_address(input, family) {
+            Some(Some(address)) => Ok(address),
+            Some(None) => Err(Verdict::Dropped { reason: DropReason::NoAddress, by: Some(place.clone()) }),
+            None => {
+                let because = format!("the address of {input} is not part of the state");
+                Err(Verdict::Unknown { because, by: Some(place.clone()) })
+            }
+        }
+    }
+
+    /// `nf_nat_setup_info` → `get_unique_tuple`.
+    fn set_up(&mut self, walk: &mut Walk, range: &Range<'_>, manip: Manip) {
+        let old = walk.conn.reply.inverted();
+        let mut new = old;
+        *done(&mut walk.conn, manip) = true;
+        let fits = range.addresses.as_ref().is_none_or(|ends| between(ends, old.src));
+        let port_fits = range.with.ports.is_none_or(|(low, high)| (low..=high).contains(&old.sport));
+        let keeps = manip == Manip::Snat && !range.with.random && fits && port_fits;
+        if keeps && !self.taken(old.inverted()) {
+            return;
+        }
+        if let Some((low, high)) = &range.addresses {
+            let address = pick(low, high, &old, range.with.persistent);
+            match manip {
+                Manip::Snat => new.src = address,
+                Manip::Dnat => new.dst = address,
+            }
+        }
+        if new.proto.has_ports() || range.with.ports.is_none() {
+            self.choose_port(walk, &mut new, range.with, manip);
+        }
+        walk.conn.reply = new.inverted();
+    }
+
+    /// The per-protocol half of `get_unique_tuple` and `nf_nat_l4proto_unique_tuple`.
+    fn choose_port(&mut self, walk: &mut Walk, new: &mut Tuple, range: &NatRange, manip: Manip) {
+        let port = if manip == Manip::Snat { new.sport } else { new.dport };
+        let free = !self.taken(new.inverted());
+        let keeps = match range.ports {
+            _ if range.random => false,
+            Some((low, high)) => range.base_port.is_none() && (low..=high).contains(&port) && (low == high || free),
+            None => free,
+        };
+        if keeps {
+            return;
+        }
+        match (range.ports, manip) {
+            // "If it's dst rewrite, can't change port"
+            (None, Manip::Dnat) => {}
+            (Some((low, high)), Manip::Dnat) => {
+                let size = u32::from(high.abs_diff(low)) + 1;
+                let offset = match range.base_port {
+                    Some(base) => u32::from(port.wrapping_sub(base)) % size,
+                    None if range.random && size > 1 => {
+                        self.assume(format!(
+                            "the kernel chooses a destination port from {low} to {high} at random; {low} is shown"
+                        ));
+                        0
+                    }
+                    None => 0,
+                };
+                new.dport = low.min(high).wrapping_add(offset as u16);
+            }
+            (Some((low, high)), Manip::Snat) if low == high => new.sport = low,
+            (_, Manip::Snat) => {
+                walk.sport_chosen = true;
+                walk.note("the kernel chooses the source port; the old one is shown");
+            }
+        }
+    }
+}
+
+/// The destination of this direction differs from what the packet was sent to.
+fn destination_changes(conn: &Conn) -> bool {
+    use crate::core::model::flow::Direction::{Original, Reply};
+    match conn.direction {
+        Original => conn.original.dst != conn.reply.src,
+        Reply => conn.reply.dst != conn.original.src,
+    }
+}
+
+const fn family(net: &Net) -> Family {
+    match net {
+        Net::V4 { .. } => Family::V4,
+        Net::V6(_) => Family::V6,
+    }
+}
+
+fn single(address: IpAddr) -> (Net, Net) {
+    let net = match address {
+        IpAddr::V4(four) => Net::V4 { addr: four.to_bits(), mask: u32::MAX },
+        IpAddr::V6(six) => Net::V6(Box::new((six.to_bits(), u128::MAX))),
+    };
+    (net.clone(), net)
+}
+
+/// `netmap_tg4`: the network part is the rule's, the host part the packet's.
+fn netmap(net: &Net, old: IpAddr) -> IpAddr {
+    match (net, old) {
+        (Net::V4 { addr, mask }, IpAddr::V4(four)) => IpAddr::V4((addr & mask | four.to_bits() & !mask).into()),
+        (Net::V6(both), IpAddr::V6(six)) => IpAddr::V6((both.0 & both.1 | six.to_bits() & !both.1).into()),
+        _ => old,
+    }
+}

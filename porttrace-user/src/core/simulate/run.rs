@@ -1,0 +1,355 @@
+//! The machine: takes walks from a stack, drives each along the timeline, and forks them where two things can happen.
+
+use super::compiled::{BaseChain, Entry, Simulator, TableData};
+use super::matches::Verdict as Match;
+use super::walk::{Again, Frame, Walk};
+use crate::core::model::rules::{Policy, Rule, Target};
+use crate::core::model::trace::{Action, Because, Branch, Decision, DropReason, Fraction, Hook, Hop, RuleRef, Verdict};
+use std::borrow::Cow;
+use std::collections::BTreeSet;
+
+/// More outcomes than this are not followed; the trace says so.
+const MAX_BRANCHES: usize = 4096;
+/// Rules looked at in one trace; a ruleset whose chains jump to each other many times over could need forever.
+const MAX_STEPS: u32 = 2_000_000;
+
+/// One trace being made.
+pub(super) struct Run<'s> {
+    pub(super) sim: &'s Simulator,
+    /// Walk every rule of a chain instead of asking its index.
+    pub(super) linear: bool,
+    /// Base chains of equal priority in the other order.
+    pub(super) reversed: bool,
+    work: Vec<Walk>,
+    pub(super) branches: Vec<Branch>,
+    pub(super) assumptions: BTreeSet<Cow<'static, str>>,
+    steps: u32,
+}
+
+/// What a step led to.
+pub(super) enum Next {
+    Go,
+    End(Verdict),
+}
+
+/// How a base chain ended without a final verdict is always "accept"; this is how a rule leaves its chain.
+enum Acted {
+    /// Look at the next rule.
+    On,
+    /// The base chain is over: the packet is accepted by it.
+    Accepted,
+    End(Verdict),
+}
+
+impl<'s> Run<'s> {
+    pub(super) fn new(sim: &'s Simulator, linear: bool, reversed: bool) -> Self {
+        let assumptions = sim.assumptions.iter().cloned().map(Cow::Owned).collect();
+        Self { sim, linear, reversed, work: Vec::new(), branches: Vec::new(), assumptions, steps: 0 }
+    }
+
+    pub(super) fn assume(&mut self, sentence: impl Into<Cow<'static, str>>) {
+        self.assumptions.insert(sentence.into());
+    }
+
+    /// Puts a walk aside to be followed later.
+    pub(super) fn later(&mut self, walk: Walk) {
+        self.work.push(walk);
+    }
+
+    /// Follows a walk and all that fork off it to their ends.
+    pub(super) fn follow(&mut self, first: Walk, start: Next) {
+        self.drive(first, start);
+        while let Some(walk) = self.work.pop() {
+            if self.branches.len() >= MAX_BRANCHES {
+                let left = self.work.len() + 1;
+                self.assume(format!("stopped at {MAX_BRANCHES} branches; {left} more were not followed to their ends"));
+                return;
+            }
+            self.drive(walk, Next::Go);
+        }
+    }
+
+    fn drive(&mut self, mut walk: Walk, mut next: Next) {
+        loop {
+            if let Some(Again(then)) = walk.again.take() {
+                next = self.route_output(&mut walk, then);
+                continue;
+            }
+            match next {
+                Next::End(verdict) => return self.finish(walk, verdict),
+                Next::Go if walk.frames.is_empty() => next = self.entry(&mut walk),
+                Next::Go => next = self.chain(&mut walk),
+            }
+        }
+    }
+
+    /// The next entry of the present hook.
+    fn entry(&mut self, walk: &mut Walk) -> Next {
+        let stage = walk.stage;
+        let sim = self.sim;
+        match sim.entry(self.reversed, walk.family(), stage.hook, stage.entry.into()) {
+            None => self.leave(walk),
+            Some(Entry::Conntrack) => {
+                self.conntrack(walk);
+                walk.stage.entry += 1;
+                Next::Go
+            }
+            Some(Entry::Chain(base)) => {
+                walk.before_mangle = (walk.mark, walk.tuple.src, walk.tuple.dst);
+                walk.frames.push(Frame { table: base.table, chain: base.chain, next: 0 });
+                Next::Go
+            }
+            Some(Entry::Nat(chains)) => self.nat(walk, chains),
+        }
+    }
+
+    /// A base chain accepted the packet.
+    fn base_done(&mut self, walk: &mut Walk) -> Next {
+        walk.frames.clear();
+        let stage = walk.stage;
+        match self.sim.entry(self.reversed, walk.family(), stage.hook, stage.entry.into()) {
+            Some(Entry::Nat(_)) => walk.stage.nat += 1,
+            Some(Entry::Chain(BaseChain { reroutes: true, .. }))
+                if walk.before_mangle != (walk.mark, walk.tuple.src, walk.tuple.dst) =>
+            {
+                walk.stage.entry += 1;
+                return self.reroute(walk);
+            }
+            _ => walk.stage.entry += 1,
+        }
+        Next::Go
+    }
+
+    /// Walks the innermost chain until it is left or the path forks.
+    fn chain(&mut self, walk: &mut Walk) -> Next {
+        let sim = self.sim;
+        loop {
+            let Some(&frame) = walk.frames.last() else { return self.base_done(walk) };
+            let Some(table) = sim.tables.get(usize::from(frame.table)) else { return self.base_done(walk) };
+            let rules = table.chain(frame.chain).map_or(&[][..], |chain| &chain.rules);
+            let at = match table.index(frame.chain) {
+                _ if frame.next == Frame::END => None,
+                Some(index) if !self.linear => index.next(&walk.tuple, frame.next),
+                _ => Some(frame.next),
+            };
+            let Some((at, rule)) = at.and_then(|at| Some((at, rules.get(at as usize)?))) else {
+                match self.chain_over(walk, table, frame) {
+                    Acted::On => continue,
+                    Acted::Accepted => return self.base_done(walk),
+                    Acted::End(verdict) => return Next::End(verdict),
+                }
+            };
+            self.steps += 1;
+            if self.steps > MAX_STEPS {
+                let because = format!("gave up after {MAX_STEPS} rules: the chains jump to each other too often");
+                return Next::End(Verdict::Unknown { because, by: Some(table.reference(frame.chain, Some(at))) });
+            }
+            if let Some(last) = walk.frames.last_mut() {
+                last.next = at + 1;
+            }
+            if !self.decide(walk, table, (frame.chain, at), rule) {
+                continue;
+            }
+            match self.act(walk, table, (frame, at), rule) {
+                Acted::On => {}
+                Acted::Accepted => return self.base_done(walk),
+                Acted::End(verdict) => return Next::End(verdict),
+            }
+        }
+    }
+
+    /// End of a chain: back to the caller, or the base chain's policy.
+    fn chain_over(&mut self, walk: &mut Walk, table: &TableData, frame: Frame) -> Acted {
+        walk.frames.pop();
+        if !walk.frames.is_empty() {
+            return Acted::On;
+        }
+        let policy = table.chain(frame.chain).and_then(|chain| chain.policy).unwrap_or(Policy::Accept);
+        let action = if policy == Policy::Drop { Action::Drop } else { Action::Accept };
+        let rule = table.reference(frame.chain, None);
+        let hop = Hop::Rule {
+            hook: walk.stage.hook,
+            rule: rule.clone(),
+            action,
+            because: Because::default(),
+            text: Default::default(),
+        };
+        walk.hop(hop);
+        match policy {
+            Policy::Accept => Acted::Accepted,
+            Policy::Drop => Acted::End(Verdict::Dropped { reason: DropReason::Rule, by: Some(rule) }),
+        }
+    }
+
+    /// Whether this walk takes the rule. Where that is open, the other possibility is put aside.
+    fn decide(&mut self, walk: &mut Walk, table: &TableData, (chain, at): (u32, u32), rule: &Rule) -> bool {
+        let Match::Yes { chance, unknown, affinity } = self.matches(walk, rule) else { return false };
+        if unknown.is_empty() && chance.is_none() {
+            return true;
+        }
+        let place = table.reference(chain, Some(at));
+        if !unknown.is_empty() {
+            let text = unknown.join("; ");
+            if matches!(rule.target, Target::None | Target::Other(_)) {
+                walk.note(format!(
+                    "{} {}: not known whether it matches ({text}); it has no effect",
+                    place.chain,
+                    at + 1
+                ));
+                return false;
+            }
+            let decision = |taken| match affinity {
+                true => Decision::Affinity { rule: place.clone(), taken },
+                false => Decision::Assumed { rule: Some(place.clone()), text: text.clone(), taken },
+            };
+            let mut other = walk.fork();
+            other.decide(decision(false));
+            self.later(other);
+            walk.decide(decision(true));
+        }
+        let Some(chance) = chance.filter(|chance| *chance != Fraction::ONE) else { return true };
+        if chance.num == 0 {
+            return false;
+        }
+        let mut other = walk.fork();
+        other.probability = other.probability.times(chance.rest());
+        other.decide(Decision::Random { rule: place.clone(), taken: false });
+        self.later(other);
+        walk.probability = walk.probability.times(chance);
+        walk.decide(Decision::Random { rule: place, taken: true });
+        true
+    }
+
+    fn act(&mut self, walk: &mut Walk, table: &TableData, (frame, at): (Frame, u32), rule: &Rule) -> Acted {
+        let place = table.reference(frame.chain, Some(at));
+        let hook = walk.stage.hook;
+        let record = |walk: &mut Walk, place: RuleRef, action: Action| {
+            let text = table.text(rule);
+            walk.hop(Hop::Rule { hook, rule: place, action, because: Because(text.clone()), text });
+        };
+        self.remember(walk, rule);
+        match &rule.target {
+            Target::Jump(to) | Target::Goto(to) => {
+                let chain = table.chain_name(*to);
+                let goes = matches!(rule.target, Target::Goto(_));
+                let action = if goes { Action::Goto { chain } } else { Action::Jump { chain } };
+                if walk.frames.iter().any(|frame| frame.chain == *to) {
+                    let because = format!("chain {} leads back to itself", table.chain_name(*to));
+                    return Acted::End(Verdict::Unknown { because, by: Some(place) });
+                }
+                record(walk, place, action);
+                // The end of a chain that was gone to returns to the caller's caller: this chain has nothing left.
+                if let Some(last) = walk.frames.last_mut().filter(|_| goes) {
+                    last.next = Frame::END;
+                }
+                walk.frames.push(Frame { table: frame.table, chain: *to, next: 0 });
+                Acted::On
+            }
+            Target::Return => {
+                record(walk, place, Action::Return);
+                if let Some(last) = walk.frames.last_mut() {
+                    last.next = Frame::END;
+                }
+                Acted::On
+            }
+            Target::Accept => {
+                record(walk, place, Action::Accept);
+                Acted::Accepted
+            }
+            Target::Drop => {
+                record(walk, place.clone(), Action::Drop);
+                Acted::End(Verdict::Dropped { reason: DropReason::Rule, by: Some(place) })
+            }
+            Target::Reject(with) => {
+                let with = crate::core::model::name::Name::from(&**with);
+                record(walk, place.clone(), Action::Reject { with: with.clone() });
+                Acted::End(Verdict::Rejected { with, by: Some(place) })
+            }
+            Target::Stop(text) => {
+                let because = format!("{text} hands the packet to something outside the rules");
+                record(walk, place.clone(), Action::Other { target: (&**text).into() });
+                Acted::End(Verdict::Unknown { because, by: Some(place) })
+            }
+            Target::Missing(name) => {
+                let because = format!("{name} is neither a chain of the dump nor a target that the model knows");
+                record(walk, place.clone(), Action::Other { target: (&**name).into() });
+                Acted::End(Verdict::Unknown { because, by: Some(place) })
+            }
+            Target::Dnat(_) | Target::Snat(_) | Target::Masquerade(_) | Target::Redirect(_) | Target::Netmap(_) => {
+                self.nat_target(walk, table, place, rule)
+            }
+            other => {
+                let (action, accepted) = self.adjust(walk, other);
+                record(walk, place, action);
+                if accepted { Acted::Accepted } else { Acted::On }
+            }
+        }
+    }
+
+    fn nat_target(&mut self, walk: &mut Walk, table: &TableData, place: RuleRef, rule: &Rule) -> Acted {
+        let text = table.text(rule);
+        let result = self.translate_by(walk, &rule.target, &place);
+        let hop = |action| Hop::Rule {
+            hook: walk.stage.hook,
+            rule: place.clone(),
+            action,
+            because: Because(text.clone()),
+            text: text.clone(),
+        };
+        match result {
+            Ok(action) => {
+                // The rewrite itself follows when the NAT step applies the manip (`nf_nat_packet`).
+                let hop = hop(action);
+                walk.hop(hop);
+                walk.nat_by = Some(place);
+                Acted::Accepted
+            }
+            Err((action, verdict)) => {
+                let hop = hop(action);
+                walk.hop(hop);
+                Acted::End(verdict)
+            }
+        }
+    }
+
+    /// Ends a walk.
+    fn finish(&mut self, mut walk: Walk, verdict: Verdict) {
+        let arrived = matches!(verdict, Verdict::Delivered { .. } | Verdict::Forwarded { .. });
+        if arrived {
+            walk.way_back();
+        }
+        let conn = &walk.conn;
+        let reply_tuple = if conn.tracked() { conn.translated().inverted() } else { walk.tuple.inverted() };
+        let new_source = walk.conn.reply.dst;
+        let masquerade =
+            conn.tracked() && conn.original.src != new_source && self.sim.routing.is_local(new_source).unwrap_or(true);
+        let out_interface = match &verdict {
+            Verdict::Forwarded { interface, .. } => Some(interface.clone()),
+            _ => None,
+        };
+        self.branches.push(Branch {
+            probability: walk.probability,
+            decisions: walk.decisions,
+            hops: walk.hops,
+            verdict,
+            final_tuple: walk.tuple,
+            reply_tuple,
+            masquerade,
+            sport_chosen: walk.sport_chosen,
+            out_interface,
+        });
+    }
+
+    /// The last entry of a hook is done.
+    fn leave(&mut self, walk: &mut Walk) -> Next {
+        match walk.stage.hook {
+            Hook::Prerouting => self.after_prerouting(walk),
+            Hook::Forward | Hook::Output => {
+                walk.enter(Hook::Postrouting);
+                Next::Go
+            }
+            Hook::Input => self.deliver(walk),
+            Hook::Postrouting => self.transmit(walk),
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! Targets that change marks or conntrack and let the packet go on.
+
+use super::conn::CtInfo;
+use super::run::Run;
+use super::walk::Walk;
+use crate::core::model::rules::{ConnMarkOp, MarkOp, MatchKind, RecentOp, Rule, Target, Tproxy};
+use crate::core::model::trace::{Action, Hop};
+
+impl Run<'_> {
+    /// Applies the target; true when it also ends the base chain.
+    pub(super) fn adjust(&mut self, walk: &mut Walk, target: &Target) -> (Action, bool) {
+        let action = match target {
+            Target::Mark(op) => {
+                walk.mark = apply(*op, walk.mark);
+                Action::Mark { mark: walk.mark }
+            }
+            Target::ConnMark(op) => connmark(walk, *op),
+            Target::Notrack => {
+                // `notrack_tg`: "Previously seen (loopback)? Ignore."
+                if walk.conn.state == CtInfo::Unseen {
+                    walk.conn.state = CtInfo::Untracked;
+                }
+                Action::Notrack
+            }
+            Target::Tproxy(tproxy) => return (self.tproxy(walk, tproxy), true),
+            Target::Other(text) => Action::Other { target: (&**text).into() },
+            _ => Action::Continue,
+        };
+        (action, false)
+    }
+
+    /// `tproxy_tg4`: the packet keeps its addresses; the mark sends it to the local socket by a policy rule.
+    fn tproxy(&mut self, walk: &mut Walk, tproxy: &Tproxy) -> Action {
+        let port = if tproxy.on_port == 0 { walk.tuple.dport } else { tproxy.on_port };
+        walk.mark = apply(tproxy.mark, walk.mark);
+        self.assume(format!("a transparent socket listens on port {port}: without one TPROXY drops the packet"));
+        Action::Other { target: format!("TPROXY to port {port}, mark {:#x}", walk.mark).into() }
+    }
+
+    /// `recent --set` and `--update` add the address, so that later rules find it.
+    pub(super) fn remember(&mut self, walk: &mut Walk, rule: &Rule) {
+        for asked in &rule.matches {
+            if let MatchKind::Recent(recent) = &asked.kind
+                && matches!(recent.op, RecentOp::Set | RecentOp::Update)
+            {
+                let address = if recent.by_destination { walk.tuple.dst } else { walk.tuple.src };
+                walk.remembered.push((recent.name.clone(), super::matches::mask(address, &recent.mask)));
+            }
+        }
+    }
+}
+
+/// `mark_tg`: `(mark & !mask) ^ value`.
+const fn apply(op: MarkOp, mark: u32) -> u32 {
+    (mark & !op.mask) ^ op.value
+}
+
+/// `connmark_tg_shift` (net/netfilter/xt_connmark.c); without an entry it does nothing.
+fn connmark(walk: &mut Walk, op: ConnMarkOp) -> Action {
+    if !walk.conn.tracked() {
+        return Action::Continue;
+    }
+    match op {
+        ConnMarkOp::Set(op) => {
+            walk.conn.mark = apply(op, walk.conn.mark);
+            Action::ConnMark { mark: walk.conn.mark }
+        }
+        ConnMarkOp::Save { ct_mask, nf_mask } => {
+            walk.conn.mark = (walk.conn.mark & !ct_mask) ^ (walk.mark & nf_mask);
+            Action::ConnMark { mark: walk.conn.mark }
+        }
+        ConnMarkOp::Restore { ct_mask, nf_mask } => {
+            walk.mark = (walk.mark & !nf_mask) ^ (walk.conn.mark & ct_mask);
+            Action::Mark { mark: walk.mark }
+        }
+    }
+}
+
+impl Walk {
+    /// What NAT does to the reply of this packet: source half first, on its way in, then the destination half.
+    pub(super) fn way_back(&mut self) {
+        if !self.conn.tracked() {
+            return;
+        }
+        let before = self.conn.translated().inverted();
+        let end = match self.conn.direction {
+            crate::core::model::flow::Direction::Original => self.conn.original.inverted(),
+            crate::core::model::flow::Direction::Reply => self.conn.reply.inverted(),
+        };
+        let mut middle = before;
+        (middle.dst, middle.dport) = (end.dst, end.dport);
+        for (before, after) in [(before, middle), (middle, end)] {
+            if before != after {
+                self.hop(Hop::ReplyRewrite { before, after });
+            }
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! One branch under way: the packet as it looks now, its conntrack entry, and where on the timeline it stands.
+
+use super::conn::Conn;
+use crate::core::model::flow::{Family, Tuple};
+use crate::core::model::hops::Hops;
+use crate::core::model::name::Name;
+use crate::core::model::trace::{Decision, Fraction, Hook, Hop, RuleRef};
+use std::net::IpAddr;
+
+/// A packet on its way. Cloned where the path forks.
+#[derive(Clone, Debug)]
+pub(super) struct Walk {
+    pub(super) tuple: Tuple,
+    /// Input interface; `None` for what the node sends itself.
+    pub(super) input: Option<Name>,
+    /// The bridge port behind a bridge that is the input.
+    pub(super) phys_in: Option<Name>,
+    /// Output interface as the routing decision has it (`skb_dst(skb)->dev`).
+    pub(super) output: Option<Name>,
+    /// Output interface as the present hook sees it (`nf_hook_state.out`).
+    pub(super) hook_output: Option<Name>,
+    /// Nothing is known about the output: routes are not part of the state.
+    pub(super) output_unknown: bool,
+    pub(super) gateway: Option<IpAddr>,
+    /// The last routing decision delivers locally.
+    pub(super) to_self: bool,
+    pub(super) mark: u32,
+    pub(super) tcp_flags: u8,
+    pub(super) ttl: u8,
+    pub(super) length: u32,
+    /// A process of this node sent it.
+    pub(super) local: bool,
+    /// It left by lo and came back.
+    pub(super) looped: bool,
+    /// The bridge hands it on without routing (bridge-nf-call-iptables).
+    pub(super) bridged: bool,
+    pub(super) conn: Conn,
+    pub(super) sport_chosen: bool,
+    /// The rule whose NAT target set up the present manip.
+    pub(super) nat_by: Option<RuleRef>,
+    /// Lists of `-m recent` to which this packet added an address.
+    pub(super) remembered: Vec<(Box<str>, IpAddr)>,
+    pub(super) probability: Fraction,
+    pub(super) decisions: Vec<Decision>,
+    pub(super) hops: Hops,
+    pub(super) stage: Stage,
+    /// Chains that are being walked, the base chain first.
+    pub(super) frames: Vec<Frame>,
+    /// Which of several next hops the coming routing decision takes.
+    pub(super) way: Option<usize>,
+    /// The walk goes on with this look-up of a way out.
+    pub(super) again: Option<Again>,
+    /// Mark, addresses when the mangle table of OUTPUT began.
+    pub(super) before_mangle: (u32, IpAddr, IpAddr),
+}
+
+/// A way out to be looked up: the hook to enter afterwards, `None` to stay in the present one.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Again(pub(super) Option<Hook>);
+
+/// Place on the timeline: the entry of a hook, and in a NAT step the chain.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Stage {
+    pub(super) hook: Hook,
+    pub(super) entry: u16,
+    pub(super) nat: u16,
+}
+
+/// One chain being walked and the rule to look at next.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Frame {
+    pub(super) table: u16,
+    pub(super) chain: u32,
+    pub(super) next: u32,
+}
+
+impl Frame {
+    /// `next` beyond every rule: the chain is over.
+    pub(super) const END: u32 = u32::MAX;
+}
+
+impl Walk {
+    pub(super) fn family(&self) -> Family {
+        self.tuple.family()
+    }
+
+    /// A copy that shares all hops so far.
+    pub(super) fn fork(&mut self) -> Self {
+        let hops = self.hops.fork();
+        let mine = std::mem::take(&mut self.hops);
+        let mut other = self.clone();
+        self.hops = mine;
+        other.hops = hops;
+        other
+    }
+
+    pub(super) fn hop(&mut self, hop: Hop) {
+        self.hops.push(hop);
+    }
+
+    pub(super) fn note(&mut self, text: impl Into<String>) {
+        self.hop(Hop::Note { text: text.into() });
+    }
+
+    pub(super) fn enter(&mut self, hook: Hook) {
+        self.stage = Stage { hook, entry: 0, nat: 0 };
+        self.hook_output = match hook {
+            Hook::Prerouting | Hook::Input => None,
+            Hook::Forward | Hook::Output | Hook::Postrouting => self.output.clone(),
+        };
+    }
+
+    /// Records a decision. A random choice that was not taken makes room for the next one of the same chain.
+    pub(super) fn decide(&mut self, decision: Decision) {
+        if let Decision::Random { rule: next, .. } = &decision
+            && let Some(Decision::Random { rule: last, taken: false }) = self.decisions.last()
+            && last.chain == next.chain
+            && last.table == next.table
+        {
+            self.decisions.pop();
+        }
+        self.decisions.push(decision);
+    }
+}
