@@ -193,8 +193,7 @@ fn probability(asked: &Match) -> Option<Fraction> {
 pub(super) fn unquantised(k: u32) -> Fraction {
     const ONE: u64 = 1 << 31;
     let k = u64::from(k);
-    if k > 0 {
-        let n = (ONE + k / 2) / k;
+    if let Some(n) = (ONE + k / 2).checked_div(k) {
         let written = (1e10 / n as f64).round() / 1e10 * ONE as f64;
         if n < 46_341 && (written.round() as u64 == k || (ONE + n / 2) / n == k) {
             return Fraction::new(1, n);

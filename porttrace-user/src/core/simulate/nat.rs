@@ -17,6 +17,9 @@ struct Range<'r> {
     with: &'r NatRange,
 }
 
+/// What a rule did and what became of the packet, where its NAT target could not do its work.
+pub(super) type Instead = Box<(Action, Verdict)>;
+
 /// `HOOK2MANIP`.
 const fn manip_of(hook: Hook) -> Manip {
     if matches!(hook, Hook::Postrouting | Hook::Input) { Manip::Snat } else { Manip::Dnat }
@@ -88,7 +91,7 @@ impl Run<'_> {
         walk: &mut Walk,
         target: &Target,
         place: &RuleRef,
-    ) -> Result<Action, (Action, Verdict)> {
+    ) -> Result<Action, Instead> {
         let hook = walk.stage.hook;
         let to = |range: &NatRange| (&*range.text).into();
         let plain = NatRange::default();
@@ -105,7 +108,7 @@ impl Run<'_> {
             },
             Target::Redirect(range) => {
                 let action = Action::Redirect { to: to(range) };
-                let address = self.redirect(walk, place).map_err(|verdict| (action.clone(), verdict))?;
+                let address = self.redirect(walk, place).map_err(|verdict| Box::new((action.clone(), verdict)))?;
                 (Range { addresses: Some(single(address)), with: range }, action)
             }
             Target::Netmap(net) => {
@@ -118,24 +121,25 @@ impl Run<'_> {
         };
         if *place.table != *"nat" || !walk.conn.tracked() {
             let because = "a NAT target outside table nat".into();
-            return Err((action, Verdict::Unknown { because, by: Some(place.clone()) }));
+            return Err(Box::new((action, Verdict::Unknown { because, by: Some(place.clone()) })));
         }
         let wrong = range.addresses.as_ref().is_some_and(|(low, _)| family(low) != walk.family());
         if wrong {
             let because = "the target's address is of the other family".into();
-            return Err((action, Verdict::Unknown { because, by: Some(place.clone()) }));
+            return Err(Box::new((action, Verdict::Unknown { because, by: Some(place.clone()) })));
         }
         self.set_up(walk, &range, manip_of(hook));
         Ok(action)
     }
 
     /// `nf_nat_masquerade_ipv4`, `nf_nat_masquerade_ipv6`: the address that the output interface has towards the next hop.
-    fn masquerade(&mut self, walk: &mut Walk, place: &RuleRef) -> Result<Option<IpAddr>, (Action, Verdict)> {
+    fn masquerade(&mut self, walk: &mut Walk, place: &RuleRef) -> Result<Option<IpAddr>, Instead> {
         if walk.conn.original.src.is_unspecified() {
             return Ok(None);
         }
-        let unknown =
-            |because: &str| (Action::Masquerade, Verdict::Unknown { because: because.into(), by: Some(place.clone()) });
+        let unknown = |because: &str| {
+            Box::new((Action::Masquerade, Verdict::Unknown { because: because.into(), by: Some(place.clone()) }))
+        };
         let Some(output) = walk.output.as_deref() else {
             return Err(unknown("which address MASQUERADE takes is not known without routes"));
         };
@@ -145,9 +149,10 @@ impl Run<'_> {
         };
         match self.sim.config.source_address(output, towards) {
             None => Err(unknown("which address MASQUERADE takes is not known without addresses")),
-            Some(None) => {
-                Err((Action::Masquerade, Verdict::Dropped { reason: DropReason::NoAddress, by: Some(place.clone()) }))
-            }
+            Some(None) => Err(Box::new((
+                Action::Masquerade,
+                Verdict::Dropped { reason: DropReason::NoAddress, by: Some(place.clone()) },
+            ))),
             Some(found) => Ok(found),
         }
     }

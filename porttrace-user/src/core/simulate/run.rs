@@ -304,7 +304,8 @@ impl<'s> Run<'s> {
                 walk.nat_by = Some(place);
                 Acted::Accepted
             }
-            Err((action, verdict)) => {
+            Err(instead) => {
+                let (action, verdict) = *instead;
                 let hop = hop(action);
                 walk.hop(hop);
                 Acted::End(verdict)
