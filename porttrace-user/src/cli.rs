@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::commands::{completions, snapshot};
+use crate::commands::{completions, snapshot, watch};
 use clap::{Parser, Subcommand};
 
 /// Why a packet to a Kubernetes port does or does not arrive.
@@ -13,6 +13,8 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Log the connections to a port, live and hop by hop
+    Watch(watch::args::Args),
     /// Print a completion script for your shell
     Completions(completions::Args),
     /// Write all that decides a packet's path on this node into one file, to look at elsewhere

@@ -6,6 +6,7 @@ pub mod links;
 pub mod live;
 pub mod netlink;
 pub mod nftables;
+pub mod pods;
 pub mod probe;
 pub mod ruleset;
 pub mod snapshot;

@@ -3,6 +3,7 @@
 pub mod completions;
 pub mod output;
 pub mod snapshot;
+pub mod watch;
 
 use crate::cli::Command;
 use std::process::ExitCode;
@@ -19,6 +20,7 @@ pub struct Usage(pub String);
 /// Whatever stopped it, as one sentence with its causes; a [`Usage`] means exit code 2.
 pub fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
+        Command::Watch(args) => watch::run(&args),
         Command::Completions(args) => completions::run(&args),
         Command::Snapshot(args) => snapshot::run(&args),
     }

@@ -37,7 +37,8 @@ impl Clock {
     }
 
     fn timestamp(self, monotonic_ns: u64) -> jiff::Timestamp {
-        jiff::Timestamp::from_nanosecond(self.offset_ns + i128::from(monotonic_ns)).unwrap_or(jiff::Timestamp::UNIX_EPOCH)
+        jiff::Timestamp::from_nanosecond(self.offset_ns + i128::from(monotonic_ns))
+            .unwrap_or(jiff::Timestamp::UNIX_EPOCH)
     }
 
     /// `12:04:05.123456` in the node's time zone.

@@ -4,10 +4,6 @@ use crate::core::model::event::{Conntrack, Event};
 use crate::core::model::flow::{Proto, Tuple};
 use porttrace_ebpf::Kind;
 
-/// `IPS_SRC_NAT` and `IPS_DST_NAT` (include/uapi/linux/netfilter/nf_conntrack_common.h).
-const IPS_SRC_NAT: u32 = 1 << 4;
-const IPS_DST_NAT: u32 = 1 << 5;
-
 pub const FIN: u8 = 1;
 pub const SYN: u8 = 2;
 pub const RST: u8 = 4;
@@ -61,8 +57,6 @@ pub struct Flow {
     pub original: Tuple,
     /// Conntrack's reply tuple as last observed: what NAT really did. `None`: no conntrack event came.
     pub reply: Option<Tuple>,
-    /// `IPS_*` status as last observed.
-    pub status: u32,
     /// The first event of the flow that carried a conntrack entry said that the entry was made by this very packet.
     pub entry_was_new: Option<bool>,
     /// Set when the first packet that was seen is not the first of the connection.
@@ -92,18 +86,16 @@ pub struct End {
 }
 
 impl Flow {
-    /// Whether the destination was rewritten; `None` when conntrack was not observed.
+    /// The request after the destination was rewritten, `Some(None)` when it was not; `None`: conntrack was not observed.
     pub fn dnat(&self) -> Option<Option<Tuple>> {
         let reply = self.reply?;
-        let changed = self.status & IPS_DST_NAT != 0 || reply.source() != self.original.destination();
-        Some((changed && reply.source() != self.original.destination()).then(|| self.after_dnat(reply)))
+        Some((reply.source() != self.original.destination()).then(|| self.after_dnat(reply)))
     }
 
-    /// Whether the source was rewritten; `None` when conntrack was not observed.
+    /// The request after the source was rewritten, `Some(None)` when it was not; `None`: conntrack was not observed.
     pub fn snat(&self) -> Option<Option<Tuple>> {
         let reply = self.reply?;
-        let changed = self.status & IPS_SRC_NAT != 0 || reply.destination() != self.original.source();
-        Some((changed && reply.destination() != self.original.source()).then(|| reply.inverted()))
+        Some((reply.destination() != self.original.source()).then(|| reply.inverted()))
     }
 
     /// The request's tuple after the destination half of NAT alone.
@@ -144,7 +136,6 @@ impl Flow {
     /// Takes over what a conntrack entry says; true when the reply tuple changed.
     pub fn learn(&mut self, entry: &Conntrack) -> bool {
         self.entry_was_new.get_or_insert(entry.is_new);
-        self.status |= entry.status;
         let changed = self.reply != Some(entry.reply);
         self.reply = Some(entry.reply);
         changed

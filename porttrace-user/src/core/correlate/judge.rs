@@ -59,14 +59,14 @@ const SCTP_ABORT: u8 = 6;
 
 /// Judges a connection.
 pub fn judge(flow: &Flow, interfaces: &Interfaces) -> Outcome {
+    if flow.joined_late {
+        return Outcome::JoinedLate;
+    }
     if let Some(refused) = refusal(flow, interfaces) {
         return refused;
     }
     if let Some(answer) = flow.sightings.iter().find(|seen| is_answer(flow, seen)) {
         return answered(flow, answer, interfaces);
-    }
-    if flow.joined_late {
-        return Outcome::JoinedLate;
     }
     let reached = reached(flow, interfaces);
     let dropped = flow.sightings.iter().find(|seen| seen.event.kind == Kind::Dropped && seen.way == Way::Request);
@@ -86,7 +86,7 @@ fn is_answer(flow: &Flow, seen: &Sighting) -> bool {
     seen.way == Way::Reply
         && seen.is_tc()
         && match flow.original.proto {
-            Proto::Tcp => flow.joined_late || seen.has(SYN | ACK),
+            Proto::Tcp => seen.has(SYN | ACK),
             Proto::Sctp => seen.event.l4_flags == SCTP_INIT_ACK,
             _ => true,
         }
@@ -97,7 +97,7 @@ fn answered(flow: &Flow, answer: &Sighting, interfaces: &Interfaces) -> Outcome 
     let last = flow.sightings.iter().rfind(|seen| is_answer(flow, seen) && !seen.again).unwrap_or(answer);
     let entered = answer.event.kind == Kind::TcIngress && !interfaces.is_loopback(answer.event.ifindex);
     let left = flow.seen(Way::Reply).any(|seen| seen.event.kind == Kind::TcEgress);
-    if entered && !left && !flow.is_local_client() && !flow.joined_late {
+    if entered && !left && !flow.is_local_client() {
         return Outcome::AnswerLost { by, entered: answer.event.ifindex, after_ns: since(flow, answer) };
     }
     Outcome::Answered { by, after_ns: since(flow, last) }

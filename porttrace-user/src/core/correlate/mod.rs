@@ -224,13 +224,13 @@ impl Correlator {
         let id = self.next_id;
         self.next_id += 1;
         let tcp = original.proto == Proto::Tcp;
-        let is_first = way == Way::Request && (!tcp || event.l4_flags & (SYN | ACK) == SYN);
+        let creates_entry = event.conntrack.is_some_and(|entry| entry.is_new && !entry.is_reply);
+        let is_first = way == Way::Request && (!tcp || creates_entry || event.l4_flags & (SYN | ACK) == SYN);
         let decide_at = event.time_ns + self.limits.silence_ns;
         let flow = Flow {
             id,
             original,
             reply: None,
-            status: 0,
             entry_was_new: None,
             joined_late: !is_first,
             start_ns: event.time_ns,

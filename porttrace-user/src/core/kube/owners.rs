@@ -87,6 +87,15 @@ impl Owners {
             more => format!("{first} and {} more", more - 1),
         })
     }
+
+    /// The ports by which Services reach an address, with one Service each: where its pod is believed to listen.
+    pub fn served_ports(&self, proto: Proto, address: IpAddr) -> Vec<(u16, &str)> {
+        self.endpoints
+            .iter()
+            .filter(|((of, at), _)| *of == proto && at.ip() == address)
+            .filter_map(|((_, at), services)| Some((at.port(), services.first()?.as_str())))
+            .collect()
+    }
 }
 
 struct Reader<'r> {

@@ -5,6 +5,7 @@ pub mod flow;
 pub mod hops;
 pub mod interfaces;
 pub mod name;
+pub mod pods;
 pub mod rules;
 pub mod state;
 pub mod trace;

@@ -18,12 +18,11 @@ const MAX_PLACE: usize = 19;
 /// The block of a connection. `time` is the wall-clock time of its first sighting; `verbose` adds the rules' text.
 pub fn block(report: &Report, context: &Context<'_>, style: Style, time: &str, verbose: bool) -> String {
     let mut out = head(report, style, time);
-    let lines: Vec<(&Line, String, Vec<String>)> =
-        report.story.lines.iter().map(|line| (line, place(line, context), Vec::new())).collect();
-    let width = lines.iter().map(|(_, place, _)| columns(place)).max().unwrap_or(0).min(MAX_PLACE);
+    let lines: Vec<(&Line, String)> = report.story.lines.iter().map(|line| (line, place(line, context))).collect();
+    let width = lines.iter().map(|(_, place)| columns(place)).max().unwrap_or(0).min(MAX_PLACE);
     let room = style.width.saturating_sub(BEFORE_PLACE + width + 1).max(24);
     let mut previous: Option<&RulePath> = None;
-    for (line, place, _) in &lines {
+    for (line, place) in &lines {
         let texts = text(line, context, style, room, previous, verbose);
         previous = match &line.what {
             What::Rules { path, .. } => Some(path),

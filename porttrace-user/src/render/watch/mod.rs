@@ -10,6 +10,7 @@ use crate::core::correlate::judge::Outcome;
 use crate::core::correlate::story::Story;
 use crate::core::kube::owners::Owners;
 use crate::core::model::interfaces::Interfaces;
+use crate::core::model::pods::PodSockets;
 use std::collections::BTreeMap;
 
 /// What the printer knows besides the connection itself.
@@ -18,6 +19,8 @@ pub struct Context<'a> {
     pub interfaces: &'a Interfaces,
     /// Who stands behind addresses and ports.
     pub owners: &'a Owners,
+    /// What listens inside this node's pods.
+    pub pods: &'a PodSockets,
     /// `enum skb_drop_reason` of the running kernel.
     pub drop_reasons: &'a BTreeMap<u32, String>,
     /// The silence after which a connection was judged, nanoseconds.

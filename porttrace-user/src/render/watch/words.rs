@@ -70,12 +70,7 @@ fn refused(by: Refuser, from: SocketAddr, how: Refusal, report: &Report, context
         Refuser::Client => "given up by the client: it sent RST before any answer".to_owned(),
         Refuser::Behind { ifindex } => {
             let interface = context.interfaces.name(ifindex);
-            let nothing_listens = is_port_refusal(how);
-            let tail = if nothing_listens {
-                format!("; nothing listens on port {} there", from.port())
-            } else {
-                String::new()
-            };
+            let tail = if is_port_refusal(how) { no_listener(from, report, context) } else { String::new() };
             format!("refused by {} behind {interface}: it answered {answer}{tail}", who(from, report, context))
         }
         Refuser::ThisNode => match predicted_end(report) {
@@ -85,6 +80,44 @@ fn refused(by: Refuser, from: SocketAddr, how: Refusal, report: &Report, context
             _ if is_port_refusal(how) => format!("refused by this node ({answer}): nothing listens on {from}"),
             _ => format!("refused by this node: {answer}"),
         },
+    }
+}
+
+/// Why a host that was reached refuses a port: from the sockets inside the pod where they could be read, else from what
+/// Services use of the same pod.
+fn no_listener(from: SocketAddr, report: &Report, context: &Context<'_>) -> String {
+    let (proto, port) = (report.flow.original.proto, from.port());
+    if context.pods.only_on_loopback(proto, from.ip(), port) {
+        return format!("; port {port} there is bound to the pod's loopback address only");
+    }
+    match (context.pods.listens(proto, from.ip(), port), context.pods.ports(proto, from.ip())) {
+        (Some(true), _) => {
+            format!("; something listens on port {port} there now: it started later, or it refuses by itself")
+        }
+        (Some(false), Some(ports)) if ports.is_empty() => format!("; nothing listens there on any {proto} port"),
+        (Some(false), Some(ports)) => {
+            let said: Vec<String> =
+                ports.iter().take(4).map(|(port, process)| port_and_process(*port, *process)).collect();
+            format!("; nothing listens on {proto} port {port} there, it listens on {}", said.join(", "))
+        }
+        _ => {
+            let served = context.owners.served_ports(proto, from.ip());
+            let others = served.iter().filter(|(other, _)| *other != port).take(3);
+            let said: Vec<String> = others.map(|(port, service)| format!("port {port} ({service})")).collect();
+            let hint = if said.is_empty() {
+                String::new()
+            } else {
+                format!("; Services reach that pod on {}", said.join(", "))
+            };
+            format!("; nothing seems to listen on {proto} port {port} there{hint}")
+        }
+    }
+}
+
+fn port_and_process(port: u16, process: Option<&str>) -> String {
+    match process {
+        Some(process) => format!("{port} ({process})"),
+        None => port.to_string(),
     }
 }
 

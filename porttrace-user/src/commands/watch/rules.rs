@@ -1,0 +1,138 @@
+//! The node's state as the session knows it: read at the start, read again when it changes.
+
+use porttrace_user::collect::live::{self, Options};
+use porttrace_user::collect::ruleset::Fingerprint;
+use porttrace_user::core::kube::owners::Owners;
+use porttrace_user::core::model::state::NodeState;
+use porttrace_user::core::model::trace::Flavour;
+use porttrace_user::core::simulate::Simulator;
+use porttrace_user::render::watch::words;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// Rules, routes and addresses, ready to be asked.
+pub struct Rules {
+    pub node: String,
+    pub kernel: String,
+    pub owners: Owners,
+    pub simulator: Simulator,
+    warnings: Vec<String>,
+    counts: BTreeMap<Flavour, usize>,
+    took: Duration,
+    fingerprint: Fingerprint,
+    checked_at: Instant,
+    /// Something else than a rule changed: an interface came or went.
+    stale: bool,
+}
+
+/// Diagnostics that the header shows; the rest is counted.
+const MOST_WARNINGS: usize = 5;
+
+/// Whether legacy rules changed is only told by dumping them.
+const LEGACY_CHECK: Duration = Duration::from_secs(5);
+
+impl Rules {
+    /// Reads the state of the calling thread's network namespace.
+    pub fn read() -> Self {
+        // Taken first: what changes while reading is then seen as a change.
+        let fingerprint = Fingerprint::take();
+        let (mut state, timings) = live::state(Options { processes: true, ..Options::default() });
+        // A watched connection is new to conntrack; entries of older ones would only stand in the way.
+        state.conntrack = Some(Vec::new());
+        let uname = nix::sys::utsname::uname();
+        let text = |part: Option<&std::ffi::OsStr>| {
+            part.map_or_else(|| "?".to_owned(), |part| part.to_string_lossy().into_owned())
+        };
+        Self {
+            node: std::env::var("NODE_NAME")
+                .unwrap_or_else(|_| text(uname.as_ref().ok().map(nix::sys::utsname::UtsName::nodename))),
+            kernel: text(uname.as_ref().ok().map(nix::sys::utsname::UtsName::release)),
+            owners: Owners::of(&state),
+            simulator: Simulator::new(&state),
+            warnings: warnings(&state),
+            counts: counts(&state),
+            took: timings.total,
+            fingerprint,
+            checked_at: Instant::now(),
+            stale: false,
+        }
+    }
+
+    /// How many rules were read, and how fast.
+    pub fn sentence(&self) -> String {
+        let took = u64::try_from(self.took.as_nanos()).unwrap_or(u64::MAX);
+        format!("{}; the node's state was read in {}", self.rule_counts(), words::duration(took))
+    }
+
+    /// What is not known of this node, a sentence each.
+    pub fn warnings(&self) -> Vec<String> {
+        self.warnings.clone()
+    }
+
+    /// Interfaces changed: routes and addresses are others now.
+    pub fn expect_changes(&mut self) {
+        self.stale = true;
+    }
+
+    /// Reads again if something changed. The text says what, when it is worth a line.
+    pub async fn follow(&mut self) -> Option<String> {
+        let earlier = self.fingerprint.clone();
+        let whole = earlier.has_legacy() && self.checked_at.elapsed() >= LEGACY_CHECK;
+        let take = move || if whole { Fingerprint::take() } else { Fingerprint::take_cheap(&earlier) };
+        let now = tokio::task::spawn_blocking(take).await.ok()?;
+        if whole {
+            self.checked_at = Instant::now();
+        }
+        let rules_changed = now != self.fingerprint;
+        if !rules_changed && !self.stale {
+            return None;
+        }
+        let before = self.rule_counts();
+        *self = tokio::task::spawn_blocking(Self::read).await.ok()?;
+        rules_changed.then(|| format!("the rules changed: {before} before, {} now", self.rule_counts()))
+    }
+
+    fn rule_counts(&self) -> String {
+        let said: Vec<String> = self
+            .counts
+            .iter()
+            .map(|(flavour, count)| {
+                let flavour = match flavour {
+                    Flavour::IptablesNft => "iptables-nft",
+                    Flavour::IptablesLegacy => "iptables-legacy",
+                    Flavour::Nftables => "nftables",
+                };
+                format!("{count} {flavour} rules")
+            })
+            .collect();
+        if said.is_empty() { "no rules".to_owned() } else { said.join(" and ") }
+    }
+}
+
+fn counts(state: &NodeState) -> BTreeMap<Flavour, usize> {
+    let mut counts = BTreeMap::new();
+    for ruleset in &state.rulesets {
+        let rules: usize = ruleset.tables.iter().flat_map(|table| &table.chains).map(|chain| chain.rules.len()).sum();
+        if rules > 0 {
+            *counts.entry(ruleset.flavour).or_default() += rules;
+        }
+    }
+    counts
+}
+
+fn warnings(state: &NodeState) -> Vec<String> {
+    let mut warnings: Vec<String> = state
+        .diagnostics
+        .iter()
+        .take(MOST_WARNINGS)
+        .map(|diagnostic| match diagnostic.line {
+            0 => format!("{}: {}", diagnostic.source, diagnostic.message),
+            line => format!("{} line {line}: {}", diagnostic.source, diagnostic.message),
+        })
+        .collect();
+    if state.diagnostics.len() > MOST_WARNINGS {
+        warnings
+            .push(format!("{} more things about this node could not be read", state.diagnostics.len() - MOST_WARNINGS));
+    }
+    warnings
+}

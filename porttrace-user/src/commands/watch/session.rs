@@ -1,0 +1,337 @@
+//! One session: start probe and reading of rules side by side, then events in, log out, until told to stop.
+
+use super::args::{Args, BackendChoice, ProtoChoice};
+use super::output::{Clock, Printer};
+use super::rules::Rules;
+use anyhow::Context as _;
+use porttrace_ebpf::Kind;
+use porttrace_user::collect::pods;
+use porttrace_user::collect::probe::{Backend, ConntrackBackend, Lost, Probe, ProbeConfig, ProbeInfo, Protos, TcMode};
+use porttrace_user::core::correlate::flow::Flow;
+use porttrace_user::core::correlate::fold::Mode;
+use porttrace_user::core::correlate::judge::{Outcome, Refuser, judge};
+use porttrace_user::core::correlate::story::tell;
+use porttrace_user::core::correlate::{Correlator, Limits, Update};
+use porttrace_user::core::model::event::Event;
+use porttrace_user::core::model::interfaces::Interfaces;
+use porttrace_user::core::model::pods::PodSockets;
+use porttrace_user::core::model::trace::{Packet, Trace};
+use porttrace_user::render::watch::header::{Header, count};
+use porttrace_user::render::watch::{Context, Report};
+use std::collections::BTreeMap;
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::{Instant, MissedTickBehavior, interval};
+
+/// How often outcomes are looked for; the delay that a reader can notice.
+const TICK: Duration = Duration::from_millis(20);
+/// How often rules are checked for changes, lost events and bundles are printed.
+const HOUSEKEEPING: Duration = Duration::from_secs(1);
+
+/// Runs a session; true when events were lost.
+pub async fn run(args: &Args) -> anyhow::Result<bool> {
+    let started = Instant::now();
+    let clock = Clock::measure()?;
+    let reading = tokio::task::spawn_blocking(Rules::read);
+    let probe = Probe::start(&probe_config(args))?;
+    let rules = reading.await.context("reading the rules was cut short")?;
+    let mode = match (args.all, args.summary) {
+        (true, _) => Mode::All,
+        (_, true) => Mode::Summary,
+        _ => Mode::Auto,
+    };
+    let printer = Printer::new(args.json, mode, args.verbose > 0, args.colour.style(), clock);
+    let limits = Limits { silence_ns: nanoseconds(args.timeout), ..Limits::default() };
+    let correlator = Correlator::new(args.ports.iter().copied(), limits.clone());
+    let interfaces = interfaces_of(&probe);
+    let pods = Pods::default();
+    let mut session = Session {
+        args,
+        probe,
+        rules,
+        printer,
+        correlator,
+        limits,
+        interfaces,
+        pods,
+        lost: Lost::default(),
+        evicted: 0,
+    };
+    session.header(started)?;
+    session.watch().await?;
+    session.end(started).await
+}
+
+struct Session<'a> {
+    args: &'a Args,
+    probe: Probe,
+    rules: Rules,
+    printer: Printer,
+    correlator: Correlator,
+    limits: Limits,
+    interfaces: Interfaces,
+    pods: Pods,
+    lost: Lost,
+    evicted: u64,
+}
+
+/// What listens inside the pods, read when a refusal asks for it.
+#[derive(Default)]
+struct Pods {
+    sockets: PodSockets,
+    read_at: Option<Instant>,
+}
+
+impl Session<'_> {
+    fn header(&mut self, started: Instant) -> anyhow::Result<()> {
+        let info = self.probe.info();
+        let mut warnings = info.degradations.clone();
+        warnings.extend(self.rules.warnings());
+        let header = Header {
+            ports: &self.args.ports,
+            node: &self.rules.node,
+            kernel: &self.rules.kernel,
+            owners: &self.rules.owners,
+            probes: probes_sentence(info),
+            rules: self.rules.sentence(),
+            warnings: &warnings,
+            ready_ns: nanoseconds(started.elapsed()),
+        };
+        Ok(self.printer.header(&header)?)
+    }
+
+    /// Until a signal, `--duration` or `--count`.
+    async fn watch(&mut self) -> anyhow::Result<()> {
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+        let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+        let mut hangup = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
+        let mut ticks = interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut housekeeping = interval(HOUSEKEEPING);
+        housekeeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let end = tokio::time::sleep(self.args.duration.unwrap_or(Duration::from_secs(u64::from(u32::MAX))));
+        tokio::pin!(end);
+        let mut events: Vec<Event> = Vec::with_capacity(4096);
+        loop {
+            tokio::select! {
+                read = self.probe.read(&mut events) => {
+                    read?;
+                    self.take(&mut events);
+                    self.follow_links();
+                }
+                _ = ticks.tick() => {
+                    if self.tell_what_is_due().await? {
+                        return Ok(());
+                    }
+                }
+                _ = housekeeping.tick() => self.keep_house().await?,
+                () = &mut end => return Ok(()),
+                _ = interrupt.recv() => return Ok(()),
+                _ = terminate.recv() => return Ok(()),
+                _ = hangup.recv() => return Ok(()),
+            }
+        }
+    }
+
+    /// Events of one CPU come in order, those of several interleaved: a batch is sorted by time first.
+    fn take(&mut self, events: &mut Vec<Event>) {
+        events.sort_by_key(|event| event.time_ns);
+        for event in events.drain(..) {
+            self.correlator.push(event);
+        }
+    }
+
+    /// Prints what is known by now; true when `--count` is reached.
+    async fn tell_what_is_due(&mut self) -> anyhow::Result<bool> {
+        let updates = self.correlator.tick(Clock::now());
+        let any = !updates.is_empty();
+        let full = self.tell(updates).await?;
+        if any {
+            self.printer.flush()?;
+        }
+        Ok(full)
+    }
+
+    async fn tell(&mut self, updates: Vec<Update>) -> anyhow::Result<bool> {
+        for update in updates {
+            match update {
+                Update::Reported(flow) => {
+                    self.report(*flow).await?;
+                    if self.args.count.is_some_and(|count| self.printer.connections >= count) {
+                        return Ok(true);
+                    }
+                }
+                Update::Ended { id, original, start_ns, end } => self.printer.ended(id, original, start_ns, &end)?,
+            }
+        }
+        Ok(false)
+    }
+
+    async fn report(&mut self, flow: Flow) -> anyhow::Result<()> {
+        let all = self.args.verbose > 0;
+        let mut story = tell(&flow, self.predict(&flow).as_ref(), all);
+        // Before the rules are said to be contradicted, they are read again: they may have changed a moment ago.
+        if story.disagrees && self.reload_if_changed().await? {
+            story = tell(&flow, self.predict(&flow).as_ref(), all);
+        }
+        let outcome = judge(&flow, &self.interfaces);
+        if matches!(outcome, Outcome::Refused { by: Refuser::Behind { .. }, .. }) {
+            self.pods.refresh().await;
+        }
+        let drop_reasons = self.drop_reasons(&flow);
+        let context = Context {
+            interfaces: &self.interfaces,
+            owners: &self.rules.owners,
+            pods: &self.pods.sockets,
+            drop_reasons: &drop_reasons,
+            silence_ns: self.limits.silence_ns,
+        };
+        Ok(self.printer.report(&Report { flow, story, outcome }, &context, Clock::now())?)
+    }
+
+    /// The kernel's names of the drop reasons that occur in a connection.
+    fn drop_reasons(&self, flow: &Flow) -> BTreeMap<u32, String> {
+        flow.sightings
+            .iter()
+            .filter(|seen| seen.event.kind == Kind::Dropped)
+            .filter_map(|seen| {
+                let name = self.probe.reason_name(Kind::Dropped, seen.event.reason)?;
+                Some((seen.event.reason, name.to_owned()))
+            })
+            .collect()
+    }
+
+    /// Interfaces that came or went: their names, and with them routes and pods, are others now.
+    fn follow_links(&mut self) {
+        if !self.probe.link_changes().is_empty() {
+            self.interfaces = interfaces_of(&self.probe);
+            self.rules.expect_changes();
+            self.pods.read_at = None;
+        }
+    }
+
+    /// What the rules say about the connection's first packet; nothing for a connection that is older than the session.
+    fn predict(&self, flow: &Flow) -> Option<Trace> {
+        if flow.joined_late {
+            return None;
+        }
+        let input = flow.input_ifindex().map(|index| self.interfaces.name(index).into());
+        let packet = Packet::first_of(flow.original, input);
+        Some(self.rules.simulator.trace(&packet))
+    }
+
+    async fn keep_house(&mut self) -> anyhow::Result<()> {
+        let lost = self.probe.lost()?;
+        if lost != self.lost {
+            self.printer.lost(&reasons(lost), Clock::now())?;
+            self.lost = lost;
+        }
+        let evicted = self.correlator.counts().evicted;
+        if evicted > self.evicted {
+            let text =
+                format!("{} connections judged before their time: too many are open at once", evicted - self.evicted);
+            self.printer.note(&text, Clock::now(), true)?;
+            self.evicted = evicted;
+        }
+        self.printer.bundles()?;
+        self.reload_if_changed().await?;
+        Ok(())
+    }
+
+    /// Reads rules, routes and addresses again when they changed; true when they did.
+    async fn reload_if_changed(&mut self) -> anyhow::Result<bool> {
+        let Some(text) = self.rules.follow().await else { return Ok(false) };
+        self.printer.note(&text, Clock::now(), false)?;
+        Ok(true)
+    }
+
+    async fn end(mut self, started: Instant) -> anyhow::Result<bool> {
+        let mut events = Vec::new();
+        self.probe.read_now(&mut events)?;
+        self.take(&mut events);
+        let mut updates = self.correlator.tick(Clock::now());
+        // Connections that still wait for an answer are told as they stand.
+        if self.args.count.is_none() {
+            updates.extend(self.correlator.finish());
+        }
+        self.tell(updates).await?;
+        self.printer.bundles()?;
+        let lost: Vec<String> = reasons(self.probe.lost()?)
+            .iter()
+            .map(|(reason, count)| format!("{count} events lost: {reason}"))
+            .collect();
+        self.printer.summary(nanoseconds(started.elapsed()), &lost)?;
+        Ok(!lost.is_empty())
+    }
+}
+
+impl Pods {
+    /// Sockets are read again when they are older than this.
+    const FRESH: Duration = Duration::from_secs(2);
+
+    async fn refresh(&mut self) {
+        if self.read_at.is_some_and(|at| at.elapsed() < Self::FRESH) {
+            return;
+        }
+        if let Ok(sockets) = tokio::task::spawn_blocking(pods::read).await {
+            self.sockets = sockets;
+        }
+        self.read_at = Some(Instant::now());
+    }
+}
+
+fn interfaces_of(probe: &Probe) -> Interfaces {
+    let mut interfaces = Interfaces::default();
+    for (&index, name) in probe.interface_names() {
+        interfaces.insert(index, name.clone(), name == "lo");
+    }
+    interfaces
+}
+
+fn probes_sentence(info: &ProbeInfo) -> String {
+    let conntrack = match info.conntrack_backend {
+        ConntrackBackend::None => "not observed".to_owned(),
+        backend => format!("by {backend}"),
+    };
+    format!(
+        "TC ({}) on {}; conntrack {conntrack}; ready in {} ms, of which attaching {} ms",
+        tc_name(info.tc),
+        count(info.interfaces, "interface"),
+        info.start_time.as_millis(),
+        info.attach_time.as_millis(),
+    )
+}
+
+/// Lost events by reason, only those that occurred.
+fn reasons(lost: Lost) -> Vec<(String, u64)> {
+    [("ring buffer full", lost.ring_full), ("table of connections full", lost.track_full)]
+        .into_iter()
+        .filter(|(_, count)| *count > 0)
+        .map(|(reason, count)| (reason.to_owned(), count))
+        .collect()
+}
+
+fn probe_config(args: &Args) -> ProbeConfig {
+    let protos = match args.proto {
+        ProtoChoice::All => Protos::ALL,
+        one => Protos { tcp: one == ProtoChoice::Tcp, udp: one == ProtoChoice::Udp, sctp: one == ProtoChoice::Sctp },
+    };
+    let backend = match args.conntrack_backend {
+        BackendChoice::Auto => Backend::Auto,
+        BackendChoice::Netfilter => Backend::Netfilter,
+        BackendChoice::Kprobe => Backend::Kprobe,
+        BackendChoice::None => Backend::TcOnly,
+    };
+    ProbeConfig { protos, backend, kernel_log: args.verbose > 1, ..ProbeConfig::new(args.ports.iter().copied()) }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+const fn tc_name(mode: TcMode) -> &'static str {
+    match mode {
+        TcMode::Tcx => "tcx",
+        TcMode::Clsact => "clsact",
+    }
+}
