@@ -5,7 +5,7 @@ use flate2::read::GzDecoder;
 use porttrace_user::core::model::flow::{Proto, Tuple};
 use porttrace_user::core::model::name::Name;
 use porttrace_user::core::model::state::NodeState;
-use porttrace_user::core::model::trace::{Branch, Hop, Packet, Trace, Verdict};
+use porttrace_user::core::model::trace::{Branch, Hop, Packet, RuleRef, Trace, Verdict};
 use porttrace_user::core::parse::{self, Files};
 use porttrace_user::core::simulate::Simulator;
 use serde::Deserialize;
@@ -14,6 +14,9 @@ use std::fs;
 use std::io::Read;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+
+#[path = "recorded/traces.rs"]
+mod traces;
 
 const CASES: [(&str, &str); 3] = [("iptables-nft", "broken"), ("iptables-nft", "fixed"), ("iptables-legacy", "broken")];
 
@@ -30,6 +33,12 @@ struct Flow {
     result: String,
     refused_by: Option<String>,
     conntrack: BTreeMap<String, Vec<Entry>>,
+    #[serde(default)]
+    nft_trace: Vec<String>,
+    #[serde(default)]
+    xt_trace: Vec<String>,
+    #[serde(default)]
+    legacy_trace: Vec<traces::LegacyStep>,
 }
 
 #[derive(Deserialize)]
@@ -86,6 +95,13 @@ impl Node {
             self.state.routes.iter().flatten().filter(|route| route.table == "main" && route.dst.contains(&address));
         let best = routes.max_by_key(|route| route.dst.prefix_len())?;
         best.nexthops.first()?.interface.as_deref().map(Name::from)
+    }
+
+    /// Whether the chain of a policy has no rules.
+    fn is_empty(&self, rule: &RuleRef) -> bool {
+        let rulesets = self.state.rulesets.iter().filter(|ruleset| ruleset.family == rule.family);
+        let mut tables = rulesets.flat_map(|ruleset| &ruleset.tables).filter(|table| *rule.table == *table.name);
+        tables.any(|table| table.chain(&rule.chain).is_some_and(|chain| chain.rules.is_empty()))
     }
 
     fn trace(&self, tuple: Tuple) -> Trace {
@@ -228,4 +244,64 @@ fn listens(branch: &Branch, flow: &Flow) -> bool {
         }
         _ => true,
     }
+}
+
+/// The rules that the kernel says the first packet hit on worker3 are, in the same order, those of a branch.
+#[test]
+fn the_kernels_own_traces_name_the_same_rules() {
+    let (mut nft, mut xt, mut legacy) = (0, 0, 0);
+    let mut wrong = Vec::new();
+    for (variant, phase) in CASES {
+        let folder = folder(variant, phase);
+        let node = Node::read(&folder.join("nodes/worker3"));
+        for flow in flows(&folder.join("traces.jsonl.gz")) {
+            let sent = Tuple { proto: flow.proto, src: flow.src, sport: flow.sport, dst: flow.dst, dport: flow.dport };
+            let recorded = flow.conntrack.get("worker3").and_then(|entries| entries.first());
+            let tuple = recorded.map_or(sent, |entry| entry.orig.tuple(flow.proto));
+            let trace = node.trace(tuple);
+            let mut compare = |kernel: Vec<String>, ours: &dyn Fn(&Branch) -> Vec<String>, whole: bool| {
+                let good = |branch: &Branch| {
+                    let ours = ours(branch);
+                    if whole { ours == kernel } else { contains_in_order(&ours, &kernel) }
+                };
+                if !trace.branches.iter().any(good) {
+                    let nearest = trace.branches.iter().map(ours).next().unwrap_or_default();
+                    let (kernel, ours) = (kernel.join("\n    "), nearest.join("\n    "));
+                    wrong.push(format!(
+                        "{variant}/{phase} {}: {tuple}\n  kernel\n    {kernel}\n  ours\n    {ours}",
+                        flow.label
+                    ));
+                }
+            };
+            if !flow.nft_trace.is_empty() {
+                nft += 1;
+                compare(
+                    traces::nft_steps(&flow.nft_trace),
+                    &|branch| traces::branch_steps(branch, &|rule| node.is_empty(rule)),
+                    true,
+                );
+            }
+            if !flow.xt_trace.is_empty() {
+                // xtables-monitor loses lines and dies in mid-trace; what it did print must be there, in order.
+                xt += 1;
+                compare(traces::xt_texts(&flow.xt_trace), &traces::branch_texts, false);
+            }
+            if !flow.legacy_trace.is_empty() {
+                legacy += 1;
+                compare(traces::legacy_steps(&flow.legacy_trace), &traces::branch_numbers, true);
+            }
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "{} of {nft} nft, {xt} xt and {legacy} legacy traces:\n{}",
+        wrong.len(),
+        wrong.join("\n")
+    );
+    assert!(nft > 300 && xt > 200 && legacy > 60, "{nft} nft, {xt} xt and {legacy} legacy traces were compared");
+}
+
+fn contains_in_order(all: &[String], some: &[String]) -> bool {
+    let mut all = all.iter();
+    some.iter().all(|wanted| all.any(|have| have == wanted))
 }
