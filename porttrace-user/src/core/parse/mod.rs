@@ -10,6 +10,7 @@ mod iptables_options;
 mod iptables_targets;
 pub mod listing;
 pub mod notes;
+pub mod paste;
 pub mod recent;
 pub mod rulesets;
 pub mod sockets;

@@ -30,7 +30,7 @@ pub(super) fn rule_body(row: &Row<'_>, v6: bool) -> (String, Vec<String>) {
     words.extend(row.fragment.map(|yes| if yes { "-f".to_owned() } else { "! -f".to_owned() }));
     let phrases = phrase::parse(row.rest, row.target, v6);
     words.extend(phrases.matches);
-    words.extend(phrases.unknown.iter().map(|text| format!("-m listed --text {}", phrase::quote(text))));
+    words.extend(phrases.unknown.iter().map(|text| format!("-m listed --listed {}", phrase::quote(text))));
     if let Some(target) = row.target {
         words.push(format!("{} {target}", if phrases.goto { "-g" } else { "-j" }));
     }
@@ -84,9 +84,7 @@ pub(super) fn family(tables: &[Table], family: Family) -> Option<Translated> {
     }
     for name in ["raw", "mangle", "nat", "filter", "security"] {
         let tables: Vec<&Table> = mine.iter().filter(|(table, _)| table == name).map(|(_, table)| *table).collect();
-        if tables.is_empty() {
-            out.absent.push(name);
-        } else {
+        if !tables.is_empty() {
             out.table(name, &tables);
         }
     }
@@ -139,13 +137,12 @@ struct Writer {
     save: String,
     lines: Vec<u32>,
     missing: Vec<String>,
-    absent: Vec<&'static str>,
     fillers: usize,
 }
 
 impl Writer {
     fn new(family: Family) -> Self {
-        Self { family, save: String::new(), lines: Vec::new(), missing: Vec::new(), absent: Vec::new(), fillers: 0 }
+        Self { family, save: String::new(), lines: Vec::new(), missing: Vec::new(), fillers: 0 }
     }
 
     fn line(&mut self, text: &str, from: u32) {
@@ -267,11 +264,7 @@ impl Writer {
         }
     }
 
-    fn finish(mut self) -> Translated {
-        let absent: Vec<&str> = self.absent.iter().copied().filter(|name| *name != "security").collect();
-        if !absent.is_empty() {
-            self.missing.push(format!("not pasted, taken as empty: {}", absent.join(", ")));
-        }
+    fn finish(self) -> Translated {
         Translated { family: self.family, save: self.save, lines: self.lines, missing: self.missing }
     }
 }

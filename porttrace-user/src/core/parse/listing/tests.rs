@@ -53,26 +53,26 @@ fn what_a_listing_loses_is_exactly_this() {
     let expected = [
         // One phrase for each end of the range.
         "-m iprange --src-range 10.0.0.1-10.0.0.9 -m iprange --dst-range 10.1.0.1-10.1.0.2 -j ACCEPT",
-        "-m listed --text \"STRING match \\\"bad stuff\\\" ALGO name bm\" -j DROP",
-        "-p sctp -m sctp -m listed --text \"any 0x0001\" -j ACCEPT",
+        "-m listed --listed \"STRING match \\\"bad stuff\\\" ALGO name bm\" -j DROP",
+        "-p sctp -m sctp -m listed --listed \"any 0x0001\" -j ACCEPT",
         // Numbers for names.
         "-p 47 -j ACCEPT",
         "! -p 50 -j ACCEPT",
         // Extensions that porttrace does not decide anyway: whatever they print is an unknown match.
-        "-m listed --text \"#conn src/24 > 10\" -j DROP",
-        "-m listed --text \"limit: up to 5/sec burst 5 mode srcip\" -j ACCEPT",
-        "-m listed --text \"TIME from 08:00:00 to 18:00:00 UTC\" -j ACCEPT",
-        "-m listed --text \"u32 \\\"0x0=0x1\\\"\" -j DROP",
-        "-m listed --text \"match bpf 6 0 0 65535\" -j DROP",
-        "-m listed --text \"helper match \\\"ftp\\\"\" -j ACCEPT",
+        "-m listed --listed \"#conn src/24 > 10\" -j DROP",
+        "-m listed --listed \"limit: up to 5/sec burst 5 mode srcip\" -j ACCEPT",
+        "-m listed --listed \"TIME from 08:00:00 to 18:00:00 UTC\" -j ACCEPT",
+        "-m listed --listed \"u32 \\\"0x0=0x1\\\"\" -j DROP",
+        "-m listed --listed \"match bpf 6 0 0 65535\" -j DROP",
+        "-m listed --listed \"helper match \\\"ftp\\\"\" -j ACCEPT",
         // Both print NOTRACK.
         "-p udp -m udp --dport 1:1024 -j CT --notrack",
     ];
     assert_eq!(lost(data!("zoo.save.txt"), data!("zoo.nvL-numbers.txt"), Family::V4), expected);
     let expected = [
-        "-m listed --text \"rt type:0\" -j DROP",
-        "-m listed --text eui64 -j DROP",
-        "-m listed --text \"ipv6header flags:0x80\" -j DROP",
+        "-m listed --listed \"rt type:0\" -j DROP",
+        "-m listed --listed eui64 -j DROP",
+        "-m listed --listed \"ipv6header flags:0x80\" -j DROP",
     ];
     assert_eq!(lost(data!("zoo6.save.txt"), data!("zoo6.nvL-numbers.txt"), Family::V6), expected);
 }
