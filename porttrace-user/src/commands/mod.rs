@@ -2,6 +2,7 @@
 
 pub mod completions;
 pub mod output;
+pub mod simulate;
 pub mod snapshot;
 pub mod watch;
 
@@ -23,5 +24,6 @@ pub fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Watch(args) => watch::run(&args),
         Command::Completions(args) => completions::run(&args),
         Command::Snapshot(args) => snapshot::run(&args),
+        Command::Simulate(args) => simulate::run(&args),
     }
 }

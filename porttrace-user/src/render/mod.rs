@@ -1,4 +1,5 @@
 //! Printing: for people, for machines. Nothing prints elsewhere.
 
 pub mod style;
+pub mod trace;
 pub mod watch;

@@ -1,0 +1,126 @@
+//! `porttrace simulate DESTINATION`: where a packet would go, by the rules and routes of a node, live or from a file.
+
+mod batch;
+mod expect;
+mod packet;
+mod source;
+
+use super::Usage;
+use super::output::Colour;
+use anyhow::Context as _;
+use expect::Expectation;
+use porttrace_user::core::kube::owners::Owners;
+use porttrace_user::core::model::trace::Trace;
+use porttrace_user::core::simulate::Simulator;
+use porttrace_user::render::trace::{self, Context, json};
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Exit code when `--expect` does not hold.
+const UNEXPECTED: u8 = 3;
+
+#[derive(Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  porttrace simulate 172.18.0.3:30080 --from 172.18.0.4
+  porttrace simulate 10.96.0.10:53 --proto udp --pod 10.244.1.9 --snapshot node.tar.zst
+  porttrace simulate 172.18.0.3:9088 --from 172.18.0.4 --rules listing.txt
+  porttrace simulate --batch packets.jsonl --json --snapshot node.tar.zst
+
+Without --in, --local or --pod the packet is taken to be sent by this node when its source is an address of this node, and
+otherwise to arrive by the interface to which the route back to its source points.
+
+A batch has one JSON object a line: {\"src\",\"sport\",\"dst\",\"dport\",\"proto\",\"in\"}; without \"in\" this node sends it.
+
+--expect OUTCOME holds when all branches end so; --expect any:OUTCOME when at least one does. Outcomes: delivered (a socket of
+this node gets it), forwarded (it leaves by an interface), accepted (either), rejected (REJECT, no route, or nothing listens),
+dropped, unknown. Exit codes: 0 done, 1 failed (or a bad line in a batch), 2 wrong usage, 3 not as expected.")]
+pub struct Args {
+    /// Where the packet goes: ADDRESS:PORT, [IPV6]:PORT
+    #[arg(value_name = "DESTINATION", required_unless_present = "batch", conflicts_with = "batch")]
+    destination: Option<String>,
+
+    #[command(flatten)]
+    origin: packet::Origin,
+
+    #[command(flatten)]
+    state: source::Source,
+
+    /// Simulate many packets: a file with one JSON object a line, or - for standard input
+    #[arg(long, value_name = "FILE", help_heading = "Many packets", conflicts_with_all = ["from", "sport", "input", "local", "pod", "mark", "proto"])]
+    batch: Option<PathBuf>,
+
+    /// Print JSON (schema in docs/simulate-json.md)
+    #[arg(long, help_heading = "Output")]
+    json: bool,
+
+    /// Also print the rules that nearly matched, and what kept them from it
+    #[arg(long, help_heading = "Output", conflicts_with_all = ["json", "batch"])]
+    why: bool,
+
+    /// Print every branch, also those that are like others
+    #[arg(long, help_heading = "Output")]
+    all: bool,
+
+    /// Print rules in full
+    #[arg(short, long, action = clap::ArgAction::Count, help_heading = "Output")]
+    verbose: u8,
+
+    /// Exit with 3 unless every branch ends so (any:OUTCOME: unless one does)
+    #[arg(long, value_name = "OUTCOME", help_heading = "Output")]
+    expect: Option<Expectation>,
+
+    #[command(flatten)]
+    colour: Colour,
+}
+
+/// Runs it.
+///
+/// # Errors
+/// A [`Usage`] for a request that contradicts itself or the state; otherwise what could not be read.
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let mut loaded = args.state.load()?;
+    if let Some(path) = &args.batch {
+        let owners = Owners::of(&loaded.state);
+        return batch::run(path, &loaded, &args.context(&loaded, &owners), args.json, args.expect);
+    }
+    let destination = args.destination.as_deref().unwrap_or_default();
+    let (packet, entry) = args.origin.packet(destination, &loaded.state).map_err(Usage)?;
+    let mut assumptions: Vec<String> = entry.into_iter().chain(loaded.assume_addresses(&packet)).collect();
+    assumptions.extend(loaded.missing_for(packet.tuple.family()));
+    let mut trace = Simulator::new(&loaded.state).trace(&packet);
+    assumptions.append(&mut trace.assumptions);
+    trace.assumptions = assumptions;
+    let owners = Owners::of(&loaded.state);
+    print(args, &trace, &args.context(&loaded, &owners))?;
+    loaded.complain(args.verbose);
+    Ok(verdict(args.expect, &trace))
+}
+
+impl Args {
+    fn context<'a>(&self, loaded: &'a source::Loaded, owners: &'a Owners) -> Context<'a> {
+        Context { style: self.colour.style(), owners, state: &loaded.state, verbose: self.verbose, all: self.all }
+    }
+}
+
+fn print(args: &Args, trace: &Trace, context: &Context<'_>) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        serde_json::to_writer(&mut out, &json::Answer::new(trace, None)).context("cannot print the answer")?;
+        writeln!(out)?;
+    } else {
+        out.write_all(trace::text(trace, context).as_bytes())?;
+    }
+    Ok(out.flush()?)
+}
+
+fn verdict(expected: Option<Expectation>, trace: &Trace) -> ExitCode {
+    match expected {
+        Some(expected) if !expected.holds(trace) => {
+            eprintln!("porttrace: expected {expected}, but it is {}", json::overall(&trace.branches));
+            ExitCode::from(UNEXPECTED)
+        }
+        _ => ExitCode::SUCCESS,
+    }
+}
