@@ -7,7 +7,6 @@ mod source;
 
 use super::Usage;
 use super::output::Colour;
-use anyhow::Context as _;
 use expect::Expectation;
 use porttrace_user::core::kube::owners::Owners;
 use porttrace_user::core::model::trace::Trace;
@@ -107,8 +106,9 @@ impl Args {
 fn print(args: &Args, trace: &Trace, context: &Context<'_>) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     if args.json {
-        serde_json::to_writer(&mut out, &json::Answer::new(trace, None)).context("cannot print the answer")?;
-        writeln!(out)?;
+        let mut answer = serde_json::to_vec(&json::Answer::new(trace, None))?;
+        answer.push(b'\n');
+        out.write_all(&answer)?;
     } else {
         out.write_all(trace::text(trace, context).as_bytes())?;
     }
