@@ -13,13 +13,10 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-<<<<<<< HEAD
     /// Log the connections to a port, live and hop by hop
     Watch(watch::args::Args),
-=======
     /// Say where a packet would go, by the rules and routes of a node
     Simulate(Box<simulate::Args>),
->>>>>>> ab66e0e (Simulate packets from the command line)
     /// Print a completion script for your shell
     Completions(completions::Args),
     /// Write all that decides a packet's path on this node into one file, to look at elsewhere
