@@ -89,7 +89,14 @@ impl Rules {
         }
         let before = self.rule_counts();
         *self = tokio::task::spawn_blocking(Self::read).await.ok()?;
-        rules_changed.then(|| format!("the rules changed: {before} before, {} now", self.rule_counts()))
+        let after = self.rule_counts();
+        rules_changed.then(|| {
+            if before == after {
+                format!("the rules changed ({after})")
+            } else {
+                format!("the rules changed: {before} before, {after} now")
+            }
+        })
     }
 
     fn rule_counts(&self) -> String {
@@ -121,9 +128,9 @@ fn counts(state: &NodeState) -> BTreeMap<Flavour, usize> {
 }
 
 fn warnings(state: &NodeState) -> Vec<String> {
-    let mut warnings: Vec<String> = state
-        .diagnostics
-        .iter()
+    // Conntrack was not asked for.
+    let told = || state.diagnostics.iter().filter(|diagnostic| diagnostic.source != "conntrack.txt");
+    let mut warnings: Vec<String> = told()
         .take(MOST_WARNINGS)
         .map(|diagnostic| match diagnostic.line {
             0 => format!("{}: {}", diagnostic.source, diagnostic.message),

@@ -68,6 +68,11 @@ fn verdict(report: &Report, context: &Context<'_>, style: Style) -> String {
         let mark = if index == 0 { mood.mark() } else { " " };
         out.push_str(&format!("  {}\n", paint(mood, style, &format!("{mark} {line}"))));
     }
+    if let Some(advice) = words::advice(report, context) {
+        for (index, line) in wrap(&advice, style.width.saturating_sub(4)).iter().enumerate() {
+            out.push_str(&format!("  {} {}\n", if index == 0 { "→" } else { " " }, style.bold(line)));
+        }
+    }
     out
 }
 

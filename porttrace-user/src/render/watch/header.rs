@@ -2,8 +2,9 @@
 
 use super::words;
 use crate::core::kube::owners::{Claim, ClaimKind, Owners};
-use crate::core::model::flow::Family;
+use crate::core::model::flow::Proto;
 use crate::render::style::{Style, columns, wrap};
+use std::collections::BTreeSet;
 
 /// Everything the header tells.
 #[derive(Clone, Debug)]
@@ -50,7 +51,7 @@ pub fn header(header: &Header<'_>, style: Style) -> String {
 
 /// One aligned entry, wrapped under itself.
 fn entry(label: &str, text: &str, style: Style) -> String {
-    const LABEL: usize = 9;
+    const LABEL: usize = 12;
     let mut out = String::new();
     for (index, line) in wrap(text, style.width.saturating_sub(LABEL + 4)).iter().enumerate() {
         let label = if index == 0 { label } else { "" };
@@ -64,43 +65,68 @@ fn entry(label: &str, text: &str, style: Style) -> String {
     out
 }
 
-/// Claims in words; IPv4 and IPv6 claims that say the same are one line.
+/// Claims in words. What differs only in protocol or target (IPv4 and IPv6) is one line.
 fn merged<'a>(claims: impl Iterator<Item = &'a Claim>) -> Vec<(String, String)> {
-    let mut lines: Vec<(String, String, Vec<Family>)> = Vec::new();
+    struct Group {
+        port: u16,
+        protos: BTreeSet<Proto>,
+        targets: Vec<String>,
+        tail: String,
+    }
+    let mut groups: Vec<Group> = Vec::new();
     for claim in claims {
-        let (label, text) = (format!("{}/{}", claim.port, claim.proto), words_of(&claim.kind));
-        match lines.iter_mut().find(|(other, same, _)| *other == label && *same == text) {
-            Some((_, _, families)) => families.push(claim.family),
-            None => lines.push((label, text, vec![claim.family])),
+        let (target, tail) = words_of(&claim.kind);
+        match groups.iter_mut().find(|group| group.port == claim.port && group.tail == tail) {
+            Some(group) => {
+                group.protos.insert(claim.proto);
+                if !group.targets.contains(&target) {
+                    group.targets.push(target);
+                }
+            }
+            None => groups.push(Group {
+                port: claim.port,
+                protos: BTreeSet::from([claim.proto]),
+                targets: vec![target],
+                tail,
+            }),
         }
     }
-    lines.into_iter().map(|(label, text, _)| (label, text)).collect()
+    groups
+        .into_iter()
+        .map(|group| {
+            let protos: Vec<String> = group.protos.iter().map(Proto::to_string).collect();
+            (format!("{}/{}", group.port, protos.join("+")), format!("{}{}", group.targets.join(" and "), group.tail))
+        })
+        .collect()
 }
 
-fn words_of(kind: &ClaimKind) -> String {
+/// A claim as what it leads to, and the rest of the sentence.
+fn words_of(kind: &ClaimKind) -> (String, String) {
     match kind {
         ClaimKind::HostPort { to, host_ip, network, sandbox, chain } => {
-            let mut text = format!("hostPort → {to} by {chain}");
+            let mut tail = format!(": a hostPort, by {chain}");
             if let Some(address) = host_ip {
-                text.push_str(&format!(", only on {address}"));
+                tail.push_str(&format!(", only on {address}"));
             }
             if let (Some(network), Some(sandbox)) = (network, sandbox) {
                 let short: String = sandbox.chars().take(13).collect();
-                text.push_str(&format!(" (network {network}, sandbox {short})"));
+                tail.push_str(&format!(" (network {network}, sandbox {short})"));
             }
-            text
+            (format!("→ {to}"), tail)
         }
         ClaimKind::NodePort { service, endpoints } => {
-            format!("NodePort of {service}, {}", count(*endpoints, "endpoint"))
+            (format!("NodePort of {service}"), format!(", {}", count(*endpoints, "endpoint")))
         }
         ClaimKind::ServicePort { service, address, endpoints } => {
-            format!("port of {service} on {address}, {}", count(*endpoints, "endpoint"))
+            (format!("port of {service} on {address}"), format!(", {}", count(*endpoints, "endpoint")))
         }
-        ClaimKind::Refused { why } => format!("refused by kube-proxy: {why}"),
+        ClaimKind::Refused { why } => (format!("refused by kube-proxy: {why}"), String::new()),
         ClaimKind::Listener { address, process: Some(process) } => {
-            format!("{process} of this node listens on {address}")
+            (address.to_string(), format!(": {process} of this node listens"))
         }
-        ClaimKind::Listener { address, process: None } => format!("a process of this node listens on {address}"),
+        ClaimKind::Listener { address, process: None } => {
+            (address.to_string(), ": a process of this node listens".to_owned())
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use super::{Context, Report};
 use crate::core::correlate::flow::{ACK, FIN, RST, SYN};
 use crate::core::correlate::judge::{Outcome, Reached, Refusal, Refuser};
 use crate::core::correlate::story::PacketSeen;
+use crate::core::kube::owners::ClaimKind;
 use crate::core::model::flow::Proto;
 use crate::core::model::trace::{Action, Hop, RuleRef, Verdict};
 use std::net::SocketAddr;
@@ -28,13 +29,13 @@ impl Mood {
 
 /// The verdict in one sentence. `timed` adds how long it took.
 pub fn verdict(report: &Report, context: &Context<'_>, timed: bool) -> (Mood, String) {
-    let time = |after_ns: u64| if timed { format!(" in {}", duration(after_ns)) } else { String::new() };
+    let time = |after_ns: u64| if timed { format!(" after {}", duration(after_ns)) } else { String::new() };
     match &report.outcome {
         Outcome::Answered { by, after_ns } => {
             (Mood::Good, format!("answered by {}{}", who(*by, report, context), time(*after_ns)))
         }
         Outcome::Refused { by, from, how, after_ns } => {
-            (Mood::Bad, format!("{}{}", refused(*by, *from, *how, report, context), time(*after_ns)))
+            (Mood::Bad, refused(*by, *from, *how, &time(*after_ns), report, context))
         }
         Outcome::AnswerLost { by, entered, .. } => (
             Mood::Bad,
@@ -52,6 +53,47 @@ pub fn verdict(report: &Report, context: &Context<'_>, timed: bool) -> (Mood, St
     }
 }
 
+/// What to change, where the evidence is plain.
+pub fn advice(report: &Report, context: &Context<'_>) -> Option<String> {
+    let flow = &report.flow;
+    let Outcome::Refused { by, from, how, .. } = &report.outcome else { return None };
+    if *by == Refuser::ThisNode {
+        let Some(Verdict::Rejected { by: Some(rule), .. }) = predicted_end(report) else { return None };
+        return comment_of(report, rule).contains("has no endpoints").then(|| {
+            "give the Service a ready endpoint: does its selector match a pod, and is that pod ready?".to_owned()
+        });
+    }
+    if !matches!(by, Refuser::Behind { .. }) || !is_port_refusal(*how) {
+        return None;
+    }
+    let (proto, port, asked) = (flow.original.proto, from.port(), flow.original.dport);
+    if context.pods.only_on_loopback(proto, from.ip(), port) {
+        return Some("let the server in the pod listen on all addresses (0.0.0.0 or ::)".to_owned());
+    }
+    if context.pods.listens(proto, from.ip(), port) != Some(false) {
+        return None;
+    }
+    let ports = context.pods.ports(proto, from.ip())?;
+    let right = match ports.as_slice() {
+        [] => return None,
+        [(only, _)] => only.to_string(),
+        several => format!(
+            "one of {}",
+            several.iter().take(6).map(|(port, _)| port.to_string()).collect::<Vec<_>>().join(", ")
+        ),
+    };
+    let claims = || context.owners.claims(asked).filter(|claim| claim.proto == proto);
+    if claims().any(|claim| matches!(&claim.kind, ClaimKind::HostPort { to, .. } if to == from)) {
+        return Some(format!("hostPort {asked} leads to containerPort {port}: set that containerPort to {right}"));
+    }
+    claims().find_map(|claim| match &claim.kind {
+        ClaimKind::NodePort { service, .. } | ClaimKind::ServicePort { service, .. } => {
+            Some(format!("Service {service} leads to targetPort {port}: set that targetPort to {right}"))
+        }
+        _ => None,
+    })
+}
+
 /// `10.244.1.9:80 (default/frontend)`.
 fn who(address: SocketAddr, report: &Report, context: &Context<'_>) -> String {
     match context.owners.name_of(report.flow.original.proto, address) {
@@ -60,25 +102,25 @@ fn who(address: SocketAddr, report: &Report, context: &Context<'_>) -> String {
     }
 }
 
-fn refused(by: Refuser, from: SocketAddr, how: Refusal, report: &Report, context: &Context<'_>) -> String {
+fn refused(by: Refuser, from: SocketAddr, how: Refusal, after: &str, report: &Report, context: &Context<'_>) -> String {
     let answer = match how {
         Refusal::TcpReset => "RST".to_owned(),
         Refusal::SctpAbort => "ABORT".to_owned(),
         Refusal::Icmp { v6, kind, code } => format!("ICMP {}", icmp(v6, kind, code)),
     };
     match by {
-        Refuser::Client => "given up by the client: it sent RST before any answer".to_owned(),
+        Refuser::Client => format!("given up by the client: it sent RST{after}, before any answer"),
         Refuser::Behind { ifindex } => {
             let interface = context.interfaces.name(ifindex);
-            let tail = if is_port_refusal(how) { no_listener(from, report, context) } else { String::new() };
-            format!("refused by {} behind {interface}: it answered {answer}{tail}", who(from, report, context))
+            let why = if is_port_refusal(how) { no_listener(from, report, context) } else { String::new() };
+            format!("refused by {} behind {interface} ({answer}{after}){why}", who(from, report, context))
         }
         Refuser::ThisNode => match predicted_end(report) {
             Some(Verdict::Rejected { with, by: Some(rule) }) => {
-                format!("rejected by {}{}, answered {with}", rule_name(rule), comment_of(report, rule))
+                format!("rejected by {}{} with {with}{after}", rule_name(rule), comment_of(report, rule))
             }
-            _ if is_port_refusal(how) => format!("refused by this node ({answer}): nothing listens on {from}"),
-            _ => format!("refused by this node: {answer}"),
+            _ if is_port_refusal(how) => format!("refused by this node ({answer}{after}): nothing listens on {from}"),
+            _ => format!("refused by this node ({answer}{after})"),
         },
     }
 }
@@ -88,17 +130,15 @@ fn refused(by: Refuser, from: SocketAddr, how: Refusal, report: &Report, context
 fn no_listener(from: SocketAddr, report: &Report, context: &Context<'_>) -> String {
     let (proto, port) = (report.flow.original.proto, from.port());
     if context.pods.only_on_loopback(proto, from.ip(), port) {
-        return format!("; port {port} there is bound to the pod's loopback address only");
+        return format!(": its {proto} port {port} is bound to the pod's loopback address only");
     }
     match (context.pods.listens(proto, from.ip(), port), context.pods.ports(proto, from.ip())) {
-        (Some(true), _) => {
-            format!("; something listens on port {port} there now: it started later, or it refuses by itself")
-        }
-        (Some(false), Some(ports)) if ports.is_empty() => format!("; nothing listens there on any {proto} port"),
+        (Some(true), _) => format!(", though something listens on {proto} port {port} there now"),
+        (Some(false), Some(ports)) if ports.is_empty() => format!(": nothing listens there on any {proto} port"),
         (Some(false), Some(ports)) => {
             let said: Vec<String> =
                 ports.iter().take(4).map(|(port, process)| port_and_process(*port, *process)).collect();
-            format!("; nothing listens on {proto} port {port} there, it listens on {}", said.join(", "))
+            format!(": nothing listens on {proto} port {port} there, but on {}", said.join(", "))
         }
         _ => {
             let served = context.owners.served_ports(proto, from.ip());
@@ -109,7 +149,7 @@ fn no_listener(from: SocketAddr, report: &Report, context: &Context<'_>) -> Stri
             } else {
                 format!("; Services reach that pod on {}", said.join(", "))
             };
-            format!("; nothing seems to listen on {proto} port {port} there{hint}")
+            format!(": nothing seems to listen on {proto} port {port} there{hint}")
         }
     }
 }
