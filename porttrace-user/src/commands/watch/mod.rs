@@ -20,6 +20,7 @@ pub fn run(args: &args::Args) -> anyhow::Result<ExitCode> {
     if args.json && args.summary {
         return Err(Usage("--summary is a way of printing text: leave it out, or leave --json out".to_owned()).into());
     }
+    unblock_signals()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -28,4 +29,14 @@ pub fn run(args: &args::Args) -> anyhow::Result<ExitCode> {
     let lost = runtime.block_on(session::run(args))?;
     runtime.shutdown_background();
     Ok(if lost && args.strict { ExitCode::from(EXIT_LOST) } else { ExitCode::SUCCESS })
+}
+
+/// A parent may have left them blocked (signal masks are inherited), and then Ctrl-C would end nothing.
+fn unblock_signals() -> anyhow::Result<()> {
+    use nix::sys::signal::{SigSet, Signal};
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        signals.add(signal);
+    }
+    signals.thread_unblock().context("cannot unblock signals")
 }

@@ -169,10 +169,10 @@ impl Session<'_> {
 
     async fn report(&mut self, flow: Flow) -> anyhow::Result<()> {
         let all = self.args.verbose > 0;
-        let mut story = tell(&flow, self.predict(&flow).as_ref(), all);
+        let mut story = tell(&flow, self.predict(&flow).as_ref(), &self.interfaces, all);
         // Before the rules are said to be contradicted, they are read again: they may have changed a moment ago.
         if story.disagrees && self.reload_if_changed().await? {
-            story = tell(&flow, self.predict(&flow).as_ref(), all);
+            story = tell(&flow, self.predict(&flow).as_ref(), &self.interfaces, all);
         }
         let outcome = judge(&flow, &self.interfaces);
         if matches!(outcome, Outcome::Refused { by: Refuser::Behind { .. }, .. }) {

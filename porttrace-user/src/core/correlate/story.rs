@@ -2,8 +2,11 @@
 
 use super::flow::{Flow, Way};
 use crate::core::model::flow::Tuple;
+use crate::core::model::interfaces::Interfaces;
 use crate::core::model::name::{Name, Text};
-use crate::core::model::trace::{Action, Because, Branch, Flavour, Fraction, Hook, Hop, Manip, Route, RuleRef, Trace};
+use crate::core::model::trace::{
+    Action, Because, Branch, Flavour, Fraction, Hook, Hop, Manip, Route, RouteKind, RuleRef, Trace,
+};
 use porttrace_ebpf::Kind;
 
 /// Where a line of the story comes from.
@@ -109,7 +112,7 @@ pub struct Story {
 }
 
 /// Tells `flow` against `trace`. `all` keeps rules without effect and every packet.
-pub fn tell(flow: &Flow, trace: Option<&Trace>, all: bool) -> Story {
+pub fn tell(flow: &Flow, trace: Option<&Trace>, interfaces: &Interfaces, all: bool) -> Story {
     let branch = trace.and_then(|trace| choose(flow, trace));
     let disagrees = flow.reply.is_some() && branch.is_none() && trace.is_some_and(|trace| !trace.branches.is_empty());
     let mut lines = Vec::new();
@@ -124,7 +127,7 @@ pub fn tell(flow: &Flow, trace: Option<&Trace>, all: bool) -> Story {
         None => {}
     }
     match (branch, trace) {
-        (Some(branch), _) => lines.extend(predicted(flow, branch, all)),
+        (Some(branch), _) => lines.extend(predicted(flow, branch, interfaces, all)),
         (None, Some(trace)) if disagrees => lines.extend(disagreement(flow, trace)),
         (None, Some(trace)) if !flow.joined_late => lines.push(note(format!(
             "one of {} ways that the rules allow; which one was not observed",
@@ -268,7 +271,7 @@ fn time_of(flow: &Flow, manip: Manip) -> Option<u64> {
 }
 
 /// The hops of a branch as lines: rule paths folded to what acted, rewrites held against conntrack.
-fn predicted(flow: &Flow, branch: &Branch, all: bool) -> Vec<Line> {
+fn predicted(flow: &Flow, branch: &Branch, interfaces: &Interfaces, all: bool) -> Vec<Line> {
     let mut lines: Vec<Line> = Vec::new();
     let mut stack: Vec<RuleStep> = Vec::new();
     let mut at: Option<(Hook, Name)> = None;
@@ -302,11 +305,14 @@ fn predicted(flow: &Flow, branch: &Branch, all: bool) -> Vec<Line> {
                 }
             }
             Hop::Rewrite { what, before, after, .. } => attach_rewrite(flow, &mut lines, (*what, *before, *after)),
-            Hop::Route { decision } => lines.push(Line {
-                offset_ns: None,
-                certainty: route_certainty(flow, decision),
-                what: What::Route(decision.clone()),
-            }),
+            Hop::Route { decision } => {
+                // What was routed before DNAT in OUTPUT is routed again after it; the last decision counts.
+                if !all {
+                    lines.retain(|line| !matches!(line.what, What::Route(_)));
+                }
+                let certainty = route_certainty(flow, decision, interfaces);
+                lines.push(Line { offset_ns: None, certainty, what: What::Route(decision.clone()) });
+            }
             Hop::Note { text } => lines.push(note(text.clone())),
             Hop::Receive { .. }
             | Hop::LocalSend { .. }
@@ -372,8 +378,13 @@ fn attach_rewrite(flow: &Flow, lines: &mut Vec<Line>, predicted: (Manip, Tuple, 
 }
 
 /// A route is confirmed when the request really left by its interface, or really was handed to this node.
-fn route_certainty(flow: &Flow, route: &Route) -> Certainty {
-    let delivered = route.kind == crate::core::model::trace::RouteKind::Local
-        && flow.sightings.iter().any(|seen| seen.event.kind == Kind::LocalIn);
-    if delivered { Certainty::Both } else { Certainty::Predicted }
+fn route_certainty(flow: &Flow, route: &Route, interfaces: &Interfaces) -> Certainty {
+    let confirmed = flow.sightings.iter().any(|seen| match (route.kind, seen.event.kind) {
+        (RouteKind::Local, Kind::LocalIn) => true,
+        (RouteKind::Unicast, Kind::TcEgress) => {
+            seen.way == Way::Request && route.interface.as_deref() == Some(&*interfaces.name(seen.event.ifindex))
+        }
+        _ => false,
+    });
+    if confirmed { Certainty::Both } else { Certainty::Predicted }
 }

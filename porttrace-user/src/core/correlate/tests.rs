@@ -142,8 +142,8 @@ fn a_report_comes_after_the_grace_and_not_before() {
 #[test]
 fn rules_that_lead_elsewhere_are_a_disagreement() {
     let flow = reported(refused(), 200 * MS);
-    assert!(!tell(&flow, Some(&trace(TO_POD)), false).disagrees);
-    let story = tell(&flow, Some(&trace("172.18.0.4:60218 → 10.244.1.10:80")), false);
+    assert!(!tell(&flow, Some(&trace(TO_POD)), &interfaces(), false).disagrees);
+    let story = tell(&flow, Some(&trace("172.18.0.4:60218 → 10.244.1.10:80")), &interfaces(), false);
     assert!(story.disagrees && story.branch.is_none());
     let said = story.lines.iter().find(|line| matches!(line.what, What::Disagreement { .. })).expect("it says so");
     assert_eq!(said.certainty, Certainty::Differs);
@@ -155,7 +155,7 @@ fn a_masquerade_to_another_port_is_no_disagreement() {
     let snat = "10.244.1.9:8081 → 10.244.1.1:40000";
     events[2] = with_conntrack(event(3000, Kind::AfterDnat, ETH0, TO_POD, SYN), CLIENT, snat);
     let flow = reported(events, 200 * MS);
-    let story = tell(&flow, Some(&trace("10.244.1.1:60218 → 10.244.1.9:8081")), false);
+    let story = tell(&flow, Some(&trace("10.244.1.1:60218 → 10.244.1.9:8081")), &interfaces(), false);
     assert!(!story.disagrees);
     assert_eq!(flow.snat(), Some(Some(tuple("10.244.1.1:40000 → 10.244.1.9:8081"))));
 }
