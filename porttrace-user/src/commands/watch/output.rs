@@ -198,15 +198,7 @@ impl Printer {
 
     /// The sum of the session. `lost` are sentences.
     pub fn summary(&mut self, duration_ns: u64, lost: &[String]) -> io::Result<()> {
-        let shapes: Vec<(String, u64, u64, Mood)> = self
-            .folder
-            .totals()
-            .into_iter()
-            .filter_map(|(shape, like, total)| {
-                let (mood, verdict) = self.verdicts.get(shape)?;
-                Some((verdict.clone(), like, total, *mood))
-            })
-            .collect();
+        let shapes = self.totals();
         if self.json {
             let verdicts: Vec<_> = shapes
                 .iter()
@@ -227,6 +219,23 @@ impl Printer {
 
     pub fn flush(&mut self) -> io::Result<()> {
         self.out.flush()
+    }
+
+    /// (verdict, first connection with it, how many, mood), clients told together, most first.
+    fn totals(&self) -> Vec<(String, u64, u64, Mood)> {
+        let mut totals: Vec<(String, u64, u64, Mood)> = Vec::new();
+        for (shape, like, count) in self.folder.totals() {
+            let Some((mood, verdict)) = self.verdicts.get(shape) else { continue };
+            match totals.iter_mut().find(|(text, ..)| text == verdict) {
+                Some((_, first, total, _)) => {
+                    *first = like.min(*first);
+                    *total += count;
+                }
+                None => totals.push((verdict.clone(), like, count, *mood)),
+            }
+        }
+        totals.sort_by(|a, b| b.2.cmp(&a.2).then(a.1.cmp(&b.1)));
+        totals
     }
 
     fn shape(&self, report: &Report, verdict: &str) -> Shape {
