@@ -63,7 +63,7 @@ pub fn reset_has_reason() -> bool {
 #[inline(always)]
 pub fn port_bits(port: [u8; 2]) -> u8 {
     match PORTS.get_ptr(0) {
-        Some(ports) => unsafe { *ports.cast::<u8>().add(usize::from(u16::from_be_bytes(port))) },
+        Some(ports) => unsafe { *ports.cast::<u8>().add(place(port)) },
         None => 0,
     }
 }
@@ -72,9 +72,17 @@ pub fn port_bits(port: [u8; 2]) -> u8 {
 #[inline(always)]
 pub fn mark_port(port: [u8; 2]) {
     if let Some(ports) = PORTS.get_ptr_mut(0) {
-        let byte = unsafe { ports.cast::<u8>().add(usize::from(u16::from_be_bytes(port))) };
+        let byte = unsafe { ports.cast::<u8>().add(place(port)) };
         unsafe { *byte |= porttrace_ebpf::PORT_TRACKED };
     }
+}
+
+/// Where a port's bits are. Read back from the stack as 16 bits: the verifier of Linux 6.1 does not know that a byte swap of
+/// 16 bits leaves less than 65,536 (`BPF_END` in `adjust_scalar_min_max_vals`, kernel/bpf/verifier.c, sets no bounds).
+#[inline(always)]
+fn place(port: [u8; 2]) -> usize {
+    let place = u16::from_be_bytes(port);
+    usize::from(unsafe { core::ptr::read_volatile(&raw const place) })
 }
 
 #[inline(always)]

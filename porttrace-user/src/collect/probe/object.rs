@@ -50,7 +50,7 @@ impl Kernel {
         let reset_has_reason = u32::from(types.reset_has_reason);
         let log_level = if log { u8::MAX } else { 0 };
         let ebpf = EbpfLoader::new()
-            .verifier_log_level(VerifierLogLevel::DISABLE)
+            .verifier_log_level(VerifierLogLevel::STATS)
             .override_global("OFFSETS", &offsets[..], true)
             .override_global("NETNS", &netns, true)
             .override_global("RESET_HAS_REASON", &reset_has_reason, true)
