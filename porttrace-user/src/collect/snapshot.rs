@@ -227,7 +227,9 @@ fn unpack(path: &Path, reader: &mut dyn Read, found: &mut Vec<(PathBuf, Vec<u8>)
 }
 
 fn damaged(path: &Path, error: &io::Error) -> SnapshotError {
-    SnapshotError::Damaged { path: path.to_owned(), why: error.to_string() }
+    // The tar reader quotes names as it found them: whatever bytes stand there must not reach a terminal.
+    let why = error.to_string().chars().take(200).flat_map(char::escape_debug).collect();
+    SnapshotError::Damaged { path: path.to_owned(), why }
 }
 
 /// The path without `.` components.
@@ -256,7 +258,7 @@ fn without_top(path: &Path, found: Vec<(PathBuf, Vec<u8>)>) -> Result<Files, Sna
     let tops: BTreeSet<PathBuf> =
         found.iter().filter(|(name, _)| !in_recent(name)).map(|(name, _)| parent(name)).collect();
     if tops.len() > 1 {
-        let nodes = tops.iter().map(|top| format!("{}/", top.display())).collect();
+        let nodes = tops.iter().map(|top| format!("{}/", top.display().to_string().escape_debug())).collect();
         return Err(SnapshotError::Several { path: path.to_owned(), nodes });
     }
     let Some(top) = tops.into_iter().next() else { return Ok(Files::new()) };
