@@ -12,6 +12,7 @@ use crate::core::parse::rulesets::{header_flavour, rulesets};
 use std::collections::BTreeSet;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
 use std::thread;
 
 /// One dump to take.
@@ -43,13 +44,15 @@ pub fn read_all() -> (Vec<Ruleset>, Vec<Diagnostic>, Timings) {
 /// Reads all rules as text, the dumps side by side.
 pub fn read() -> Rules {
     let mut rules = Rules::default();
-    let (dumps, native) = needed(&mut rules.missing);
-    // A family that nothing speaks for has no rules, which is known and not missing.
-    for family in [Family::V4, Family::V6] {
-        rules.files.insert(file_name(Dump { flavour: Flavour::IptablesNft, family }).to_owned(), Vec::new());
+    let needed = needed(&mut rules.missing);
+    // A family that nothing speaks for has no rules, which is known and not missing; unless somebody may not look.
+    if needed.is_whole {
+        for family in [Family::V4, Family::V6] {
+            rules.files.insert(file_name(Dump { flavour: Flavour::IptablesNft, family }).to_owned(), Vec::new());
+        }
     }
     let answers: Vec<_> = thread::scope(|scope| {
-        let threads: Vec<_> = dumps.iter().map(|dump| (*dump, scope.spawn(|| save(*dump, true)))).collect();
+        let threads: Vec<_> = needed.dumps.iter().map(|dump| (*dump, scope.spawn(|| save(*dump, true)))).collect();
         threads.into_iter().map(|(dump, thread)| (dump, thread.join())).collect()
     });
     for (dump, answer) in answers {
@@ -62,33 +65,49 @@ pub fn read() -> Rules {
             Err(_) => rules.missing.push(format!("reading {} rules broke off", words(dump).0)),
         }
     }
-    rules.missing.extend(native.iter().map(|(family, name)| {
+    rules.missing.extend(needed.native.iter().map(|(family, name)| {
         format!("nftables table {family} {name} holds native rules, which are not followed yet")
     }));
     rules
 }
 
-/// Which dumps hold rules, and the native tables beside them. Found out without touching anything: the save tools of
-/// iptables-legacy register their tables when they look.
-fn needed(missing: &mut Vec<String>) -> (Vec<Dump>, BTreeSet<nftables::Table>) {
-    let mut dumps = Vec::new();
-    let mut tables = BTreeSet::new();
+/// Which dumps hold rules, and what is beside them.
+#[derive(Default)]
+struct Needed {
+    dumps: Vec<Dump>,
+    /// Tables of native nftables rules.
+    native: BTreeSet<nftables::Table>,
+    /// The kernel answered for both flavours: what is not in `dumps` does not exist.
+    is_whole: bool,
+}
+
+/// Finds out without touching anything: the save tools of iptables-legacy register their tables when they look.
+fn needed(missing: &mut Vec<String>) -> Needed {
+    let mut needed = Needed { is_whole: true, ..Needed::default() };
     match nftables::tables() {
-        Ok(found) => tables = found,
-        // A kernel without nf_tables: there are no such rules. Anything else hides them.
-        Err(error) if nf_tables_is_absent() => drop(error),
-        Err(error) => missing.push(format!("whether there are nftables rules is unknown: {error}")),
+        Ok(found) => needed.native = found,
+        // A kernel without nf_tables has no such rules. Anything else hides them.
+        Err(_) if nf_tables_is_absent() => {}
+        Err(error) => {
+            missing.push(format!("whether there are nftables rules is unknown: {error}"));
+            needed.is_whole = false;
+        }
     }
     for (family, name) in [(Family::V4, "ip"), (Family::V6, "ip6")] {
-        if tables.iter().any(|table| table.0 == name && nftables::is_iptables(table)) {
-            dumps.push(Dump { flavour: Flavour::IptablesNft, family });
+        if needed.native.iter().any(|table| table.0 == name && nftables::is_iptables(table)) {
+            needed.dumps.push(Dump { flavour: Flavour::IptablesNft, family });
         }
-        if !legacy_tables(family).is_empty() {
-            dumps.push(Dump { flavour: Flavour::IptablesLegacy, family });
+        match legacy_tables(family) {
+            Ok(tables) if tables.is_empty() => {}
+            Ok(_) => needed.dumps.push(Dump { flavour: Flavour::IptablesLegacy, family }),
+            Err(error) => {
+                missing.push(format!("whether there are legacy {name} rules is unknown: {error}"));
+                needed.is_whole = false;
+            }
         }
     }
-    tables.retain(|table| !nftables::is_iptables(table));
-    (dumps, tables)
+    needed.native.retain(|table| !nftables::is_iptables(table));
+    needed
 }
 
 fn nf_tables_is_absent() -> bool {
@@ -97,10 +116,13 @@ fn nf_tables_is_absent() -> bool {
 }
 
 /// The tables that iptables-legacy has in use, from `/proc/net/ip_tables_names`; the file is there only once one is.
-fn legacy_tables(family: Family) -> Vec<String> {
+fn legacy_tables(family: Family) -> io::Result<Vec<String>> {
     let file = if family == Family::V4 { "ip_tables_names" } else { "ip6_tables_names" };
-    let names = fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap_or_default();
-    names.lines().map(str::to_owned).collect()
+    match fs::read_to_string(format!("/proc/thread-self/net/{file}")) {
+        Ok(names) => Ok(names.lines().map(str::to_owned).collect()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Runs the save tool of a flavour: the one named after it, or the plain one if its header says that it is that one.
@@ -169,7 +191,7 @@ fn legacy_hash() -> Option<u64> {
     let mut hasher = DefaultHasher::new();
     let mut any = false;
     for family in [Family::V4, Family::V6] {
-        if legacy_tables(family).is_empty() {
+        if !legacy_tables(family).is_ok_and(|tables| !tables.is_empty()) {
             continue;
         }
         any = true;
