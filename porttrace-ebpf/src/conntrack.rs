@@ -3,7 +3,7 @@
 use crate::emit::{body, describe_packet, reserve};
 use crate::flow::is_watched;
 use crate::maps::{TRACKED, netns, offset, track};
-use crate::packet::Packet;
+use crate::packet::{NO_TUPLE, Packet};
 use crate::skb::{
     CONFIRMED, DST_NAT, DYING, SRC_NAT, conntrack_netns, conntrack_of, copy_tuple, describe_conntrack, id_of,
     ifindex_of, original_ports, packet_of, peek, status_of,
@@ -49,7 +49,10 @@ pub fn hook(ctx: *mut c_void, kind: Kind) {
 fn watched(at: &NfContext, ct: u64, info: u64, kind: Kind) {
     let first_look = matches!(kind, Kind::AfterConntrack);
     let is_new = status_of(ct) & CONFIRMED == 0;
-    let Some(packet) = packet_of(at.skb) else { return };
+    let mut packet = Packet::ZERO;
+    if !packet_of(at.skb, &mut packet) {
+        return;
+    }
     // An ICMP error about the connection carries its entry too.
     if info == RELATED || info == RELATED + REPLY {
         return;
@@ -85,7 +88,13 @@ pub fn nat_setup(ct: u64, maniptype: u32) {
 #[inline(always)]
 pub fn confirm(skb: u64) {
     let (ct, info) = conntrack_of(skb);
-    if info >= REPLY || !is_watched_here(ct) {
+    if info >= REPLY {
+        return;
+    }
+    if !is_watched_here(ct) {
+        if ct != 0 && is_ephemeral_here(ct) {
+            remember(ct, ROLE_IGNORED, 0, 0);
+        }
         return;
     }
     let status = status_of(ct);
@@ -131,6 +140,13 @@ fn is_watched_here(ct: u64) -> bool {
     is_watched(ports.dport, ports.proto) && conntrack_netns(ct) == netns()
 }
 
+/// Whether the entry's source port, but not its destination port, is a watched one.
+#[inline(always)]
+fn is_ephemeral_here(ct: u64) -> bool {
+    let ports = original_ports(ct);
+    is_watched(ports.sport, ports.proto) && conntrack_netns(ct) == netns()
+}
+
 /// Whether TC has not yet been told that this tuple belongs to the entry.
 #[inline(always)]
 fn is_unknown(tuple: &WireTuple, id: u64) -> bool {
@@ -141,8 +157,7 @@ fn is_unknown(tuple: &WireTuple, id: u64) -> bool {
 /// source port, and its replies must not look as if they opened one.
 #[inline(never)]
 fn remember(ct: u64, role: u8, direction: u64, id: u64) {
-    let mut tuple =
-        WireTuple { src: [0; 16], dst: [0; 16], sport: [0; 2], dport: [0; 2], proto: 0, family: 0, pad: [0; 2] };
+    let mut tuple = NO_TUPLE;
     copy_tuple(ct, direction, &mut tuple);
     track(&tuple, role, id);
 }
@@ -169,7 +184,8 @@ fn emit_entry(kind: Kind, ct: u64, skb: u64, reason: u32) {
     describe_conntrack(event, ct, 0);
     event.reason = reason;
     if skb != 0 {
-        if let Some(packet) = packet_of(skb) {
+        let mut packet = Packet::ZERO;
+        if packet_of(skb, &mut packet) {
             describe_packet(event, &packet);
         }
         event.mark = peek(skb + offset!(skb_mark));

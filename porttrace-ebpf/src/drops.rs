@@ -28,7 +28,10 @@ fn report(kind: Kind, skb: u64, reason: u32) {
     if place != netns() {
         return;
     }
-    let Some(packet) = packet_of(skb) else { return };
+    let mut packet = Packet::ZERO;
+    if !packet_of(skb, &mut packet) {
+        return;
+    }
     let role = role_of(&packet);
     if role == ROLE_IGNORED {
         return;

@@ -1,7 +1,7 @@
 //! TC: which packets belong to a watched connection, and which of those are worth an event.
 
 use crate::emit::{body, describe_packet, reserve};
-use crate::maps::{TRACKED, port_bits, track};
+use crate::maps::{SCRATCH, TRACKED, port_bits, track};
 use crate::packet::{Bytes, ICMP, ICMPV6, Packet, SCTP, TCP, UDP, inverted, parse};
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
@@ -40,10 +40,15 @@ impl Bytes for FromNetwork {
 pub fn sighting(ctx: &TcContext, side: Kind) {
     let bytes = FromNetwork { skb: ctx.as_ptr() };
     let Some(base) = ip_header(ctx, &bytes, side) else { return };
-    let Some(packet) = parse(&bytes, base, false) else { return };
+    let Some(scratch) = SCRATCH.get_ptr_mut(0) else { return };
+    // SAFETY: see `SCRATCH`.
+    let [packet, quoted] = unsafe { &mut *scratch };
+    if !parse(&bytes, base, false, packet) {
+        return;
+    }
     match packet.tuple.proto {
-        ICMP | ICMPV6 => icmp(ctx, &bytes, &packet, side),
-        _ => flow(ctx, &packet, side),
+        ICMP | ICMPV6 => icmp(ctx, &bytes, packet, quoted, side),
+        _ => flow(ctx, packet, side),
     }
 }
 
@@ -175,7 +180,7 @@ fn show(ctx: &TcContext, packet: &Packet, known: &Track, side: Kind) {
 
 /// ICMP errors quote the packet that they are about: is that one of ours?
 #[inline(always)]
-fn icmp(ctx: &TcContext, bytes: &FromNetwork, outer: &Packet, side: Kind) {
+fn icmp(ctx: &TcContext, bytes: &FromNetwork, outer: &Packet, inner: &mut Packet, side: Kind) {
     let is_error = match outer.tuple.proto {
         ICMP => matches!(outer.icmp_type, 3 | 4 | 11 | 12),
         _ => matches!(outer.icmp_type, 1..=4),
@@ -183,7 +188,9 @@ fn icmp(ctx: &TcContext, bytes: &FromNetwork, outer: &Packet, side: Kind) {
     if !is_error {
         return;
     }
-    let Some(inner) = parse(bytes, outer.l4 + 8, true) else { return };
+    if !parse(bytes, outer.l4 + 8, true, inner) {
+        return;
+    }
     if port_bits(inner.tuple.dport) | port_bits(inner.tuple.sport) == 0 {
         return;
     }
@@ -194,7 +201,7 @@ fn icmp(ctx: &TcContext, bytes: &FromNetwork, outer: &Packet, side: Kind) {
     }
     let Some(mut entry) = reserve(Kind::IcmpError) else { return };
     let event = body(&mut entry);
-    describe_packet(event, &inner);
+    describe_packet(event, inner);
     let skb = unsafe { &*ctx.skb.skb };
     if matches!(side, Kind::TcIngress) {
         event.ifindex = skb.ifindex;

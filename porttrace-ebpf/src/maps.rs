@@ -1,6 +1,6 @@
 //! Maps and load-time constants.
 
-use crate::packet::inverted;
+use crate::packet::{Packet, inverted};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, LruHashMap, PerCpuArray, RingBuf};
 use porttrace_ebpf::{Offsets, ROLE_OPENING, ROLE_REPLY, STAT_COUNT, STAT_LOST_TRACK, Track, WireTuple};
@@ -19,6 +19,11 @@ static PORTS: Array<[u8; 65_536]> = Array::with_max_entries(1, 0);
 
 #[map]
 static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(STAT_COUNT, 0);
+
+/// Where TC programs parse a packet and the packet that it quotes. TC runs with softirqs off, so one CPU is in one TC program
+/// at a time; the other programs have no such promise and use their stack.
+#[map]
+pub static SCRATCH: PerCpuArray<[Packet; 2]> = PerCpuArray::with_max_entries(1, 0);
 
 #[unsafe(no_mangle)]
 static OFFSETS: Offsets = Offsets::ZERO;

@@ -30,7 +30,12 @@ pub fn read<T, B: Bytes>(bytes: &B, offset: u32) -> Option<T> {
     bytes.read(offset, value.as_mut_ptr().cast(), size_of::<T>() as u32).then(|| unsafe { value.assume_init() })
 }
 
+/// A tuple that is not filled in.
+pub const NO_TUPLE: WireTuple =
+    WireTuple { src: [0; 16], dst: [0; 16], sport: [0; 2], dport: [0; 2], proto: 0, family: 0, pad: [0; 2] };
+
 /// A packet with ports, or an ICMP message.
+#[derive(Clone, Copy)]
 pub struct Packet {
     pub tuple: WireTuple,
     pub length: u32,
@@ -46,6 +51,19 @@ pub struct Packet {
 }
 
 impl Packet {
+    pub const ZERO: Self = Self {
+        tuple: NO_TUPLE,
+        length: 0,
+        payload: 0,
+        seq: 0,
+        ack: 0,
+        l4: 0,
+        l4_flags: 0,
+        ttl: 0,
+        icmp_type: 0,
+        icmp_code: 0,
+    };
+
     /// The packet that opens a connection, whatever came before: SYN without ACK, SCTP INIT.
     #[inline(always)]
     pub fn opens(&self) -> bool {
@@ -89,17 +107,20 @@ struct Network {
     ttl: u8,
 }
 
-/// Reads the packet whose network header is at `base`; `None` for anything without ports or ICMP type: other protocols,
-/// non-first fragments, truncated headers. `lenient`: a quoted packet, of which only 8 bytes of L4 are there for sure.
-#[inline(always)]
-pub fn parse<B: Bytes>(bytes: &B, base: u32, lenient: bool) -> Option<Packet> {
-    let first: u8 = read(bytes, base)?;
+/// Reads the packet whose network header is at `base` into `packet`; `false` for anything without ports or ICMP type: other
+/// protocols, non-first fragments, truncated headers. `lenient`: a quoted packet, of which only 8 bytes of L4 are sure.
+///
+/// A function of its own, its result in memory: what follows is then verified once, and not once for every kind of packet.
+#[inline(never)]
+pub fn parse<B: Bytes>(bytes: &B, base: u32, lenient: bool, packet: &mut Packet) -> bool {
+    let Some(first) = read::<u8, B>(bytes, base) else { return false };
     let network = match first >> 4 {
-        4 => ipv4(bytes, base)?,
-        6 => ipv6(bytes, base)?,
-        _ => return None,
+        4 => ipv4(bytes, base),
+        6 => ipv6(bytes, base),
+        _ => None,
     };
-    transport(bytes, network, base, lenient)
+    let Some(network) = network else { return false };
+    transport(bytes, &network, base, lenient, packet).is_some()
 }
 
 #[inline(always)]
@@ -179,25 +200,18 @@ fn skip_extensions<B: Bytes>(bytes: &B, mut next: u8, mut l4: u32) -> u64 {
 }
 
 #[inline(always)]
-fn transport<B: Bytes>(bytes: &B, network: Network, base: u32, lenient: bool) -> Option<Packet> {
-    let mut packet = Packet {
-        tuple: network.tuple,
-        length: network.length,
-        payload: 0,
-        seq: 0,
-        ack: 0,
-        l4: network.l4,
-        l4_flags: 0,
-        ttl: network.ttl,
-        icmp_type: 0,
-        icmp_code: 0,
-    };
+fn transport<B: Bytes>(bytes: &B, network: &Network, base: u32, lenient: bool, packet: &mut Packet) -> Option<()> {
+    packet.tuple = network.tuple;
+    packet.length = network.length;
+    packet.l4 = network.l4;
+    packet.ttl = network.ttl;
+    (packet.seq, packet.ack, packet.l4_flags, packet.icmp_type, packet.icmp_code) = (0, 0, 0, 0, 0);
     let head: [[u8; 2]; 4] = read(bytes, network.l4)?;
-    let header_length = match packet.tuple.proto {
+    let header_length = match network.tuple.proto {
         TCP | UDP | SCTP => {
             packet.tuple.sport = head[0];
             packet.tuple.dport = head[1];
-            l4_details(bytes, &mut packet, head, lenient)?
+            l4_details(bytes, packet, head, lenient)?
         }
         ICMP | ICMPV6 => {
             [packet.icmp_type, packet.icmp_code] = head[0];
@@ -208,7 +222,7 @@ fn transport<B: Bytes>(bytes: &B, network: Network, base: u32, lenient: bool) ->
         _ => return None,
     };
     packet.payload = network.length.saturating_sub(network.l4 - base + header_length);
-    Some(packet)
+    Some(())
 }
 
 /// Fills in what the protocol has beyond ports and returns the length of its header.

@@ -50,8 +50,8 @@ impl Bytes for Linear {
 }
 
 #[inline(always)]
-pub fn packet_of(skb: u64) -> Option<Packet> {
-    parse(&Linear::of(skb), 0, false)
+pub fn packet_of(skb: u64, packet: &mut Packet) -> bool {
+    parse(&Linear::of(skb), 0, false, packet)
 }
 
 /// `skb->_nfct`: address of the `nf_conn` (0: none) and `enum ip_conntrack_info`.

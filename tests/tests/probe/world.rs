@@ -1,8 +1,9 @@
 //! A node between a client and a pod: three namespaces, port 9088 rewritten to the pod's 8080, everything masqueraded.
 
 use anyhow::{Context, Result, bail};
+use porttrace_ebpf::Kind;
 use porttrace_tests::netns::Netns;
-use porttrace_user::collect::probe::{Probe, ProbeConfig};
+use porttrace_user::collect::probe::{Backend, Probe, ProbeConfig};
 use porttrace_user::core::model::event::Event;
 use porttrace_user::core::model::flow::{Proto, Tuple};
 use std::collections::BTreeSet;
@@ -65,17 +66,20 @@ impl World {
     }
 
     /// Starts a probe in the node's namespace, lets `send` cause traffic, and reads until `enough` is content.
-    pub fn watch(
+    pub fn watch<T: Send>(
         &self,
         config: &ProbeConfig,
-        send: impl FnOnce() -> Result<()> + Send,
+        send: impl FnOnce() -> Result<T> + Send,
         enough: impl Fn(&[Event]) -> bool + Send,
-    ) -> Result<Vec<Event>> {
+    ) -> Result<(T, Vec<Event>)> {
         self.with_probe(config, async |probe| {
             let mut events = Vec::new();
-            thread::scope(|scope| scope.spawn(send).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))?;
+            let sent = thread::scope(|scope| match scope.spawn(send).join() {
+                Ok(sent) => sent,
+                Err(panic) => std::panic::resume_unwind(panic),
+            })?;
             read_until(probe, &mut events, enough).await?;
-            Ok(events)
+            Ok((sent, events))
         })
     }
 
@@ -115,6 +119,33 @@ impl World {
         });
         Ok(())
     }
+}
+
+/// The probe's configuration for the world's port, with the backend that `PORTTRACE_BACKEND` names.
+pub fn config() -> ProbeConfig {
+    let mut config = ProbeConfig::new([PORT]);
+    config.backend = match std::env::var("PORTTRACE_BACKEND").as_deref() {
+        Ok("kprobe") => Backend::Kprobe,
+        Ok("netfilter") => Backend::Netfilter,
+        Ok(other) if !other.is_empty() && other != "auto" => panic!("PORTTRACE_BACKEND={other:?}"),
+        _ => Backend::Auto,
+    };
+    config
+}
+
+/// Final tuples of all entries, as the conntrack hooks reported them.
+pub fn observed_entries(events: &[Event]) -> BTreeSet<(Tuple, Tuple)> {
+    events
+        .iter()
+        .filter(|event| matches!(event.kind, Kind::AfterSnat | Kind::Confirmed))
+        .filter_map(|event| event.conntrack)
+        .map(|entry| (entry.original, entry.reply))
+        .collect()
+}
+
+/// How many events of this kind show this packet.
+pub fn seen(events: &[Event], kind: Kind, packet: Tuple, flags: u8) -> usize {
+    events.iter().filter(|event| event.kind == kind && event.packet == Some(packet) && event.l4_flags == flags).count()
 }
 
 /// Reads events until `enough` says so; an error tells what was there when the deadline passed.

@@ -86,6 +86,15 @@ impl Connection {
         Ok(found)
     }
 
+    /// Asks for a change (`flags` beyond REQUEST and ACK) and waits until it is made.
+    ///
+    /// # Errors
+    /// What the kernel answered.
+    pub fn change(&mut self, kind: u16, flags: u16, request: &[u8]) -> Result<(), NetlinkError> {
+        self.send(kind, NLM_F_REQUEST | netlink_packet_core::NLM_F_ACK | flags, request)?;
+        self.receive(|_, _| ()).map(|_| ())
+    }
+
     fn send(&mut self, kind: u16, flags: u16, request: &[u8]) -> Result<(), NetlinkError> {
         self.sequence = self.sequence.wrapping_add(1);
         let mut bytes = vec![0; 16];

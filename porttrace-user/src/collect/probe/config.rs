@@ -1,6 +1,5 @@
 //! What to watch, what runs, what went wrong, what was lost.
 
-use super::TcMode;
 use crate::collect::links::LinkError;
 use crate::core::model::event::DecodeError;
 use porttrace_ebpf as wire;
@@ -43,6 +42,24 @@ impl fmt::Display for ConntrackBackend {
     }
 }
 
+/// How the TC programs hang on an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TcMode {
+    /// BPF links (Linux 6.6 and later).
+    Tcx,
+    /// Filters of a clsact queueing discipline.
+    Clsact,
+}
+
+impl fmt::Display for TcMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Tcx => "tcx",
+            Self::Clsact => "clsact",
+        })
+    }
+}
+
 /// The protocols whose ports are watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Protos {
@@ -76,6 +93,8 @@ pub struct ProbeConfig {
     pub ports: Vec<u16>,
     pub protos: Protos,
     pub backend: Backend,
+    /// How to attach to interfaces; `None`: tcx where the kernel has it, clsact otherwise.
+    pub tc: Option<TcMode>,
     /// Size of the ring buffer; raised to a power of two of pages.
     pub ring_bytes: u32,
     /// Tuples that the kernel side remembers at once (four to six a connection; the least recently seen goes first).
@@ -90,6 +109,7 @@ impl ProbeConfig {
             ports: ports.into_iter().collect(),
             protos: Protos::ALL,
             backend: Backend::Auto,
+            tc: None,
             ring_bytes: RING_BYTES,
             tracked: TRACKED,
             kernel_log: false,

@@ -5,6 +5,7 @@
 
 mod attach;
 mod btf;
+mod clsact;
 mod config;
 mod object;
 mod offsets;
@@ -12,8 +13,7 @@ mod rights;
 mod sys;
 mod tc;
 
-pub use config::{Backend, ConntrackBackend, Counted, Lost, ProbeConfig, ProbeError, ProbeInfo, Protos};
-pub use tc::TcMode;
+pub use config::{Backend, ConntrackBackend, Counted, Lost, ProbeConfig, ProbeError, ProbeInfo, Protos, TcMode};
 
 use super::links::{LinkChange, LinkWatcher};
 use crate::core::model::event::{DecodeError, Event};
@@ -71,15 +71,17 @@ impl Probe {
         let conntrack_backend = attach_conntrack(&mut kernel, config.backend, without_types, &mut degradations)?;
         let (drops, resets) = attach_tracepoints(&mut kernel, without_types, &mut degradations);
         let links = LinkWatcher::new()?;
-        let mut attachments = Attachments::new();
+        let programs = [kernel.classifier("tc_ingress")?, kernel.classifier("tc_egress")?];
+        let mut attachments = Attachments::new(config.tc, programs)
+            .map_err(|error| ProbeError::Io { what: "preparing to attach to interfaces", error })?;
         for (index, name) in links.present() {
             attach_interface(&kernel, &mut attachments, *index, name)?;
         }
         let info = ProbeInfo {
             conntrack_backend,
-            tc: TcMode::Tcx,
+            tc: attachments.mode(),
             netns,
-            interfaces: attachments.indices().count(),
+            interfaces: attachments.count(),
             drops,
             resets,
             start_time: began.elapsed(),

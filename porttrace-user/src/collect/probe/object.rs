@@ -8,6 +8,7 @@ use aya::programs::{KProbe, SchedClassifier};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use aya_obj::Object;
 use std::collections::HashSet;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 static BYTES: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/porttrace.bpf.o"));
@@ -28,6 +29,8 @@ const NETFILTER: [(&str, u32, i32); 7] = [
     ("nf_after_snat", LOCAL_IN, 101),
     ("nf_after_snat", POST_ROUTING, 101),
 ];
+/// Room for other porttraces between a hook's priority and the next one that matters (-199 to mangle's -150).
+const PRIORITIES: i32 = 40;
 const FAMILIES: [u32; 2] = [libc::NFPROTO_IPV4 as u32, libc::NFPROTO_IPV6 as u32];
 
 /// kprobe programs and the functions that they wait for; all are symbols of modules on most kernels.
@@ -91,8 +94,7 @@ impl Kernel {
                 _ => self.load_by_hand(name, ProgramType::Netfilter)?,
             };
             for pf in FAMILIES {
-                let at = NetfilterHook { pf, hook, priority };
-                let link = sys::link_netfilter(program.as_fd(), at)
+                let link = link_near(program.as_fd(), NetfilterHook { pf, hook, priority })
                     .map_err(|error| format!("attaching {name} to hook {hook} of family {pf}: {error}"))?;
                 links.push(link);
             }
@@ -142,6 +144,18 @@ impl Kernel {
             let log = if log.is_empty() { String::new() } else { format!("\n{log}") };
             format!("loading {name}: {error}{log}")
         })
+    }
+}
+
+/// Links at the priority or soon after it: the kernel takes one BPF program for each priority of a hook (EBUSY,
+/// `nf_hook_entries_grow` in net/netfilter/core.c), and another porttrace may watch this node too.
+fn link_near(program: BorrowedFd<'_>, mut at: NetfilterHook) -> io::Result<OwnedFd> {
+    let last = at.priority + PRIORITIES;
+    loop {
+        match sys::link_netfilter(program, at) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && at.priority < last => at.priority += 1,
+            outcome => return outcome,
+        }
     }
 }
 

@@ -127,13 +127,14 @@ pub fn link_netfilter(program: BorrowedFd<'_>, at: NetfilterHook) -> io::Result<
     link(program, 0, 45, 0, [at.pf, at.hook, at.priority.cast_unsigned(), 0])
 }
 
-/// Links a TC program to an interface of the calling thread's network namespace: first at ingress, last at egress, so that
-/// it sees packets as they are on the wire.
+/// Links a TC program to an interface of the calling thread's network namespace, first in line: a program before ours that
+/// lets a packet go (`TCX_PASS`) would hide it.
 pub fn link_tcx(program: BorrowedFd<'_>, ifindex: u32, side: Side) -> io::Result<OwnedFd> {
-    match side {
-        Side::Ingress => link(program, ifindex, 46, BEFORE_ALL, [0; 4]),
-        Side::Egress => link(program, ifindex, 47, 0, [0; 4]),
-    }
+    let attach_type = match side {
+        Side::Ingress => 46,
+        Side::Egress => 47,
+    };
+    link(program, ifindex, attach_type, BEFORE_ALL, [0; 4])
 }
 
 /// Attaches a `tp_btf` program to the tracepoint that it was loaded for.

@@ -1,0 +1,249 @@
+//! TC filters of a clsact queueing discipline, for kernels without tcx.
+//!
+//! Unlike links, filters outlive the process. So ours say who made them: their name is `porttrace:<token>`, with `:q` behind
+//! it where porttrace also made the queueing discipline, and a probe that lives holds the abstract Unix socket of its token
+//! in the same network namespace. A filter whose token nobody holds was left behind and is removed at the next start.
+
+use crate::collect::netlink::socket::{Connection, NetlinkError};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_sys::protocols::NETLINK_ROUTE;
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
+
+const RTM_NEWQDISC: u16 = 36;
+const RTM_DELQDISC: u16 = 37;
+const RTM_GETQDISC: u16 = 38;
+const RTM_NEWTFILTER: u16 = 44;
+const RTM_DELTFILTER: u16 = 45;
+const RTM_GETTFILTER: u16 = 46;
+
+const CLSACT_HANDLE: u32 = 0xffff_0000;
+const CLSACT_PARENT: u32 = 0xffff_fff1;
+/// `TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)` and `…EGRESS`.
+const SIDES: [u32; 2] = [0xffff_fff2, 0xffff_fff3];
+/// `ETH_P_ALL` in network order, as the lower half of `tcm_info`.
+const ALL_PROTOCOLS: u32 = 0x0003u16.to_be() as u32;
+
+const TCA_KIND: u16 = 1;
+const TCA_OPTIONS: u16 = 2;
+const TCA_BPF_FD: u16 = 6;
+const TCA_BPF_NAME: u16 = 7;
+const TCA_BPF_FLAGS: u16 = 8;
+const DIRECT_ACTION: u32 = 1;
+
+const PREFIX: &str = "porttrace:";
+const OWNS_QDISC: &str = ":q";
+
+/// The filters that this process hangs on interfaces.
+pub struct Clsact {
+    netlink: Connection,
+    token: String,
+    /// Held as long as the filters are wanted.
+    _alive: UnixListener,
+    /// Interfaces with filters of ours, and whether porttrace made their queueing discipline.
+    attached: BTreeMap<u32, bool>,
+}
+
+/// One BPF filter of an interface.
+struct Filter {
+    parent: u32,
+    handle: u32,
+    info: u32,
+    name: String,
+}
+
+impl Clsact {
+    /// Takes a token of its own.
+    pub fn new() -> Result<Self, io::Error> {
+        let mut number = std::process::id();
+        let (token, alive) = loop {
+            let token = format!("{number:08x}");
+            match UnixListener::bind_addr(&address(&token)?) {
+                Ok(alive) => break (token, alive),
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => number = number.wrapping_add(0x0100_0000),
+                Err(error) => return Err(error),
+            }
+        };
+        let netlink = Connection::open(NETLINK_ROUTE).map_err(plain)?;
+        Ok(Self { netlink, token, _alive: alive, attached: BTreeMap::new() })
+    }
+
+    /// Attaches both programs before all filters that are there: a filter that lets a packet go ends the list.
+    pub fn attach(&mut self, index: u32, programs: [BorrowedFd<'_>; 2]) -> io::Result<()> {
+        let made = match self.netlink.change(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, &qdisc(index)) {
+            Ok(()) => true,
+            Err(NetlinkError::Refused(error)) if error.raw_os_error() == Some(libc::EEXIST) => {
+                // Another porttrace made it: whichever leaves last takes it away.
+                filters(&mut self.netlink, index)?
+                    .iter()
+                    .any(|filter| owner(&filter.name).is_some_and(|(_, owns)| owns))
+            }
+            Err(error) => return Err(plain(error)),
+        };
+        self.attached.insert(index, made);
+        let name = format!("{PREFIX}{}{}", self.token, if made { OWNS_QDISC } else { "" });
+        let present = filters(&mut self.netlink, index)?;
+        for (parent, program) in SIDES.into_iter().zip(programs) {
+            let mut request = message(index, 0, parent, before_all(&present, parent) << 16 | ALL_PROTOCOLS);
+            attribute(&mut request, TCA_KIND, b"bpf\0");
+            let mut options = Vec::new();
+            attribute(&mut options, TCA_BPF_FD, &program.as_raw_fd().to_ne_bytes());
+            attribute(&mut options, TCA_BPF_NAME, &[name.as_bytes(), b"\0"].concat());
+            attribute(&mut options, TCA_BPF_FLAGS, &DIRECT_ACTION.to_ne_bytes());
+            attribute(&mut request, TCA_OPTIONS, &options);
+            self.netlink.change(RTM_NEWTFILTER, NLM_F_CREATE | NLM_F_EXCL, &request).map_err(plain)?;
+        }
+        Ok(())
+    }
+
+    /// Removes our filters, and the queueing discipline where it is porttrace's and nothing else uses it.
+    pub fn detach(&mut self, index: u32) -> io::Result<()> {
+        if self.attached.remove(&index).is_none() {
+            return Ok(());
+        }
+        let token = self.token.clone();
+        remove(&mut self.netlink, index, |found| found == token)
+    }
+}
+
+impl Drop for Clsact {
+    fn drop(&mut self) {
+        for index in self.attached.keys().copied().collect::<Vec<_>>() {
+            // The interface may be gone, and the filters with it.
+            let _ = self.detach(index);
+        }
+    }
+}
+
+/// Removes what dead probes left on the interfaces of this namespace; returns on how many interfaces there was something.
+pub fn sweep() -> io::Result<usize> {
+    let mut netlink = Connection::open(NETLINK_ROUTE).map_err(plain)?;
+    let mut swept = 0;
+    for index in clsact_interfaces(&mut netlink)? {
+        let left = |token: &str| !is_held(token);
+        if filters(&mut netlink, index)?.iter().any(|filter| owner(&filter.name).is_some_and(|(token, _)| left(token)))
+        {
+            remove(&mut netlink, index, left)?;
+            swept += 1;
+        }
+    }
+    Ok(swept)
+}
+
+fn remove(netlink: &mut Connection, index: u32, is_ours: impl Fn(&str) -> bool) -> io::Result<()> {
+    let mut rest = 0;
+    let mut owns_qdisc = false;
+    for filter in filters(netlink, index)? {
+        match owner(&filter.name) {
+            Some((token, owns)) if is_ours(token) => {
+                owns_qdisc |= owns;
+                let mut request = message(index, filter.handle, filter.parent, filter.info);
+                attribute(&mut request, TCA_KIND, b"bpf\0");
+                netlink.change(RTM_DELTFILTER, 0, &request).map_err(plain)?;
+            }
+            _ => rest += 1,
+        }
+    }
+    if owns_qdisc && rest == 0 {
+        netlink.change(RTM_DELQDISC, 0, &qdisc(index)).map_err(plain)?;
+    }
+    Ok(())
+}
+
+/// Interfaces with a clsact queueing discipline.
+fn clsact_interfaces(netlink: &mut Connection) -> io::Result<Vec<u32>> {
+    let take = |kind: u16, payload: &[u8]| {
+        let name = find(payload.get(20..)?, TCA_KIND)?;
+        (kind == RTM_NEWQDISC && name == b"clsact\0").then(|| word(payload, 4)).flatten()
+    };
+    netlink.dump(RTM_GETQDISC, &message(0, 0, 0, 0), take).map_err(plain)
+}
+
+/// All filters on both sides of an interface; those of other kinds than bpf have an empty name.
+fn filters(netlink: &mut Connection, index: u32) -> io::Result<Vec<Filter>> {
+    let mut all = Vec::new();
+    for parent in SIDES {
+        let take = |kind: u16, payload: &[u8]| {
+            // A dump also lists the priority itself, with handle 0 and without options.
+            let handle = word(payload, 8).filter(|handle| kind == RTM_NEWTFILTER && *handle != 0)?;
+            let name = find(payload.get(20..)?, TCA_OPTIONS).and_then(|options| find(options, TCA_BPF_NAME));
+            let name = String::from_utf8_lossy(name.unwrap_or_default()).trim_end_matches('\0').to_owned();
+            Some(Filter { parent, handle, info: word(payload, 16)?, name })
+        };
+        all.extend(netlink.dump(RTM_GETTFILTER, &message(index, 0, parent, 0), take).map_err(plain)?);
+    }
+    Ok(all)
+}
+
+/// A priority (`pref`) before that of all filters of a side; 0 lets the kernel choose. At 1 ours shares the priority, and
+/// `cls_bpf` puts a new filter first.
+fn before_all(present: &[Filter], parent: u32) -> u32 {
+    let first = present.iter().filter(|filter| filter.parent == parent).map(|filter| filter.info >> 16).min();
+    first.map_or(0, |first| first.saturating_sub(1).max(1))
+}
+
+/// The token in a filter's name, and whether porttrace made the queueing discipline.
+fn owner(name: &str) -> Option<(&str, bool)> {
+    let rest = name.strip_prefix(PREFIX)?;
+    Some(rest.strip_suffix(OWNS_QDISC).map_or((rest, false), |token| (token, true)))
+}
+
+/// Whether a living process holds the token. When in doubt it does: removing a living probe's filters would be worse.
+fn is_held(token: &str) -> bool {
+    address(token).and_then(|address| UnixListener::bind_addr(&address)).is_err()
+}
+
+/// Abstract sockets belong to the network namespace and vanish with their process.
+fn address(token: &str) -> io::Result<SocketAddr> {
+    SocketAddr::from_abstract_name(format!("{PREFIX}{token}"))
+}
+
+/// `struct tcmsg`.
+fn message(index: u32, handle: u32, parent: u32, info: u32) -> Vec<u8> {
+    let mut bytes = vec![0; 4];
+    for value in [index, handle, parent, info] {
+        bytes.extend(value.to_ne_bytes());
+    }
+    bytes
+}
+
+fn qdisc(index: u32) -> Vec<u8> {
+    let mut request = message(index, CLSACT_HANDLE, CLSACT_PARENT, 0);
+    attribute(&mut request, TCA_KIND, b"clsact\0");
+    request
+}
+
+fn attribute(to: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    let length = (4 + value.len()) as u16;
+    to.extend(length.to_ne_bytes());
+    to.extend(kind.to_ne_bytes());
+    to.extend(value);
+    to.resize(to.len().next_multiple_of(4), 0);
+}
+
+fn find(mut attributes: &[u8], wanted: u16) -> Option<&[u8]> {
+    while attributes.len() >= 4 {
+        let length = usize::from(u16::from_ne_bytes([attributes[0], attributes[1]]));
+        let kind = u16::from_ne_bytes([attributes[2], attributes[3]]) & 0x3fff;
+        let value = attributes.get(4..length)?;
+        if kind == wanted {
+            return Some(value);
+        }
+        attributes = attributes.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    None
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
+    bytes.get(at..)?.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes))
+}
+
+fn plain(error: NetlinkError) -> io::Error {
+    match error {
+        NetlinkError::Io(error) | NetlinkError::Refused(error) => error,
+        other => io::Error::other(other),
+    }
+}
