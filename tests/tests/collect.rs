@@ -1,6 +1,6 @@
 //! Live collection says what the system's own tools say.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use porttrace_tests::netns::Netns;
 use porttrace_tests::privilege::may_run;
 use porttrace_user::collect::{conntrack, live, netlink, ruleset, snapshot};
@@ -11,6 +11,7 @@ use porttrace_user::core::model::trace::Flavour;
 use porttrace_user::core::parse::notes::Notes;
 use porttrace_user::core::parse::{self, iproute, iptables};
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::time::{Duration, Instant};
 
 /// Everything that a node's routing can have and this kernel allows, a line each.
 const NETWORK: &str = "
@@ -65,6 +66,11 @@ fn furnished(label: &str) -> Result<Netns> {
     let netns = Netns::new(label)?;
     netns.exec_with(["ip", "-batch", "-"], NETWORK)?;
     netns.exec_with(["ip", "-6", "-batch", "-"], NETWORK_6)?;
+    // The kernel makes the local route of an IPv6 address a little after the address (addrconf_dad_work).
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !netns.exec(["ip", "-6", "route", "show", "table", "local"])?.contains("fd99::1 ") {
+        ensure!(Instant::now() < deadline, "no local route for fd99::1");
+    }
     Ok(netns)
 }
 

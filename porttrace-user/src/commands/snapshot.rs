@@ -45,6 +45,12 @@ pub fn run(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
         state.conntrack.as_ref().map_or(0, Vec::len),
         collected.timings.total.as_millis(),
     )?;
+    if !nix::unistd::geteuid().is_root() {
+        writeln!(
+            out,
+            "  not root: rules and connections stay hidden (CAP_NET_ADMIN); run it with sudo for a whole one"
+        )?;
+    }
     for note in &state.diagnostics {
         if args.no_conntrack && note.source == "conntrack.txt" {
             continue;

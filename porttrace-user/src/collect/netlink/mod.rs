@@ -5,6 +5,7 @@ mod route;
 mod rule;
 pub mod socket;
 
+use crate::core::model::flow::Family;
 use crate::core::model::state::{Address, Diagnostic, Link, Neighbour, PolicyRule, RouteEntry};
 use crate::core::parse::notes::Notes;
 use netlink_packet_core::{NetlinkDeserializable, NetlinkHeader, NetlinkSerializable};
@@ -60,10 +61,15 @@ fn read_all(reader: &mut Reader) -> Network {
     });
     let mut routes = None;
     let mut policy = None;
-    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-        let found = reader.list("routes", routes_request(family), |message| route::route(message, &names));
+    // A kernel without IPv6 answers such a request with all that it has (net/core/rtnetlink.c, rtnl_dump_all).
+    for (family, ours) in [(AddressFamily::Inet, Family::V4), (AddressFamily::Inet6, Family::V6)] {
+        let found = reader.list("routes", routes_request(family), |message| {
+            Ok(route::route(message, &names)?.filter(|route| Family::of(route.dst.addr()) == ours))
+        });
         merge(&mut routes, found);
-        let found = reader.list("policy rules", rules_request(family), rule::rule);
+        let found = reader.list("policy rules", rules_request(family), |message| {
+            Ok(rule::rule(message)?.filter(|rule| rule.family == ours))
+        });
         merge(&mut policy, found);
     }
     Network { links, addresses, routes, policy, neighbours, diagnostics: Vec::new() }

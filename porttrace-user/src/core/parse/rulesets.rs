@@ -66,6 +66,10 @@ fn flavour(text: &str, name: &str, notes: &mut Notes) -> Flavour {
 
 /// iptables-nft-save says of a table with native rules that it is incompatible, and leaves it out.
 fn note_native_tables(text: &str, notes: &mut Notes) {
+    // Rarely so, and lines are counted only then.
+    if !text.contains("is incompatible") {
+        return;
+    }
     for (index, line) in text.lines().enumerate() {
         if line.starts_with("# Table ") && line.contains("is incompatible") {
             notes.add(index + 1, format!("{}; its rules are not followed", line.trim_start_matches("# ")));

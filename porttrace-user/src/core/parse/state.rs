@@ -107,10 +107,11 @@ impl<'a> Reader<'a> {
                 ),
             );
         }
+        let mut collection = Notes::new("collection");
         for missing in &metadata.missing {
-            notes.add(0, missing.as_str());
+            collection.add(0, missing.as_str());
         }
-        self.diagnostics.extend(notes.finish());
+        self.diagnostics.extend(notes.finish().into_iter().chain(collection.finish()));
         metadata
     }
 
