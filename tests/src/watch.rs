@@ -28,7 +28,7 @@ pub fn porttrace() -> Result<PathBuf> {
     })
 }
 
-/// A running `porttrace watch --json -v`.
+/// A running `porttrace watch --json`.
 pub struct Watch {
     pub process: ChildGuard,
     /// Lines of its output that were read so far.
@@ -52,7 +52,7 @@ impl Watch {
     /// Starts it and waits until it is ready. `arguments`: the ports, and options.
     pub fn start(netns: &Netns, tools: &Tools, arguments: &[&str]) -> Result<Self> {
         let mut command = netns.command(porttrace()?);
-        command.args(["watch", "--json", "-v"]).args(arguments).env("PATH", tools.path());
+        command.args(["watch", "--json"]).args(arguments).env("PATH", tools.path());
         let process = ChildGuard::spawn(command)?;
         let mut watch = Self { process, read: 0, open: Vec::new(), told: Vec::new(), others: Vec::new() };
         if watch.status("ready", READY)?.is_none() {
