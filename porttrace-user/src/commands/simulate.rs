@@ -9,7 +9,9 @@ use super::Usage;
 use super::output::Colour;
 use expect::Expectation;
 use porttrace_user::core::kube::owners::Owners;
+use porttrace_user::core::model::state::NodeState;
 use porttrace_user::core::model::trace::Trace;
+use porttrace_user::core::near_miss::{NearMiss, near_misses};
 use porttrace_user::core::simulate::Simulator;
 use porttrace_user::render::trace::{self, Context, json};
 use std::io::Write;
@@ -18,6 +20,8 @@ use std::process::ExitCode;
 
 /// Exit code when `--expect` does not hold.
 const UNEXPECTED: u8 = 3;
+/// `--why` looks at so many branches.
+const BRANCHES: usize = 16;
 
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
@@ -111,8 +115,24 @@ fn print(args: &Args, trace: &Trace, context: &Context<'_>) -> anyhow::Result<()
         out.write_all(&answer)?;
     } else {
         out.write_all(trace::text(trace, context).as_bytes())?;
+        if args.why {
+            out.write_all(trace::near_misses(&misses(trace, context.state), context).as_bytes())?;
+        }
     }
     Ok(out.flush()?)
+}
+
+/// Near misses of all branches, each once; branches that are many are alike in what they passed.
+fn misses(trace: &Trace, state: &NodeState) -> Vec<NearMiss> {
+    let mut all: Vec<NearMiss> = Vec::new();
+    for branch in trace.branches.iter().take(BRANCHES) {
+        for miss in near_misses(state, branch) {
+            if !all.contains(&miss) {
+                all.push(miss);
+            }
+        }
+    }
+    all
 }
 
 fn verdict(expected: Option<Expectation>, trace: &Trace) -> ExitCode {

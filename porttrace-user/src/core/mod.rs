@@ -3,5 +3,6 @@
 pub mod correlate;
 pub mod kube;
 pub mod model;
+pub mod near_miss;
 pub mod parse;
 pub mod simulate;

@@ -35,6 +35,7 @@ pub struct Source {
 /// A state, and what is known to be missing from it.
 pub struct Loaded {
     pub state: NodeState,
+    pasted: bool,
     missing: Vec<String>,
     /// Families whose rules are a paste of some tables only, with the tables that are there.
     partial: Vec<(Family, Vec<String>)>,
@@ -51,7 +52,7 @@ impl Source {
             None if self.rules.is_empty() => live(),
             None => NodeState::default(),
         };
-        let mut loaded = Loaded { state, missing: Vec::new(), partial: Vec::new() };
+        let mut loaded = Loaded { state, pasted: !self.rules.is_empty(), missing: Vec::new(), partial: Vec::new() };
         if !self.rules.is_empty() {
             loaded.paste(self.pasted()?);
         }
@@ -141,7 +142,10 @@ impl Loaded {
             (!absent.is_empty())
                 .then(|| format!("tables that were not pasted are taken as empty: {}", absent.join(", ")))
         });
-        self.missing.iter().cloned().chain(tables)
+        let none = self.pasted && self.state.rulesets.iter().all(|ruleset| ruleset.family != family);
+        let name = if family == Family::V4 { "IPv4" } else { "IPv6" };
+        let none = none.then(|| format!("no {name} rules were pasted: the packet meets none"));
+        self.missing.iter().cloned().chain(tables).chain(none)
     }
 
     /// Says on standard error what could not be read, a few lines of it unless all are wanted.

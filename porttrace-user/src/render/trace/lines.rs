@@ -172,13 +172,15 @@ impl Printer<'_, '_> {
                 self.plain("conntrack", &format!("{state}{entry}"));
             }
             Hop::Rule { hook, rule, action: done, because, text } => {
+                let done = words::done(done);
                 let place = match (rule.chain.strip_prefix('?'), rule.number) {
+                    // Nobody pasted this jump.
+                    _ if done == words::PASTED => rule.chain.to_string(),
                     (Some(_), number) => format!("(pasted) {}", number.map_or_else(String::new, |n| format!("#{n}"))),
                     (None, Some(number)) => format!("{} #{number}", rule.chain),
                     (None, None) => format!("{} policy", rule.chain),
                 };
-                let line =
-                    RuleLine { hook: *hook, table: &rule.table, place: clean(&place), done: words::done(done), text };
+                let line = RuleLine { hook: *hook, table: &rule.table, place: clean(&place), done, text };
                 if dead_end {
                     self.passed(&line);
                 } else {

@@ -11,6 +11,8 @@ use crate::core::kube::owners::Owners;
 use crate::core::model::flow::Proto;
 use crate::core::model::state::NodeState;
 use crate::core::model::trace::{Packet, Trace};
+use crate::core::near_miss::NearMiss;
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::net::{IpAddr, SocketAddr};
 
@@ -71,6 +73,36 @@ pub fn headline(trace: &Trace, context: &Context<'_>) -> String {
         let _ = writeln!(out, "{} {}", lines::mooded(style, mood, mark), lines::mooded(style, mood, line));
     }
     let _ = writeln!(out, "  {}", style.dim(packet(&trace.packet)));
+    out
+}
+
+/// So many near misses of one chain are printed; the others are counted.
+const MISSES: usize = 4;
+
+/// The rules that the packet passed although they nearly matched.
+pub fn near_misses(misses: &[NearMiss], context: &Context<'_>) -> String {
+    let style = context.style;
+    let mut out = String::from("\nnearly matched\n");
+    if misses.is_empty() {
+        out.push_str("  no rule that names this port or address failed by a single condition\n");
+    }
+    let mut chains: BTreeMap<(&str, &str), usize> = BTreeMap::new();
+    for miss in misses {
+        let count = chains.entry((&miss.rule.table, &miss.rule.chain)).or_default();
+        *count += 1;
+        if *count > MISSES && !context.all {
+            continue;
+        }
+        let failed = style.bold(format!("not {}", words::conditions(&miss.failed)));
+        let _ = writeln!(out, "  {}  {failed}", words::clean(&words::place(&miss.rule)));
+        let text = words::clean(&miss.text);
+        for line in super::style::wrap(&text, style.width.saturating_sub(6)) {
+            let _ = writeln!(out, "      {}", style.dim(line));
+        }
+    }
+    for ((table, chain), count) in chains.into_iter().filter(|(_, count)| *count > MISSES && !context.all) {
+        let _ = writeln!(out, "  … and {} more in {table} {} (--all shows each)", count - MISSES, words::clean(chain));
+    }
     out
 }
 

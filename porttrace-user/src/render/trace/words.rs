@@ -178,19 +178,23 @@ pub fn place(rule: &RuleRef) -> String {
     }
 }
 
+/// The way to rules that were pasted without their chains.
+pub const PASTED: &str = "→ the pasted rules";
+
 /// What a rule did.
 pub fn done(done: &Action) -> String {
     match done {
-        Action::Jump { chain } | Action::Goto { chain } if chain.starts_with('?') => "→ the pasted rules".to_owned(),
+        Action::Jump { chain } | Action::Goto { chain } if chain.starts_with('?') => PASTED.to_owned(),
         other => clean(&action(other)),
     }
 }
 
-/// All that decided for a branch; of affinity that is not there, one word is enough.
+/// All that decided for a branch; of affinity that is not there, one word is enough, and none where another is.
 pub fn decisions(all: &[Decision]) -> String {
     let absent = |decision: &Decision| matches!(decision, Decision::Affinity { taken: false, .. });
+    let present = |decision: &Decision| matches!(decision, Decision::Affinity { taken: true, .. });
     let mut words: Vec<String> = all.iter().filter(|one| !absent(one)).map(decision).collect();
-    if all.iter().any(absent) {
+    if all.iter().any(absent) && !all.iter().any(present) {
         words.insert(0, "no session affinity".to_owned());
     }
     words.join("; ")

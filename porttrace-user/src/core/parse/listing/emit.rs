@@ -258,7 +258,7 @@ impl Writer {
         let empty = jumps(&mut loose.iter().copied());
         if !empty.is_empty() {
             self.missing.push(format!(
-                "which of the {table} rules belong to {} cannot be seen; its jump is walked as if it came straight back",
+                "which of the {table} rules belong to {} cannot be seen; a jump there is walked as if it came straight back",
                 list(&empty)
             ));
         }
