@@ -28,6 +28,8 @@ struct FromNetwork {
 }
 
 impl Bytes for FromNetwork {
+    const FILTER: bool = true;
+
     #[inline(always)]
     fn read(&self, offset: u32, to: *mut u8, len: u32) -> bool {
         // Relative to the network header: devices with and without Ethernet header look alike.
@@ -82,9 +84,6 @@ fn ip_header(ctx: &TcContext, bytes: &FromNetwork, side: Kind) -> Option<u32> {
 
 #[inline(always)]
 fn flow(ctx: &TcContext, packet: &Packet, side: Kind) {
-    if port_bits(packet.tuple.dport) | port_bits(packet.tuple.sport) == 0 {
-        return;
-    }
     let opens = packet.opens() && is_watched(packet.tuple.dport, packet.tuple.proto);
     let known = TRACKED.get_ptr_mut(&packet.tuple);
     let begins = match known {
@@ -93,7 +92,12 @@ fn flow(ctx: &TcContext, packet: &Packet, side: Kind) {
     };
     if begins {
         track(&packet.tuple, ROLE_OPENING, 0);
-        debug!(ctx, "tracking proto {} port {}", packet.tuple.proto, u16::from_be_bytes(packet.tuple.dport));
+        debug!(
+            ctx,
+            "tracking a connection of protocol {} to port {}",
+            packet.tuple.proto,
+            u16::from_be_bytes(packet.tuple.dport)
+        );
     }
     let Some(known) = TRACKED.get_ptr_mut(&packet.tuple) else { return };
     let known = unsafe { &mut *known };
@@ -189,9 +193,6 @@ fn icmp(ctx: &TcContext, bytes: &FromNetwork, outer: &Packet, inner: &mut Packet
         return;
     }
     if !parse(bytes, outer.l4 + 8, true, inner) {
-        return;
-    }
-    if port_bits(inner.tuple.dport) | port_bits(inner.tuple.sport) == 0 {
         return;
     }
     let Some(known) = TRACKED.get_ptr(&inner.tuple) else { return };

@@ -1,5 +1,6 @@
 //! Headers: from bytes to a tuple and what the log shows of a packet. Bounded, IPv4 and IPv6.
 
+use crate::maps::port_bits;
 use porttrace_ebpf::WireTuple;
 
 pub const TCP: u8 = 6;
@@ -20,6 +21,9 @@ const NO_HEADER: u64 = 59;
 
 /// Where header bytes come from; offsets count from the network header.
 pub trait Bytes {
+    /// Whether packets are given up as soon as their ports show that they are of no watched connection.
+    const FILTER: bool;
+
     /// Fills `to` (`len` bytes); `false` when the packet has no such bytes.
     fn read(&self, offset: u32, to: *mut u8, len: u32) -> bool;
 }
@@ -113,10 +117,10 @@ struct Network {
 /// A function of its own, its result in memory: what follows is then verified once, and not once for every kind of packet.
 #[inline(never)]
 pub fn parse<B: Bytes>(bytes: &B, base: u32, lenient: bool, packet: &mut Packet) -> bool {
-    let Some(first) = read::<u8, B>(bytes, base) else { return false };
-    let network = match first >> 4 {
-        4 => ipv4(bytes, base),
-        6 => ipv6(bytes, base),
+    let Some(header) = read::<[u32; 5], B>(bytes, base) else { return false };
+    let network = match header[0].to_ne_bytes()[0] >> 4 {
+        4 => ipv4(&header, base),
+        6 => ipv6(bytes, &header, base),
         _ => None,
     };
     let Some(network) = network else { return false };
@@ -124,8 +128,7 @@ pub fn parse<B: Bytes>(bytes: &B, base: u32, lenient: bool, packet: &mut Packet)
 }
 
 #[inline(always)]
-fn ipv4<B: Bytes>(bytes: &B, base: u32) -> Option<Network> {
-    let header: [u32; 5] = read(bytes, base)?;
+fn ipv4(header: &[u32; 5], base: u32) -> Option<Network> {
     let word0 = header[0].to_ne_bytes();
     let fragment = header[1].to_ne_bytes();
     if u16::from_be_bytes([fragment[2] & 0x1f, fragment[3]]) != 0 {
@@ -150,10 +153,11 @@ fn ipv4<B: Bytes>(bytes: &B, base: u32) -> Option<Network> {
 }
 
 #[inline(always)]
-fn ipv6<B: Bytes>(bytes: &B, base: u32) -> Option<Network> {
-    let header: [u8; 8] = read(bytes, base)?;
+fn ipv6<B: Bytes>(bytes: &B, header: &[u32; 5], base: u32) -> Option<Network> {
+    // Payload length, next header, hop limit.
+    let word1 = header[1].to_ne_bytes();
     let addresses: [[u8; 16]; 2] = read(bytes, base + 8)?;
-    let (next, l4) = match header[6] {
+    let (next, l4) = match word1[2] {
         next @ (TCP | UDP | SCTP | ICMPV6) => (next, base + 40),
         next => {
             let found = skip_extensions(bytes, next, base + 40);
@@ -170,9 +174,9 @@ fn ipv6<B: Bytes>(bytes: &B, base: u32) -> Option<Network> {
             family: 6,
             pad: [0; 2],
         },
-        length: u32::from(u16::from_be_bytes([header[4], header[5]])) + 40,
+        length: u32::from(u16::from_be_bytes([word1[0], word1[1]])) + 40,
         l4,
-        ttl: header[7],
+        ttl: word1[3],
     })
 }
 
@@ -209,6 +213,9 @@ fn transport<B: Bytes>(bytes: &B, network: &Network, base: u32, lenient: bool, p
     let head: [[u8; 2]; 4] = read(bytes, network.l4)?;
     let header_length = match network.tuple.proto {
         TCP | UDP | SCTP => {
+            if B::FILTER && port_bits(head[0]) | port_bits(head[1]) == 0 {
+                return None;
+            }
             packet.tuple.sport = head[0];
             packet.tuple.dport = head[1];
             l4_details(bytes, packet, head, lenient)?

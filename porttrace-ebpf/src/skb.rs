@@ -42,6 +42,8 @@ impl Linear {
 }
 
 impl Bytes for Linear {
+    const FILTER: bool = false;
+
     #[inline(always)]
     fn read(&self, offset: u32, to: *mut u8, len: u32) -> bool {
         offset + len <= self.length

@@ -161,3 +161,24 @@ fn a_connection_older_than_the_probe_is_found_by_its_entry() {
     assert_eq!(listed.into_iter().collect::<Vec<_>>(), [(entry.original, entry.reply)]);
     assert!(seen(&events, Kind::TcEgress, entry.reply.inverted(), 0x18) >= 1, "{text}");
 }
+
+#[test]
+fn the_kernel_side_logs_only_when_asked() {
+    if !privilege::may_run("the probe") {
+        return;
+    }
+    let world = World::new("log").unwrap();
+    world.serve().unwrap();
+    for asked in [false, true] {
+        let mut config = config();
+        config.kernel_log = asked;
+        let lines = world
+            .with_probe(&config, async |probe| {
+                request(&world.client, (v4().node, PORT).into())?;
+                Ok(probe.kernel_log())
+            })
+            .unwrap();
+        let expected = "tracking a connection of protocol 6 to port 9088";
+        assert_eq!(lines.iter().any(|line| line.contains(expected)), asked, "{lines:?}");
+    }
+}

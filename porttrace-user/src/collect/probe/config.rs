@@ -134,7 +134,7 @@ pub struct ProbeInfo {
     pub start_time: Duration,
     /// Of that, attaching to interfaces and hooks.
     pub attach_time: Duration,
-    /// Each a sentence: what is lost, and why.
+    /// Each a sentence: what is lost, and why. Grows when an interface that comes later refuses the TC programs.
     pub degradations: Vec<String>,
 }
 
@@ -150,6 +150,8 @@ pub enum ProbeError {
     Backend { backend: &'static str, why: String },
     #[error("cannot attach to interface {name}: {error}")]
     Attach { name: String, error: io::Error },
+    #[error("the TC programs run on no interface: {why}")]
+    NoInterface { why: String },
     #[error(transparent)]
     Links(#[from] LinkError),
     #[error("an event from the kernel: {0}")]

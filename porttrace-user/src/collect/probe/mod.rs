@@ -7,6 +7,7 @@ mod attach;
 mod btf;
 mod clsact;
 mod config;
+mod kernel_log;
 mod object;
 mod offsets;
 mod rights;
@@ -20,6 +21,7 @@ use crate::core::model::event::{DecodeError, Event};
 use crate::core::model::flow::{Proto, Tuple};
 use attach::{attach_conntrack, attach_interface, attach_tracepoints, watch_ports};
 use aya::maps::{HashMap, MapData, PerCpuArray, RingBuf};
+use kernel_log::KernelLog;
 use object::{Kernel, chain};
 use offsets::{KernelTypes, kernel_types};
 use porttrace_ebpf::{self as wire, Kind, Track, WireTuple};
@@ -45,6 +47,7 @@ pub struct Probe {
     attachments: Attachments,
     changes: Vec<LinkChange>,
     kernel: Kernel,
+    log: Option<KernelLog>,
     clock_offset_ns: i64,
 }
 
@@ -75,7 +78,12 @@ impl Probe {
         let mut attachments = Attachments::new(config.tc, programs)
             .map_err(|error| ProbeError::Io { what: "preparing to attach to interfaces", error })?;
         for (index, name) in links.present() {
-            attach_interface(&kernel, &mut attachments, *index, name)?;
+            if let Err(error) = attach_interface(&kernel, &mut attachments, *index, name) {
+                degradations.push(format!("packets at {name} are not seen: {error}"));
+            }
+        }
+        if attachments.count() == 0 {
+            return Err(ProbeError::NoInterface { why: degradations.join("; ") });
         }
         let info = ProbeInfo {
             conntrack_backend,
@@ -88,7 +96,8 @@ impl Probe {
             attach_time: attaching.elapsed(),
             degradations,
         };
-        Self::assemble(kernel, info, links, attachments)
+        let log = if config.kernel_log { Some(KernelLog::of(&mut kernel.ebpf)?) } else { None };
+        Self::assemble(kernel, info, links, attachments, log)
     }
 
     pub const fn info(&self) -> &ProbeInfo {
@@ -102,7 +111,7 @@ impl Probe {
             biased;
             changes = self.links.changed() => {
                 let changes = changes?;
-                self.follow(&changes)?;
+                self.follow(&changes);
                 self.changes.extend(changes);
                 Ok(0)
             }
@@ -166,6 +175,11 @@ impl Probe {
         names.get(&reason).map(String::as_str)
     }
 
+    /// The kernel side's own log lines since the last call; none unless [`ProbeConfig::kernel_log`] is set.
+    pub fn kernel_log(&mut self) -> Vec<String> {
+        self.log.as_mut().map(KernelLog::take).unwrap_or_default()
+    }
+
     /// Nanoseconds to add to an event's time (CLOCK_MONOTONIC) for the time since 1970, as of the start.
     pub const fn clock_offset_ns(&self) -> i64 {
         self.clock_offset_ns
@@ -176,6 +190,7 @@ impl Probe {
         info: ProbeInfo,
         links: LinkWatcher,
         attachments: Attachments,
+        log: Option<KernelLog>,
     ) -> Result<Self, ProbeError> {
         let ring = RingBuf::try_from(take(&mut kernel, "EVENTS")?).map_err(|error| map_error("EVENTS", &error))?;
         // SAFETY: the map owns its descriptor, which stays the same until the ring is dropped.
@@ -184,20 +199,22 @@ impl Probe {
         let stats = PerCpuArray::try_from(take(&mut kernel, "STATS")?).map_err(|error| map_error("STATS", &error))?;
         let tracked = HashMap::try_from(take(&mut kernel, "TRACKED")?).map_err(|error| map_error("TRACKED", &error))?;
         let clock_offset_ns = clock_offset()?;
-        Ok(Self { info, ring, stats, tracked, links, attachments, changes: Vec::new(), kernel, clock_offset_ns })
+        Ok(Self { info, ring, stats, tracked, links, attachments, changes: Vec::new(), kernel, log, clock_offset_ns })
     }
 
-    fn follow(&mut self, changes: &[LinkChange]) -> Result<(), ProbeError> {
+    /// An interface that refuses our programs costs its sightings, not the whole watch.
+    fn follow(&mut self, changes: &[LinkChange]) {
         for change in changes {
             match change {
                 LinkChange::Added { index, name } => {
-                    attach_interface(&self.kernel, &mut self.attachments, *index, name)?
+                    if let Err(error) = attach_interface(&self.kernel, &mut self.attachments, *index, name) {
+                        self.info.degradations.push(format!("packets at {name} are not seen: {error}"));
+                    }
                 }
                 LinkChange::Removed { index, .. } => self.attachments.detach(*index),
                 LinkChange::Renamed { .. } => {}
             }
         }
-        Ok(())
     }
 
     fn stat(&self, index: u32) -> Result<u64, ProbeError> {

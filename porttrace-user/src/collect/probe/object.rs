@@ -106,18 +106,24 @@ impl Kernel {
 
     /// Attaches the conntrack kprobes: all or none.
     pub fn attach_kprobes(&mut self) -> Result<(), String> {
-        for (name, function) in KPROBES {
+        let outcome = KPROBES.into_iter().try_for_each(|(name, function)| {
             let failed = |why: String| format!("kprobe on {function}: {why}");
-            let program: &mut KProbe = self
-                .ebpf
-                .program_mut(name)
-                .ok_or_else(|| failed("not in the object".into()))?
-                .try_into()
-                .map_err(|error| failed(chain(&error)))?;
+            let program = self.kprobe(name).map_err(failed)?;
             program.load().map_err(|error| failed(chain(&error)))?;
-            program.attach(function, 0).map_err(|error| failed(chain(&error)))?;
+            program.attach(function, 0).map(|_| ()).map_err(|error| failed(chain(&error)))
+        });
+        if outcome.is_err() {
+            for (name, _) in KPROBES {
+                // Those that were not loaded cannot be unloaded.
+                let _ = self.kprobe(name).map(KProbe::unload);
+            }
         }
-        Ok(())
+        outcome
+    }
+
+    fn kprobe(&mut self, name: &str) -> Result<&mut KProbe, String> {
+        let program = self.ebpf.program_mut(name).ok_or("not in the object")?;
+        program.try_into().map_err(|error: aya::programs::ProgramError| chain(&error))
     }
 
     /// Attaches a `tp_btf` program to its tracepoint.
