@@ -20,7 +20,7 @@ use porttrace_user::render::watch::header::{Header, count};
 use porttrace_user::render::watch::{Context, Report};
 use std::collections::BTreeMap;
 use std::time::Duration;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 /// How often outcomes are looked for; the delay that a reader can notice.
@@ -57,9 +57,28 @@ pub async fn run(args: &Args) -> anyhow::Result<bool> {
         lost: Lost::default(),
         evicted: 0,
     };
+    // Before anybody is told that we are ready: from then on a signal ends the session with its sum.
+    let mut signals = Signals::listen()?;
     session.header(started)?;
-    session.watch().await?;
+    session.watch(&mut signals).await?;
     session.end(started).await
+}
+
+/// The signals that end a session.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn listen() -> anyhow::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?,
+            terminate: signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?,
+            hangup: signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?,
+        })
+    }
 }
 
 struct Session<'a> {
@@ -101,10 +120,7 @@ impl Session<'_> {
     }
 
     /// Until a signal, `--duration` or `--count`.
-    async fn watch(&mut self) -> anyhow::Result<()> {
-        let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
-        let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
-        let mut hangup = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
+    async fn watch(&mut self, signals: &mut Signals) -> anyhow::Result<()> {
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut housekeeping = interval(HOUSEKEEPING);
@@ -126,9 +142,9 @@ impl Session<'_> {
                 }
                 _ = housekeeping.tick() => self.keep_house().await?,
                 () = &mut end => return Ok(()),
-                _ = interrupt.recv() => return Ok(()),
-                _ = terminate.recv() => return Ok(()),
-                _ = hangup.recv() => return Ok(()),
+                _ = signals.interrupt.recv() => return Ok(()),
+                _ = signals.terminate.recv() => return Ok(()),
+                _ = signals.hangup.recv() => return Ok(()),
             }
         }
     }
