@@ -103,6 +103,25 @@ fn count_and_duration_end_it() {
 }
 
 #[test]
+fn two_watches_tell_the_same() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let lab = Lab::up(LabOptions { phase: Phase::Fixed, ..LabOptions::default() }).unwrap();
+    let mut watches = [watch(&lab, &["9088"]), watch(&lab, &["9088"])];
+    let (_, tuple) = tcp(&lab, Origin::Pod);
+    let told = watches.each_mut().map(|watch| watch.connection(tuple, WAIT).unwrap());
+    assert_eq!(told[0].rules(), told[1].rules());
+    for field in ["outcome", "dnat", "snat", "conntrack", "agrees", "predicted"] {
+        assert_eq!(told[0].verdict[field], told[1].verdict[field], "{field}");
+    }
+    let [first, mut second] = watches;
+    drop(first);
+    let (_, tuple) = tcp(&lab, Origin::Pod);
+    second.connection(tuple, WAIT).expect("the other one goes on");
+}
+
+#[test]
 fn other_namespaces_do_not_leak_in() {
     if !may_run("porttrace watch") {
         return;
@@ -159,7 +178,9 @@ fn a_stalled_reader_loses_nothing_silently() {
         .unwrap();
     watch.process.signal(Signal::SIGCONT).unwrap();
     watch.process.signal(Signal::SIGINT).unwrap();
-    let ended = watch.status("ended", Duration::from_secs(60)).unwrap().expect("a sum");
+    let ended = watch.status("ended", Duration::from_secs(60)).unwrap();
+    let ended =
+        ended.unwrap_or_else(|| panic!("no sum: {:?} {:?}", watch.process.wait(WAIT), watch.process.stderr.snapshot()));
     let told = watch.left_over().len();
     println!("{told} of {SENT} told, lost: {}", ended["lost"]);
     let lost = ended["lost"].as_array().is_some_and(|lost| !lost.is_empty());
