@@ -50,7 +50,7 @@ fn exists(command: i64, id: u32) -> bool {
     let mut attr = [0u32; 32];
     attr[0] = id;
     // SAFETY: the kernel reads `size_of_val(&attr)` bytes of `attr` and checks that those it does not know are 0.
-    let answer = unsafe { nix::libc::syscall(nix::libc::SYS_bpf, command, attr.as_mut_ptr(), size_of_val(&attr)) };
+    let answer = unsafe { libc::syscall(libc::SYS_bpf, command, attr.as_mut_ptr(), size_of_val(&attr)) };
     match i32::try_from(answer) {
         Ok(fd) if fd >= 0 => {
             // SAFETY: the call made this descriptor for us; nobody else has it.

@@ -124,7 +124,7 @@ fn serve_udp(socket: &UdpSocket, options: &Serve) -> Result<()> {
 /// One datagram's sender, and the address that it was sent to.
 fn receive(socket: &UdpSocket, port: u16) -> Result<(SocketAddr, SocketAddr)> {
     let mut buffer = [0; 2048];
-    let mut space = cmsg_space!(nix::libc::in6_pktinfo, nix::libc::in_pktinfo);
+    let mut space = cmsg_space!(libc::in6_pktinfo, libc::in_pktinfo);
     let mut slices = [IoSliceMut::new(&mut buffer)];
     let message = recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut slices, Some(&mut space), MsgFlags::empty())?;
     let from = message.address.context("a datagram without a sender")?;
