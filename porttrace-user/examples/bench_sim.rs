@@ -1,0 +1,182 @@
+//! How fast the simulator is on a dump of 5,000 Services with 4 endpoints each and one with 1,000.
+//!
+//! `cargo run --release -p porttrace-user --example bench_sim [-- --write FILE | --parse FILE]` prints one `name value unit`
+//! a line. `--write` only writes the dump, so that iptables-restore can be measured on the same file.
+
+#[path = "bench_sim/generator.rs"]
+mod generator;
+
+use anyhow::{Context, Result};
+use porttrace_user::core::model::flow::{Family, Proto, Tuple};
+use porttrace_user::core::model::rules::Ruleset;
+use porttrace_user::core::model::state::{Address, NextHop, NodeState, RouteEntry};
+use porttrace_user::core::model::trace::{Flavour, Packet, RouteKind};
+use porttrace_user::core::parse::iptables;
+use porttrace_user::core::simulate::Simulator;
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use std::time::Instant;
+
+fn main() -> Result<()> {
+    let mut arguments = std::env::args().skip(1);
+    let option = arguments.next();
+    let services = generator::services(5_000, 4, 1_000);
+    match (option.as_deref(), arguments.next()) {
+        (Some("--write"), Some(file)) => {
+            return fs::write(&file, generator::dump(&services)).with_context(|| format!("could not write {file}"));
+        }
+        (Some("--parse"), Some(file)) => {
+            let text = fs::read_to_string(&file).with_context(|| format!("could not read {file}"))?;
+            measure_parse(&text)?;
+            return Ok(());
+        }
+        _ => {}
+    }
+    let ruleset = measure_parse(&generator::dump(&services))?;
+    let state = Arc::new(node(ruleset));
+    let begin = Instant::now();
+    let simulator = Simulator::new(&state);
+    report("compile", begin.elapsed().as_secs_f64() * 1e3, "ms");
+    measure_packets(&simulator, &services);
+    measure_batch(&state, &services)
+}
+
+fn report(name: &str, value: f64, unit: &str) {
+    println!("{name} {value:.3} {unit}");
+}
+
+/// Resident memory of this process in MiB.
+fn resident() -> Result<f64> {
+    let status = fs::read_to_string("/proc/self/status").context("could not read /proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+    Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
+}
+
+fn measure_parse(text: &str) -> Result<Ruleset> {
+    let before = resident()?;
+    let mut best = f64::MAX;
+    let mut ruleset = None;
+    for round in 0..5 {
+        drop(ruleset.take());
+        let begin = Instant::now();
+        let (parsed, problems) = iptables::parse(text, "generated", Flavour::IptablesLegacy, Family::V4);
+        best = best.min(begin.elapsed().as_secs_f64() * 1e3);
+        if round == 0 {
+            report("parse_memory", resident()? - before, "MiB");
+            report("diagnostics", problems.len() as f64, "lines");
+        }
+        ruleset = Some(parsed);
+    }
+    let ruleset = ruleset.context("five rounds")?;
+    let rules: usize = ruleset.tables.iter().flat_map(|table| &table.chains).map(|chain| chain.rules.len()).sum();
+    report("rules", rules as f64, "rules");
+    report("parse", best, "ms");
+    Ok(ruleset)
+}
+
+fn node(ruleset: Ruleset) -> NodeState {
+    let address = |interface: &str, text: [u8; 4], prefix| Address {
+        interface: interface.into(),
+        address: IpAddr::V4(Ipv4Addr::from(text)),
+        prefix,
+        scope: if text[0] == 127 { "host".into() } else { "global".into() },
+        secondary: false,
+    };
+    let route = |dst: &str, gateway: Option<[u8; 4]>| RouteEntry {
+        kind: RouteKind::Unicast,
+        dst: dst.parse().unwrap_or_default(),
+        table: "main".into(),
+        nexthops: vec![NextHop {
+            interface: Some("eth0".into()),
+            gateway: gateway.map(|gateway| IpAddr::V4(Ipv4Addr::from(gateway))),
+            weight: 1,
+            dead: false,
+        }],
+        prefsrc: None,
+        metric: 0,
+        scope: "global".into(),
+        mtu: None,
+    };
+    let sysctls =
+        [("net.ipv4.ip_forward", "1"), ("net.ipv4.conf.all.route_localnet", "1"), ("net.ipv4.conf.all.rp_filter", "0")];
+    NodeState {
+        rulesets: vec![Arc::new(ruleset)],
+        addresses: Some(vec![address("lo", [127, 0, 0, 1], 8), address("eth0", [172, 18, 0, 3], 16)]),
+        routes: Some(vec![route("172.18.0.0/16", None), route("0.0.0.0/0", Some([172, 18, 0, 1]))]),
+        sysctls: Some(sysctls.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect()),
+        conntrack: Some(Vec::new()),
+        recent: Some(BTreeMap::new()),
+        sockets: Some(Vec::new()),
+        ..NodeState::default()
+    }
+}
+
+/// A packet from another node: to the NodePort of Services in turn, or to a closed port.
+fn packet(services: &[generator::Service], number: usize) -> Packet {
+    let dport = if number % 8 == 7 { 9 } else { services[number * 7919 % (services.len() - 1)].node_port };
+    let tuple = Tuple {
+        proto: Proto::Tcp,
+        src: IpAddr::V4(Ipv4Addr::new(172, 18, 0, 4)),
+        sport: 1024 + (number % 60_000) as u16,
+        dst: IpAddr::V4(Ipv4Addr::new(172, 18, 0, 3)),
+        dport,
+    };
+    Packet::first_of(tuple, Some("eth0".into()))
+}
+
+fn measure_packets(simulator: &Simulator, services: &[generator::Service]) {
+    let mut branches = 0;
+    let rounds = 20_000;
+    let begin = Instant::now();
+    for number in 0..rounds {
+        branches += simulator.trace(&packet(services, number)).branches.len();
+    }
+    let each = begin.elapsed().as_secs_f64() / rounds as f64;
+    report("trace_of_a_nodeport_all_branches", each * 1e6, "us");
+    report("branches_each", branches as f64 / rounds as f64, "branches");
+    report("one_branch", each * 1e6 * rounds as f64 / branches as f64, "us");
+
+    let closed = packet(services, 7);
+    let begin = Instant::now();
+    for _ in 0..rounds {
+        assert_eq!(simulator.trace(&closed).branches.len(), 1);
+    }
+    report("one_packet", begin.elapsed().as_secs_f64() / rounds as f64 * 1e6, "us");
+
+    let Some(big) = services.last() else { return };
+    let mut packet = closed;
+    packet.tuple.dst = IpAddr::V4(Ipv4Addr::from(big.cluster_ip));
+    packet.tuple.dport = 80;
+    let mut best = f64::MAX;
+    for _ in 0..200 {
+        let begin = Instant::now();
+        let trace = simulator.trace(&packet);
+        best = best.min(begin.elapsed().as_secs_f64() * 1e3);
+        assert_eq!(trace.branches.len(), big.endpoints);
+    }
+    report("all_branches_of_1000_endpoints", best, "ms");
+}
+
+/// Each thread has a simulator of its own: the texts that traces share are counted, and counting from two cores costs more
+/// than compiling twice.
+fn measure_batch(state: &Arc<NodeState>, services: &[generator::Service]) -> Result<()> {
+    let packets = 200_000;
+    for threads in [1, std::thread::available_parallelism().context("cores")?.get()] {
+        let begin = Instant::now();
+        std::thread::scope(|scope| {
+            for thread in 0..threads {
+                scope.spawn(move || {
+                    let simulator = Simulator::new(state);
+                    (thread..packets)
+                        .step_by(threads)
+                        .for_each(|number| drop(simulator.trace(&packet(services, number))));
+                });
+            }
+        });
+        let rate = packets as f64 / begin.elapsed().as_secs_f64();
+        report(&format!("batch_{threads}_threads"), rate, "packets/s");
+    }
+    Ok(())
+}
