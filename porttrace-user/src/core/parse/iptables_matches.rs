@@ -1,6 +1,7 @@
 //! The matches of one rule: general options (`-s`, `-p`, …) and `-m NAME …` blocks.
 
 use super::iptables::clip;
+use super::iptables_blocks as blocks;
 use super::iptables_modules::{self as modules, Parsed};
 use super::iptables_options::{Options, Word, net};
 use super::words::Words;
@@ -98,8 +99,8 @@ impl<'a> Conditions<'a> {
             return;
         };
         let (start, end) = (first.start, words.last().map_or(first.end, |word| word.end));
-        if modules::WHOLE.contains(&module) {
-            match modules::whole(module, words, self.family) {
+        if blocks::WHOLE.contains(&module) {
+            match blocks::whole(module, words, self.family) {
                 Some(parsed) => self.add(parsed, start, end),
                 None => self.unknown(start, end),
             }

@@ -4,6 +4,7 @@ pub mod conntrack;
 pub mod iproute;
 pub mod ipset;
 pub mod iptables;
+mod iptables_blocks;
 mod iptables_matches;
 mod iptables_modules;
 mod iptables_options;

@@ -7,9 +7,11 @@ mod compiled;
 mod config;
 mod conn;
 mod index;
+mod input;
 mod matches;
 mod nat;
 mod nat_hash;
+mod output;
 mod path;
 mod routing;
 mod run;
@@ -106,3 +108,6 @@ fn start(packet: &Packet) -> Walk {
         before_mangle: (packet.mark, packet.tuple.src, packet.tuple.dst),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,7 @@
 
 use crate::core::model::flow::{Family, Proto, Tuple};
 use crate::core::model::name::Name;
-use crate::core::model::state::{Address, NodeState, PolicyAction, PolicyRule, RouteEntry};
+use crate::core::model::state::{Address, NextHop, NodeState, PolicyAction, PolicyRule, RouteEntry};
 use crate::core::model::trace::RouteKind;
 use ipnet::IpNet;
 use std::collections::{BTreeMap, HashMap};
@@ -202,23 +202,26 @@ impl Routing {
     /// Makes the local table from the addresses, as the kernel does when an address is added.
     fn add_local(&mut self, family: Family, addresses: Option<&[Address]>) {
         let Some(addresses) = addresses else { return };
-        let mut own: Vec<IpNet> = Vec::new();
+        let mut own: Vec<(IpNet, &str)> = Vec::new();
         for address in addresses.iter().filter(|address| Family::of(address.address) == family) {
-            own.push(IpNet::from(address.address));
+            own.push((IpNet::from(address.address), &address.interface));
             if address.address.is_loopback() {
-                own.extend(IpNet::new(address.address, address.prefix).map(|net| net.trunc()));
+                own.extend(
+                    IpNet::new(address.address, address.prefix).map(|net| (net.trunc(), address.interface.as_str())),
+                );
             }
         }
         let name = if family == Family::V4 { "IPv4" } else { "IPv6" };
         if self.known && !own.is_empty() {
             self.assumptions.push(format!("the {name} table local is not among the routes: made from the addresses"));
         }
-        for dst in own {
+        for (dst, interface) in own {
+            let hop = NextHop { interface: Some(interface.into()), gateway: None, weight: 1, dead: false };
             self.add(&RouteEntry {
                 kind: RouteKind::Local,
                 dst,
                 table: "local".into(),
-                nexthops: Vec::new(),
+                nexthops: vec![hop],
                 prefsrc: None,
                 metric: 0,
                 scope: "host".into(),

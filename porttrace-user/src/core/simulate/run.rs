@@ -3,6 +3,7 @@
 use super::compiled::{BaseChain, Entry, Simulator, TableData};
 use super::matches::Verdict as Match;
 use super::walk::{Again, Frame, Walk};
+use crate::core::model::name::Name;
 use crate::core::model::rules::{Policy, Rule, Target};
 use crate::core::model::trace::{Action, Because, Branch, Decision, DropReason, Fraction, Hook, Hop, RuleRef, Verdict};
 use std::borrow::Cow;
@@ -222,92 +223,48 @@ impl<'s> Run<'s> {
 
     fn act(&mut self, walk: &mut Walk, table: &TableData, (frame, at): (Frame, u32), rule: &Rule) -> Acted {
         let place = table.reference(frame.chain, Some(at));
-        let hook = walk.stage.hook;
-        let record = |walk: &mut Walk, place: RuleRef, action: Action| {
-            let text = table.text(rule);
-            walk.hop(Hop::Rule { hook, rule: place, action, because: Because(text.clone()), text });
-        };
         self.remember(walk, rule);
         match &rule.target {
-            Target::Jump(to) | Target::Goto(to) => {
-                let chain = table.chain_name(*to);
-                let goes = matches!(rule.target, Target::Goto(_));
-                let action = if goes { Action::Goto { chain } } else { Action::Jump { chain } };
-                if walk.frames.iter().any(|frame| frame.chain == *to) {
-                    let because = format!("chain {} leads back to itself", table.chain_name(*to));
-                    return Acted::End(Verdict::Unknown { because, by: Some(place) });
-                }
-                record(walk, place, action);
-                // The end of a chain that was gone to returns to the caller's caller: this chain has nothing left.
-                if let Some(last) = walk.frames.last_mut().filter(|_| goes) {
-                    last.next = Frame::END;
-                }
-                walk.frames.push(Frame { table: frame.table, chain: *to, next: 0 });
-                Acted::On
-            }
+            Target::Jump(to) => jump(walk, table, (frame, *to, false), place, rule),
+            Target::Goto(to) => jump(walk, table, (frame, *to, true), place, rule),
             Target::Return => {
-                record(walk, place, Action::Return);
+                record(walk, table, rule, place, Action::Return);
                 if let Some(last) = walk.frames.last_mut() {
                     last.next = Frame::END;
                 }
                 Acted::On
             }
             Target::Accept => {
-                record(walk, place, Action::Accept);
+                record(walk, table, rule, place, Action::Accept);
                 Acted::Accepted
             }
-            Target::Drop => {
-                record(walk, place.clone(), Action::Drop);
-                Acted::End(Verdict::Dropped { reason: DropReason::Rule, by: Some(place) })
-            }
-            Target::Reject(with) => {
-                let with = crate::core::model::name::Name::from(&**with);
-                record(walk, place.clone(), Action::Reject { with: with.clone() });
-                Acted::End(Verdict::Rejected { with, by: Some(place) })
-            }
-            Target::Stop(text) => {
-                let because = format!("{text} hands the packet to something outside the rules");
-                record(walk, place.clone(), Action::Other { target: (&**text).into() });
-                Acted::End(Verdict::Unknown { because, by: Some(place) })
-            }
-            Target::Missing(name) => {
-                let because = format!("{name} is neither a chain of the dump nor a target that the model knows");
-                record(walk, place.clone(), Action::Other { target: (&**name).into() });
-                Acted::End(Verdict::Unknown { because, by: Some(place) })
+            Target::Drop | Target::Reject(_) | Target::Stop(_) | Target::Missing(_) => {
+                let (action, verdict) = last_word(&rule.target, &place);
+                record(walk, table, rule, place, action);
+                Acted::End(verdict)
             }
             Target::Dnat(_) | Target::Snat(_) | Target::Masquerade(_) | Target::Redirect(_) | Target::Netmap(_) => {
                 self.nat_target(walk, table, place, rule)
             }
             other => {
                 let (action, accepted) = self.adjust(walk, other);
-                record(walk, place, action);
+                record(walk, table, rule, place, action);
                 if accepted { Acted::Accepted } else { Acted::On }
             }
         }
     }
 
     fn nat_target(&mut self, walk: &mut Walk, table: &TableData, place: RuleRef, rule: &Rule) -> Acted {
-        let text = table.text(rule);
-        let result = self.translate_by(walk, &rule.target, &place);
-        let hop = |action| Hop::Rule {
-            hook: walk.stage.hook,
-            rule: place.clone(),
-            action,
-            because: Because(text.clone()),
-            text: text.clone(),
-        };
-        match result {
+        match self.translate_by(walk, &rule.target, &place) {
             Ok(action) => {
                 // The rewrite itself follows when the NAT step applies the manip (`nf_nat_packet`).
-                let hop = hop(action);
-                walk.hop(hop);
+                record(walk, table, rule, place.clone(), action);
                 walk.nat_by = Some(place);
                 Acted::Accepted
             }
             Err(instead) => {
                 let (action, verdict) = *instead;
-                let hop = hop(action);
-                walk.hop(hop);
+                record(walk, table, rule, place, action);
                 Acted::End(verdict)
             }
         }
@@ -352,5 +309,52 @@ impl<'s> Run<'s> {
             Hook::Input => self.deliver(walk),
             Hook::Postrouting => self.transmit(walk),
         }
+    }
+}
+
+/// Writes down that a rule matched and what it did.
+fn record(walk: &mut Walk, table: &TableData, rule: &Rule, place: RuleRef, action: Action) {
+    let text = table.text(rule);
+    let hook = walk.stage.hook;
+    walk.hop(Hop::Rule { hook, rule: place, action, because: Because(text.clone()), text });
+}
+
+/// Goes into another chain; a goto leaves nothing of this one, so that the end of the other returns to the caller's caller.
+fn jump(
+    walk: &mut Walk,
+    table: &TableData,
+    (frame, to, goes): (Frame, u32, bool),
+    place: RuleRef,
+    rule: &Rule,
+) -> Acted {
+    let chain = table.chain_name(to);
+    if walk.frames.iter().any(|frame| frame.chain == to) {
+        let because = format!("chain {chain} leads back to itself");
+        return Acted::End(Verdict::Unknown { because, by: Some(place) });
+    }
+    record(walk, table, rule, place, if goes { Action::Goto { chain } } else { Action::Jump { chain } });
+    if let Some(last) = walk.frames.last_mut().filter(|_| goes) {
+        last.next = Frame::END;
+    }
+    walk.frames.push(Frame { table: frame.table, chain: to, next: 0 });
+    Acted::On
+}
+
+/// Targets after which nothing more happens to the packet in this model.
+fn last_word(target: &Target, place: &RuleRef) -> (Action, Verdict) {
+    let by = Some(place.clone());
+    let unknown = |name: &str, because: String| {
+        (Action::Other { target: name.into() }, Verdict::Unknown { because, by: by.clone() })
+    };
+    match target {
+        Target::Reject(with) => {
+            let with = Name::from(&**with);
+            (Action::Reject { with: with.clone() }, Verdict::Rejected { with, by })
+        }
+        Target::Stop(text) => unknown(text, format!("{text} hands the packet to something outside the rules")),
+        Target::Missing(name) => {
+            unknown(name, format!("{name} is neither a chain of the dump nor a target that the model knows"))
+        }
+        _ => (Action::Drop, Verdict::Dropped { reason: DropReason::Rule, by }),
     }
 }

@@ -1,0 +1,133 @@
+//! Routing of what arrives (`ip_route_input_slow`, `ip6_route_input`), and what may not pass.
+
+use super::output::{nowhere, record};
+use super::path::{dropped, rejected};
+use super::routing::{Found, Key};
+use super::run::{Next, Run};
+use super::walk::Walk;
+use crate::core::model::trace::{DropReason, Hook, Hop, RouteKind};
+use std::net::IpAddr;
+
+impl Run<'_> {
+    /// `ip_route_input_slow` (net/ipv4/route.c).
+    pub(super) fn route_input4(&mut self, walk: &mut Walk) -> Next {
+        let input = walk.input.clone().unwrap_or_default();
+        let (src, dst) = (walk.tuple.src, walk.tuple.dst);
+        let broadcast = |address: IpAddr| matches!(address, IpAddr::V4(four) if four.is_broadcast());
+        if src.is_multicast() || broadcast(src) {
+            return dropped(DropReason::Martian);
+        }
+        if (dst.is_loopback() || src.is_loopback()) && !self.localnet(&input) {
+            walk.note(format!("127.0.0.0/8 is not routed on {input} without route_localnet"));
+            return dropped(DropReason::Martian);
+        }
+        let sim = self.sim;
+        let found = sim.routing.lookup(&Key::of(&walk.tuple, &input, walk.mark), &mut |text| self.assume(text));
+        let forwards = self.forwards4(&input);
+        let (entry, kind) = match found {
+            Found::Route(entry) => (Some(entry), entry.kind),
+            Found::Refused(kind) => (None, kind),
+        };
+        if let Some(entry) = entry {
+            if kind == RouteKind::Unicast && forwards {
+                self.take_ways(walk, entry, None);
+            } else {
+                record(walk, entry, entry.alive().next());
+            }
+        } else {
+            walk.hop(Hop::Route { decision: nowhere(walk, kind) });
+        }
+        match kind {
+            RouteKind::Local | RouteKind::Broadcast | RouteKind::Multicast | RouteKind::Anycast => {
+                walk.to_self = true;
+                if let Some(end) = self.validate_source(walk, &input) {
+                    return end;
+                }
+                walk.enter(Hook::Input);
+                Next::Go
+            }
+            _ if !forwards => dropped(DropReason::ForwardingDisabled),
+            RouteKind::Unicast => {
+                walk.to_self = false;
+                if let Some(end) = self.validate_source(walk, &input) {
+                    return end;
+                }
+                self.forward(walk)
+            }
+            RouteKind::Blackhole => dropped(DropReason::Blackhole),
+            RouteKind::Prohibit => rejected("icmp-admin-prohibited"),
+            RouteKind::Unreachable => rejected("icmp-host-unreachable"),
+            RouteKind::Throw | RouteKind::None => rejected("icmp-net-unreachable"),
+        }
+    }
+
+    fn forwards4(&mut self, input: &str) -> bool {
+        let (own, all) = (self.sim.config.interface(input), self.sim.config.interface("all"));
+        own.forwarding.or(all.forwarding).unwrap_or_else(|| {
+            self.assume("ip_forward is not part of the state: taken as on");
+            1
+        }) != 0
+    }
+
+    /// `ip6_route_input` and `ip6_forward`.
+    pub(super) fn route_input6(&mut self, walk: &mut Walk) -> Next {
+        let input = walk.input.clone().unwrap_or_default();
+        let sim = self.sim;
+        let found = sim.routing.lookup(&Key::of(&walk.tuple, &input, walk.mark), &mut |text| self.assume(text));
+        let entry = match found {
+            Found::Route(entry) => entry,
+            Found::Refused(kind) => {
+                walk.hop(Hop::Route { decision: nowhere(walk, kind) });
+                return match kind {
+                    RouteKind::Blackhole => dropped(DropReason::Blackhole),
+                    RouteKind::Prohibit => rejected("icmp6-adm-prohibited"),
+                    _ => rejected("icmp6-no-route"),
+                };
+            }
+        };
+        match entry.kind {
+            RouteKind::Local | RouteKind::Broadcast | RouteKind::Multicast | RouteKind::Anycast => {
+                record(walk, entry, entry.alive().next());
+                walk.to_self = true;
+                walk.enter(Hook::Input);
+                Next::Go
+            }
+            RouteKind::Unicast => {
+                self.take_ways(walk, entry, None);
+                self.forward6(walk)
+            }
+            RouteKind::Blackhole => {
+                record(walk, entry, None);
+                dropped(DropReason::Blackhole)
+            }
+            RouteKind::Prohibit => {
+                record(walk, entry, None);
+                rejected("icmp6-adm-prohibited")
+            }
+            _ => {
+                record(walk, entry, None);
+                rejected("icmp6-no-route")
+            }
+        }
+    }
+
+    fn forward6(&mut self, walk: &mut Walk) -> Next {
+        let forwards = self.sim.config.forwarding6.unwrap_or_else(|| {
+            self.assume("net.ipv6.conf.all.forwarding is not part of the state: taken as on");
+            1
+        });
+        if forwards == 0 {
+            return dropped(DropReason::ForwardingDisabled);
+        }
+        // "This check is security critical": such sources are never forwarded.
+        let link_local = matches!(walk.tuple.src, IpAddr::V6(six) if six.is_unicast_link_local());
+        if walk.tuple.src.is_unspecified() || walk.tuple.src.is_multicast() || walk.tuple.src.is_loopback() {
+            return dropped(DropReason::Martian);
+        }
+        if link_local {
+            return rejected("icmp6-beyond-scope");
+        }
+        walk.to_self = false;
+        self.forward(walk)
+    }
+}
