@@ -136,6 +136,21 @@ fn a_listing_walks_like_the_dump() {
 }
 
 #[test]
+fn lines_keep_to_a_narrow_terminal() {
+    let node = node();
+    for packet in ["172.18.0.3:30080", "172.18.0.3:9088", "172.18.0.3:30103", "172.18.0.3:30104"] {
+        let output = Command::new(env!("CARGO_BIN_EXE_porttrace"))
+            .args(["simulate", packet, "--from", "172.18.0.4", "--why", "--snapshot", node.to_str().unwrap()])
+            .env("COLUMNS", "80")
+            .output()
+            .unwrap();
+        let text = text(&output);
+        let long: Vec<&str> = text.lines().filter(|line| line.chars().count() > 80).collect();
+        assert!(text.lines().count() > 20 && long.is_empty(), "{long:#?}");
+    }
+}
+
+#[test]
 fn json_has_the_documented_members() {
     let answer: Value = serde_json::from_str(&text(&on_node("172.18.0.3:30080 --from 172.18.0.4 --json"))).unwrap();
     assert_eq!((&answer["schema"], &answer["kind"]), (&Value::from(1), &Value::from("trace")));

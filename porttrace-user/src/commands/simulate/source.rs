@@ -10,7 +10,7 @@ use porttrace_user::core::model::trace::Packet;
 use porttrace_user::core::parse::paste::{self, Paste};
 use std::fs::File;
 use std::io::{Read, stdin};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 /// Pasted rules may be this large; the rules of 5,000 Services take 15 MB.
@@ -102,14 +102,17 @@ impl Loaded {
             Some(input) => (Some(dst), &**input),
             None => (Some(src), "eth0"),
         };
-        let address = |address: IpAddr| Address {
+        let address = |address: IpAddr, interface: &str| Address {
             interface: interface.to_owned(),
             address,
             prefix: if address.is_ipv4() { 32 } else { 128 },
             scope: "global".to_owned(),
             secondary: false,
         };
-        self.state.addresses = Some(own.into_iter().map(address).collect());
+        // Every node has these.
+        let mut addresses = vec![address(Ipv4Addr::LOCALHOST.into(), "lo"), address(Ipv6Addr::LOCALHOST.into(), "lo")];
+        addresses.extend(own.filter(|own| !own.is_loopback()).map(|own| address(own, interface)));
+        self.state.addresses = Some(addresses);
         Some(match own {
             Some(own) => format!("this node's addresses are not known: {own} is taken as its own, all others as not"),
             None => format!(

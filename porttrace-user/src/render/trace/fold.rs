@@ -55,8 +55,8 @@ fn show<'t, 'a>(alike: &[&'t Child<'a>], all: bool) -> Vec<Shown<'t, 'a>> {
     let (brief, more) = rest.split_at(if rest.len() <= BRIEF { rest.len() } else { BRIEF - 1 });
     shown.extend(brief.iter().copied().map(Shown::Brief));
     if !more.is_empty() {
-        let leaves: Vec<_> = more.iter().flat_map(|child| child.node.leaves()).collect();
-        shown.push(Shown::More { count: more.len(), together: sum(&leaves) });
+        let together = sum(more.iter().map(|child| child.probability));
+        shown.push(Shown::More { count: more.len(), together });
     }
     shown
 }
@@ -94,4 +94,43 @@ fn shape<'a>(node: &Node<'a>) -> Vec<Shape<'a>> {
         }
     }
     shapes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::model::flow::{Family, Proto, Tuple};
+    use crate::core::model::state::NodeState;
+    use crate::core::model::trace::{Flavour, Packet};
+    use crate::core::parse::iptables;
+    use crate::core::simulate::Simulator;
+    use crate::render::trace::tree;
+    use std::fmt::Write;
+    use std::sync::Arc;
+
+    #[test]
+    fn a_thousand_endpoints_are_folded_with_a_count() {
+        let mut rules = "*nat\n:PREROUTING ACCEPT [0:0]\n".to_owned();
+        for i in 0..1000 {
+            let chance = 1.0 / f64::from(1000 - i);
+            let random = format!("-m statistic --mode random --probability {chance:.11} ");
+            let random = if i == 999 { String::new() } else { random };
+            let to = format!("10.{}.{}.1:80", i / 250, i % 250);
+            writeln!(rules, "-A PREROUTING -p tcp {random}-j DNAT --to-destination {to}").unwrap();
+        }
+        rules.push_str("COMMIT\n");
+        let (rules, _) = iptables::parse(&rules, "test", Flavour::IptablesNft, Family::V4);
+        let state = NodeState { rulesets: vec![Arc::new(rules)], routes: Some(vec![]), ..NodeState::default() };
+        let (src, dst) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
+        let tuple = Tuple { proto: Proto::Tcp, src, sport: 4000, dst, dport: 80 };
+        let trace = Simulator::new(&state).trace(&Packet::first_of(tuple, Some("eth0".into())));
+        let root = tree::build(&trace.branches).unwrap();
+        let End::Fork(children) = &root.end else { panic!("no fork") };
+        assert_eq!(children.len(), 1000);
+        let shown = fold(children, false);
+        assert_eq!(shown.len(), 5);
+        let Some(Shown::More { count: 996, together }) = shown.last() else { panic!("{:?}", shown.last()) };
+        assert!((together.as_f64() - 0.996).abs() < 1e-6, "{together}");
+        assert_eq!(fold(children, true).len(), 1000);
+    }
 }

@@ -5,14 +5,14 @@ use super::fold::{self, Shown};
 use super::tree::{Child, End, Node};
 use super::words::{self, clean};
 use crate::core::model::flow::Tuple;
-use crate::core::model::trace::{Action, Decision, Fraction, Hook, Hop, Manip, Route, RouteKind};
+use crate::core::model::trace::{Action, Decision, Fraction, Hook, Hop, Manip, Route};
 use crate::render::style::{Style, columns, wrap};
 use crate::render::watch::words::{Mood, comment};
 use std::fmt::Write;
 
 /// Columns of the hook (or what stands in its place) and of the table.
-const HOOK: usize = 13;
-const TABLE: usize = 8;
+const HOOK: usize = 12;
+const TABLE: usize = 7;
 
 /// Colours a text by its mood.
 pub fn mooded(style: Style, mood: Mood, text: &str) -> String {
@@ -81,7 +81,10 @@ impl Printer<'_, '_> {
                 Shown::Brief(child) => self.brief(&guide, tee, bar, child),
                 Shown::More { count, together } => {
                     let style = self.context.style;
-                    let text = format!("… and {count} more like these, {together} together (--all shows each)");
+                    let text = format!(
+                        "… and {count} more like these, {} together (--all shows each)",
+                        words::fraction(*together)
+                    );
                     let _ = writeln!(self.out, "{guide}{} {}", style.dim(tee), style.bold(text));
                 }
             }
@@ -171,22 +174,7 @@ impl Printer<'_, '_> {
                 let entry = entry.as_ref().map_or_else(String::new, |entry| format!("  {}", clean(entry)));
                 self.plain("conntrack", &format!("{state}{entry}"));
             }
-            Hop::Rule { hook, rule, action: done, because, text } => {
-                let done = words::done(done);
-                let place = match (rule.chain.strip_prefix('?'), rule.number) {
-                    // Nobody pasted this jump.
-                    _ if done == words::PASTED => rule.chain.to_string(),
-                    (Some(_), number) => format!("(pasted) {}", number.map_or_else(String::new, |n| format!("#{n}"))),
-                    (None, Some(number)) => format!("{} #{number}", rule.chain),
-                    (None, None) => format!("{} policy", rule.chain),
-                };
-                let line = RuleLine { hook: *hook, table: &rule.table, place: clean(&place), done, text };
-                if dead_end {
-                    self.passed(&line);
-                } else {
-                    self.rule(&line, &words::conditions(&because.to_string()));
-                }
-            }
+            Hop::Rule { .. } => self.rule_hop(hop, dead_end),
             Hop::Rewrite { hook, what, before, after, .. } => {
                 let label = self.enter(*hook);
                 let line = match what {
@@ -201,7 +189,7 @@ impl Printer<'_, '_> {
                 };
                 self.row(label, "", &format!("{what} {line}"));
             }
-            Hop::Route { decision } => self.plain("routing", &route(decision, style)),
+            Hop::Route { decision } => self.route(decision),
             Hop::Transmit { interface, gateway, tuple } => {
                 let gateway = gateway.map_or_else(String::new, |gateway| format!("  via {gateway}"));
                 self.plain("leaves by", &format!("{}{gateway}  {tuple}", style.bold(clean(interface))));
@@ -213,6 +201,35 @@ impl Printer<'_, '_> {
             Hop::ReplyRewrite { before, after } => self.reply(before, after),
             Hop::Note { text } => self.note(text),
         }
+    }
+
+    fn rule_hop(&mut self, hop: &Hop, dead_end: bool) {
+        let Hop::Rule { hook, rule, action: done, because, text } = hop else { return };
+        let done = words::done(done);
+        let place = match (rule.chain.strip_prefix('?'), rule.number) {
+            // Nobody pasted this jump.
+            _ if done == words::PASTED => rule.chain.to_string(),
+            (Some(_), number) => format!("(pasted) {}", number.map_or_else(String::new, |n| format!("#{n}"))),
+            (None, Some(number)) => format!("{} #{number}", rule.chain),
+            (None, None) => format!("{} policy", rule.chain),
+        };
+        let line = RuleLine { hook: *hook, table: &rule.table, place: clean(&place), done, text };
+        if dead_end {
+            self.passed(&line);
+        } else {
+            self.rule(&line, &words::conditions(&because.to_string()));
+        }
+    }
+
+    fn route(&mut self, decision: &Route) {
+        let style = self.context.style;
+        let (way, by) = words::route(decision);
+        let room = style.width.saturating_sub(columns(&strip(&self.guide)) + HOOK);
+        if columns(&way) + 2 + columns(&by) <= room {
+            return self.plain("routing", format!("{way}  {}", style.dim(by)).trim_end());
+        }
+        self.plain("routing", &way);
+        self.plain("", &format!("  {}", style.dim(by)));
     }
 
     fn reply(&mut self, before: &Tuple, after: &Tuple) {
@@ -249,6 +266,8 @@ impl Printer<'_, '_> {
     }
 
     fn row(&mut self, label: &str, table: &str, text: &str) {
+        // `security` alone is longer than its column.
+        let table = if table.len() < TABLE { table.to_owned() } else { format!("{table} ") };
         let _ = writeln!(self.out, "{}{label:HOOK$}{table:TABLE$}{text}", self.guide);
     }
 
@@ -260,10 +279,13 @@ impl Printer<'_, '_> {
         let style = self.context.style;
         let label = self.enter(line.hook);
         let decisive = !line.done.starts_with('→');
-        let main = format!("{} {}", line.place, if decisive { style.bold(&line.done) } else { line.done.clone() });
-        let width = columns(&line.place) + 1 + columns(&line.done);
         let start = columns(&strip(&self.guide)) + HOOK + TABLE;
         let room = style.width.saturating_sub(start);
+        let width = columns(&line.place) + 1 + columns(&line.done);
+        let done = if decisive { style.bold(&line.done) } else { line.done.clone() };
+        // Too long for a narrow terminal: what it did goes to a line of its own.
+        let broken = format!("{}\n{}{}{done}", line.place, self.guide, " ".repeat(HOOK + TABLE + 2));
+        let main = if width > room { broken } else { format!("{} {done}", line.place) };
         if self.context.verbose > 0 {
             self.row(label, line.table, &main);
             return self.full(line.text, room);
@@ -303,9 +325,9 @@ impl Printer<'_, '_> {
 /// `1/3`; `if` where an assumption leads here, with what chance comes on top.
 fn chance(child: &Child<'_>) -> String {
     match (child.by_chance(), child.probability) {
-        (true, probability) => probability.to_string(),
+        (true, probability) => words::fraction(probability),
         (false, Fraction::ONE) => "if".to_owned(),
-        (false, probability) => format!("if, {probability}"),
+        (false, probability) => format!("if, {}", words::fraction(probability)),
     }
 }
 
@@ -341,36 +363,6 @@ fn cut(text: &str, max: usize) -> String {
         return text.to_owned();
     }
     text.chars().take(max.saturating_sub(1)).chain(['…']).collect()
-}
-
-/// `10.244.1.9 dev veth12  (10.244.1.9 dev veth12 scope host)`.
-fn route(decision: &Route, style: Style) -> String {
-    let kind = match decision.kind {
-        RouteKind::Unicast => None,
-        RouteKind::Local => Some("this node"),
-        RouteKind::None => Some("no route"),
-        RouteKind::Broadcast => Some("broadcast"),
-        RouteKind::Multicast => Some("multicast"),
-        RouteKind::Anycast => Some("anycast"),
-        RouteKind::Unreachable => Some("unreachable"),
-        RouteKind::Prohibit => Some("prohibited"),
-        RouteKind::Blackhole => Some("black hole"),
-        RouteKind::Throw => Some("throw"),
-    };
-    let out = decision.interface.as_ref().map(|interface| format!("dev {}", clean(interface)));
-    let via = decision.gateway.map(|gateway| format!("via {gateway}"));
-    let way: Vec<String> = [kind.map(str::to_owned), via, out].into_iter().flatten().collect();
-    let table = if matches!(&*decision.table, "main" | "local" | "") {
-        String::new()
-    } else {
-        format!("table {}  ", decision.table)
-    };
-    let route = if decision.route.is_empty() {
-        String::new()
-    } else {
-        format!("  {}", style.dim(format!("{table}{}", clean(&decision.route))))
-    };
-    format!("{} {}{route}", decision.dst, way.join(" "))
 }
 
 /// Columns count without escape codes.

@@ -52,7 +52,7 @@ impl<'a> Node<'a> {
             End::Fork(children) => {
                 let chance = children.iter().all(Child::by_chance);
                 let masses = children.iter().map(|child| child.probability);
-                if chance { masses.fold(Fraction::new(0, 1), plus) } else { masses.fold(Fraction::new(0, 1), larger) }
+                if chance { sum(masses) } else { masses.fold(Fraction::new(0, 1), larger) }
             }
         }
     }
@@ -140,7 +140,7 @@ fn larger(a: Fraction, b: Fraction) -> Fraction {
     if less { b } else { a }
 }
 
-/// The sum of the probabilities of branches that exclude each other.
-pub fn sum(branches: &[&Branch]) -> Fraction {
-    branches.iter().map(|branch| branch.probability).fold(Fraction::new(0, 1), plus)
+/// The sum of probabilities that exclude each other.
+pub fn sum(probabilities: impl Iterator<Item = Fraction>) -> Fraction {
+    probabilities.fold(Fraction::new(0, 1), plus)
 }

@@ -2,7 +2,9 @@
 
 use super::Context;
 use crate::core::model::flow::{Proto, Tuple};
-use crate::core::model::trace::{Action, Branch, Decision, DropReason, Hop, Manip, RuleRef, Verdict};
+use crate::core::model::trace::{
+    Action, Branch, Decision, DropReason, Fraction, Hop, Manip, Route, RouteKind, RuleRef, Verdict,
+};
 use crate::render::watch::words::{Mood, action, comment, drop_words, rule_name};
 use std::net::{IpAddr, SocketAddr};
 
@@ -200,6 +202,11 @@ pub fn decisions(all: &[Decision]) -> String {
     words.join("; ")
 }
 
+/// `1/3`; a fraction that nobody can read is rounded.
+pub fn fraction(fraction: Fraction) -> String {
+    if fraction.den <= 100_000 { fraction.to_string() } else { format!("about {:.4}", fraction.as_f64()) }
+}
+
 /// What decided for a branch.
 pub fn decision(decision: &Decision) -> String {
     let no = |taken: &bool| if *taken { "" } else { "not " };
@@ -219,6 +226,32 @@ pub fn decision(decision: &Decision) -> String {
 
 /// Of `recent`: the whole address counts, as always.
 const FULL_MASKS: [&str; 2] = ["255.255.255.255", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"];
+
+/// `10.244.1.9 dev veth12`, and the route that says so.
+pub fn route(decision: &Route) -> (String, String) {
+    let kind = match decision.kind {
+        RouteKind::Unicast => None,
+        RouteKind::Local => Some("this node"),
+        RouteKind::None => Some("no route"),
+        RouteKind::Broadcast => Some("broadcast"),
+        RouteKind::Multicast => Some("multicast"),
+        RouteKind::Anycast => Some("anycast"),
+        RouteKind::Unreachable => Some("unreachable"),
+        RouteKind::Prohibit => Some("prohibited"),
+        RouteKind::Blackhole => Some("black hole"),
+        RouteKind::Throw => Some("throw"),
+    };
+    let out = decision.interface.as_ref().map(|interface| format!("dev {}", clean(interface)));
+    let via = decision.gateway.map(|gateway| format!("via {gateway}"));
+    let way: Vec<String> = [kind.map(str::to_owned), via, out].into_iter().flatten().collect();
+    let table = if matches!(&*decision.table, "main" | "local" | "") {
+        String::new()
+    } else {
+        format!("table {}  ", decision.table)
+    };
+    let by = if decision.route.is_empty() { String::new() } else { format!("{table}{}", clean(&decision.route)) };
+    (format!("{} {}", decision.dst, way.join(" ")), by)
+}
 
 /// A rule's matches as one reads them: without the `-m NAME` that iptables-save puts before each.
 pub fn conditions(because: &str) -> String {
@@ -287,7 +320,7 @@ fn targets(branches: &[&Branch]) -> String {
     let shown: Vec<String> = targets.iter().take(3).map(ToString::to_string).collect();
     let even = branches.windows(2).all(|pair| pair[0].probability == pair[1].probability);
     let each = branches.first().filter(|_| even && targets.len() == branches.len());
-    let each = each.map_or_else(String::new, |branch| format!(", {} each", branch.probability));
+    let each = each.map_or_else(String::new, |branch| format!(", {} each", fraction(branch.probability)));
     match targets.len() {
         0 => String::new(),
         1..=3 => format!(": to {}{each}", shown.join(", ")),
