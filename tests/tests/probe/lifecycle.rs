@@ -100,7 +100,8 @@ fn holder(node: &Netns, mode: &str) -> ChildGuard {
     let mut command = node.command(own);
     command.args(["--ignored", "--exact", "lifecycle::holds_a_probe", "--nocapture"]).env(MODE, mode);
     let child = ChildGuard::spawn(command).unwrap();
-    let ready = child.stdout.wait_for(DEADLINE, |line| line.contains("holding").then_some(()));
+    // An emulated machine takes its time to start a process and load the programs.
+    let ready = child.stdout.wait_for(6 * DEADLINE, |line| line.contains("holding").then_some(()));
     assert!(ready.is_some(), "{:?} {:?}", child.stdout.snapshot(), child.stderr.snapshot());
     child
 }
