@@ -1,11 +1,13 @@
 //! The namespace guard: what it makes is there while it lives, and nothing stays behind.
 
-use porttrace_tests::netns::{Netns, namespaces_of};
+use porttrace_tests::netns::{ChildGuard, Netns, namespaces_of};
 use porttrace_tests::privilege::may_run;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
+
+const WAIT: Duration = Duration::from_secs(30);
 
 #[test]
 fn commands_and_closures_run_inside() {
@@ -32,8 +34,8 @@ fn input_and_output_are_passed() {
     let long = "a line of input\n".repeat(20_000);
     assert_eq!(netns.exec_with(["cat"], &long).unwrap(), long);
     let mut child = netns.spawn(["sh", "-c", "echo ready; echo oops >&2; exit 3"]).unwrap();
-    assert_eq!(child.stdout.wait_for(Duration::from_secs(5), |line| (line == "ready").then_some(())), Some(()));
-    assert_eq!(child.wait(Duration::from_secs(5)).unwrap(), Some(3));
+    assert_eq!(child.stdout.wait_for(WAIT, |line| (line == "ready").then_some(())), Some(()));
+    assert_eq!(child.wait(WAIT).unwrap(), Some(3));
     assert_eq!(child.stderr.snapshot(), ["oops"]);
 }
 
@@ -67,7 +69,10 @@ fn leftovers_of_the_dead_are_swept() {
     dead.wait().unwrap();
     let name = format!("ptl-{}-0-left", dead.id());
     assert!(Command::new("ip").args(["netns", "add", &name]).status().unwrap().success());
-    let mut inside = Command::new("ip").args(["netns", "exec", &name, "sleep", "1000"]).spawn().unwrap();
+    let mut command = Command::new("ip");
+    command.args(["netns", "exec", &name, "sh", "-c", "echo entered; exec sleep 1000"]);
+    let mut inside = ChildGuard::spawn(command).unwrap();
+    assert!(inside.stdout.wait_for(WAIT, |line| (line == "entered").then_some(())).is_some());
     // A second process of this test binary sweeps when it makes its first namespace.
     let swept = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "commands_and_closures_run_inside"])
@@ -75,6 +80,5 @@ fn leftovers_of_the_dead_are_swept() {
         .unwrap();
     assert!(swept.status.success(), "{swept:?}");
     assert!(namespaces_of(dead.id()).is_empty());
-    let status = inside.wait().unwrap();
-    assert!(!status.success(), "the process inside was killed, not left: {status}");
+    assert_eq!(inside.wait(WAIT).unwrap(), None, "the process inside was killed");
 }
