@@ -274,6 +274,13 @@ pub enum Target {
     ConnMark(ConnMarkOp),
     /// `-j NOTRACK`, `-j CT --notrack`.
     Notrack,
+    /// TTL, HL.
+    Ttl(TtlOp),
+    /// TOS, DSCP: `tos = (tos & !mask) ^ value`.
+    Tos {
+        value: u8,
+        mask: u8,
+    },
     Tproxy(Box<Tproxy>),
     /// Leaves the model: NFQUEUE, QUEUE, SYNPROXY, …
     Stop(Box<str>),
@@ -302,6 +309,14 @@ pub struct NatRange {
 pub struct MarkOp {
     pub value: u32,
     pub mask: u32,
+}
+
+/// `--ttl-set`, `--ttl-inc`, `--ttl-dec`, and the same for the hop limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TtlOp {
+    Set(u8),
+    Add(u8),
+    Subtract(u8),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -342,6 +342,8 @@ pub struct Packet {
     /// TCP flags byte (SYN = 2), or 0.
     pub tcp_flags: u8,
     pub ttl: u8,
+    /// TOS byte or traffic class.
+    pub tos: u8,
     /// Bytes from the network header on.
     pub length: u32,
 }
@@ -350,7 +352,7 @@ impl Packet {
     /// The first packet of a connection: SYN for TCP, one small datagram otherwise.
     pub fn first_of(tuple: Tuple, input: Option<Name>) -> Self {
         let tcp_flags = if tuple.proto == Proto::Tcp { 2 } else { 0 };
-        Self { tuple, input, mark: 0, tcp_flags, ttl: 64, length: 60 }
+        Self { tuple, input, mark: 0, tcp_flags, ttl: 64, tos: 0, length: 60 }
     }
 }
 

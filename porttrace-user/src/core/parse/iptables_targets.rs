@@ -3,7 +3,7 @@
 use super::iptables_options::{masked, net, number, range};
 use super::words::{Words, unquote};
 use crate::core::model::flow::Family;
-use crate::core::model::rules::{ConnMarkOp, MarkOp, NatRange, Net, Target, Tproxy};
+use crate::core::model::rules::{ConnMarkOp, MarkOp, NatRange, Net, Target, Tproxy, TtlOp};
 use std::collections::HashMap;
 use std::net::IpAddr;
 
@@ -34,12 +34,13 @@ pub(super) fn read(
         "NETMAP" => netmap(&options).map(Target::Netmap),
         "MARK" => mark(&options).map(Target::Mark),
         "CONNMARK" => connmark(&options).map(Target::ConnMark),
+        "TTL" | "HL" => ttl(&options).map(Target::Ttl),
+        "TOS" | "DSCP" => tos(&options),
         "TPROXY" => tproxy(&options).map(|tproxy| Target::Tproxy(Box::new(tproxy))),
         "NFQUEUE" | "QUEUE" | "SYNPROXY" | "TARPIT" | "HMARK" | "CLUSTERIP" | "SNPT" | "DNPT" | "STEAL" | "DELUDE"
         | "CHAOS" | "ECHO" | "RAWDNAT" | "RAWSNAT" | "NFLOGD" | "IMQ" => Ok(Target::Stop(all())),
-        "LOG" | "NFLOG" | "ULOG" | "TRACE" | "CT" | "TCPMSS" | "TOS" | "DSCP" | "CLASSIFY" | "CHECKSUM" | "TTL"
-        | "HL" | "SECMARK" | "CONNSECMARK" | "TCPOPTSTRIP" | "SET" | "AUDIT" | "LED" | "RATEEST" | "IDLETIMER"
-        | "ECN" | "TEE" => Ok(Target::Other(all())),
+        "LOG" | "NFLOG" | "ULOG" | "TRACE" | "CT" | "TCPMSS" | "CLASSIFY" | "CHECKSUM" | "SECMARK" | "CONNSECMARK"
+        | "TCPOPTSTRIP" | "SET" | "AUDIT" | "LED" | "RATEEST" | "IDLETIMER" | "ECN" | "TEE" => Ok(Target::Other(all())),
         _ => Ok(Target::Missing(name.into())),
     }
 }
@@ -145,6 +146,30 @@ fn connmark(options: &[&str]) -> Result<ConnMarkOp, String> {
         Ok(ConnMarkOp::Restore { ct_mask, nf_mask })
     } else {
         Err("CONNMARK does nothing that porttrace knows".into())
+    }
+}
+
+fn ttl(options: &[&str]) -> Result<TtlOp, String> {
+    let (option, text) = pair(options).ok_or("TTL without a value")?;
+    let value = text.parse().map_err(|_| format!("{option} {text:?} is not a number up to 255"))?;
+    match option.rsplit('-').next() {
+        Some("set") => Ok(TtlOp::Set(value)),
+        Some("inc") => Ok(TtlOp::Add(value)),
+        Some("dec") => Ok(TtlOp::Subtract(value)),
+        _ => Err(format!("TTL {option:?} is not understood")),
+    }
+}
+
+/// `tos_tg` and `dscp_tg` (net/netfilter/xt_DSCP.c); `iptables-save` prints every TOS operation as `--set-tos VALUE/MASK`.
+fn tos(options: &[&str]) -> Result<Target, String> {
+    let (option, text) = pair(options).ok_or("TOS without a value")?;
+    let bad = || format!("{option} {text:?} is not understood");
+    let (value, mask) = masked(text).ok_or_else(bad)?;
+    let byte = |number: u32| u8::try_from(number & 0xff).unwrap_or_default();
+    match option {
+        "--set-tos" => Ok(Target::Tos { value: byte(value), mask: byte(mask) }),
+        "--set-dscp" if value < 64 => Ok(Target::Tos { value: byte(value << 2), mask: 0xfc }),
+        _ => Err(bad()),
     }
 }
 

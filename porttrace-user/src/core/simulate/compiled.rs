@@ -147,8 +147,9 @@ fn table(ruleset: &Arc<Ruleset>, place: usize, text: &Name) -> TableData {
     }
 }
 
-/// Priority of a table's base chain at a hook, `None` where the table has none (`enum nf_ip_hook_priorities`).
-fn priority(table: &str, hook: Hook) -> Option<i32> {
+/// Priority of a table's base chain at a hook, `None` where the table has none (`enum nf_ip_hook_priorities`). iptables-nft
+/// puts table security behind the NAT of INPUT (`xtables_ipv4`, iptables/nft.c); in the legacy flavour it comes before.
+fn priority(table: &str, flavour: Flavour, hook: Hook) -> Option<i32> {
     use Hook::{Input, Output, Postrouting, Prerouting};
     match (table, hook) {
         ("raw", Prerouting | Output) => Some(-300),
@@ -156,7 +157,8 @@ fn priority(table: &str, hook: Hook) -> Option<i32> {
         ("nat", Prerouting | Output) => Some(-100),
         ("nat", Input | Postrouting) => Some(100),
         ("filter", Hook::Forward | Input | Output) => Some(0),
-        ("security", Hook::Forward | Input | Output) => Some(50),
+        ("security", Hook::Forward | Input | Output) if flavour == Flavour::IptablesLegacy => Some(50),
+        ("security", Hook::Forward | Input | Output) => Some(150),
         _ => None,
     }
 }
@@ -166,7 +168,7 @@ const HOOKS: [Hook; 5] = [Hook::Prerouting, Hook::Input, Hook::Forward, Hook::Ou
 fn base_chains(tables: &[TableData], family: Family, hook: Hook) -> Vec<(i32, BaseChain)> {
     let mut found = Vec::new();
     for (at, table) in tables.iter().enumerate().filter(|(_, table)| table.family == family) {
-        let Some(priority) = priority(&table.name, hook) else { continue };
+        let Some(priority) = priority(&table.name, table.flavour, hook) else { continue };
         let named = |name: &Name| **name == *hook.name();
         if let Some(chain) = table.chains.iter().position(named) {
             let reroutes = hook == Hook::Output && *table.name == *"mangle";

@@ -95,30 +95,18 @@ impl Config {
         self.names.iter().find(|known| **known == *name).cloned().unwrap_or_else(|| Name::from(name))
     }
 
-    /// `inet_select_addr(device, towards, RT_SCOPE_UNIVERSE)` (net/ipv4/devinet.c) or, for IPv6, roughly
-    /// `ipv6_dev_get_saddr`. The outer `None`: addresses are not part of the state.
+    /// `inet_select_addr(device, towards, RT_SCOPE_UNIVERSE)` (net/ipv4/devinet.c) or, for IPv6, `ipv6_dev_get_saddr`. The
+    /// outer `None`: addresses are not part of the state.
     pub(super) fn source_address(&self, device: &str, towards: IpAddr) -> Option<Option<IpAddr>> {
-        let family = Family::of(towards);
         let addresses = self.addresses.as_ref()?;
-        let usable = |address: &&Address| {
-            Family::of(address.address) == family && address.scope == "global" && !address.secondary
-        };
+        if let IpAddr::V6(towards) = towards {
+            return Some(super::source6::select(addresses, device, towards));
+        }
+        let usable = |address: &&Address| address.address.is_ipv4() && address.scope == "global" && !address.secondary;
         let here = || addresses.iter().filter(usable).filter(|address| address.interface == device);
         let near = |address: &&Address| common_bits(address.address, towards) >= address.prefix;
-        let chosen = match family {
-            Family::V4 => here().find(near).or_else(|| here().next()),
-            Family::V6 => {
-                let link_local = |address: &&Address| {
-                    address.interface == device && Family::of(address.address) == family && address.scope == "link"
-                };
-                let to_link = matches!(towards, IpAddr::V6(six) if six.is_unicast_link_local());
-                let link = || addresses.iter().find(link_local);
-                let best = || here().rev().max_by_key(|address| common_bits(address.address, towards));
-                if to_link { link() } else { best().or_else(|| addresses.iter().find(usable)).or_else(link) }
-            }
-        };
-        let anywhere = || addresses.iter().find(usable).filter(|_| family == Family::V4);
-        Some(chosen.or_else(anywhere).map(|address| address.address))
+        let chosen = here().find(near).or_else(|| here().next()).or_else(|| addresses.iter().find(usable));
+        Some(chosen.map(|address| address.address))
     }
 
     /// The first address of an interface, as REDIRECT takes it (`nf_nat_redirect_ipv4`).

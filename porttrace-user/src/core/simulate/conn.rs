@@ -37,6 +37,15 @@ const ASSURED: u32 = 4;
 const CONFIRMED: u32 = 8;
 
 impl Conn {
+    /// `nf_conntrack_confirm`, behind the last chain of POSTROUTING.
+    pub(super) fn confirm(&mut self) {
+        if self.tracked() {
+            self.status |= CONFIRMED;
+        }
+    }
+}
+
+impl Conn {
     /// A connection that begins with this packet.
     pub(super) fn begins(tuple: Tuple) -> Self {
         Self {

@@ -40,7 +40,7 @@ impl Run<'_> {
         match kind {
             RouteKind::Local | RouteKind::Broadcast | RouteKind::Multicast | RouteKind::Anycast => {
                 walk.to_self = true;
-                if let Some(end) = self.validate_source(walk, &input) {
+                if let Some(end) = self.validate_source(walk, &input, false) {
                     return end;
                 }
                 walk.enter(Hook::Input);
@@ -49,7 +49,9 @@ impl Run<'_> {
             _ if !forwards => dropped(DropReason::ForwardingDisabled),
             RouteKind::Unicast => {
                 walk.to_self = false;
-                if let Some(end) = self.validate_source(walk, &input) {
+                // `fib_validate_source` looks closer where it might send a redirect.
+                let back = walk.output.as_deref() == Some(&*input);
+                if let Some(end) = self.validate_source(walk, &input, back) {
                     return end;
                 }
                 self.forward(walk)
@@ -73,7 +75,12 @@ impl Run<'_> {
     pub(super) fn route_input6(&mut self, walk: &mut Walk) -> Next {
         let input = walk.input.clone().unwrap_or_default();
         let sim = self.sim;
-        let found = sim.routing.lookup(&Key::of(&walk.tuple, &input, walk.mark), &mut |text| self.assume(text));
+        let mut key = Key::of(&walk.tuple, &input, walk.mark);
+        // `rt6_need_strict`: such a destination must be on the input interface, so that nothing from outside reaches ::1.
+        let strict = matches!(walk.tuple.dst, IpAddr::V6(six)
+            if six.is_multicast() || six.is_unicast_link_local() || six.is_loopback());
+        key.output = strict.then_some(&*input);
+        let found = sim.routing.lookup(&key, &mut |text| self.assume(text));
         let entry = match found {
             Found::Route(entry) => entry,
             Found::Refused(kind) => {
@@ -119,12 +126,15 @@ impl Run<'_> {
         if forwards == 0 {
             return dropped(DropReason::ForwardingDisabled);
         }
-        // "This check is security critical": such sources are never forwarded.
+        // "This check is security critical", yet it is made only where no redirect is sent: towards another interface.
+        let other = walk.output != walk.input;
         let link_local = matches!(walk.tuple.src, IpAddr::V6(six) if six.is_unicast_link_local());
-        if walk.tuple.src.is_unspecified() || walk.tuple.src.is_multicast() || walk.tuple.src.is_loopback() {
+        let no_source =
+            walk.tuple.src.is_unspecified() || walk.tuple.src.is_multicast() || walk.tuple.src.is_loopback();
+        if other && no_source {
             return dropped(DropReason::Martian);
         }
-        if link_local {
+        if other && link_local {
             return rejected("icmp6-beyond-scope");
         }
         walk.to_self = false;

@@ -40,7 +40,8 @@ impl From<bool> for Answer {
 }
 
 impl Run<'_> {
-    pub(super) fn matches(&mut self, walk: &Walk, rule: &Rule) -> Verdict {
+    /// A match of `recent` changes its list as soon as it is asked, whatever becomes of the rule.
+    pub(super) fn matches(&mut self, walk: &mut Walk, rule: &Rule) -> Verdict {
         let mut chance: Option<Fraction> = None;
         let mut unknown = Vec::new();
         let mut affinity = false;
@@ -49,7 +50,11 @@ impl Run<'_> {
                 chance = Some(chance.map_or(fraction, |before| before.times(fraction)));
                 continue;
             }
-            match self.answer(walk, &asked.kind) {
+            let answer = self.answer(walk, &asked.kind);
+            if let MatchKind::Recent(recent) = &asked.kind {
+                remember(walk, recent, &answer);
+            }
+            match answer {
                 Answer::Is(is) if is == asked.negated => return Verdict::No,
                 Answer::Is(_) => {}
                 Answer::Never => return Verdict::No,
@@ -73,6 +78,11 @@ impl Run<'_> {
                 Answer::Unknown("the output interface is not known without routes".into())
             }
             MatchKind::Output(pattern) => named(pattern, walk.hook_output.as_deref()).into(),
+            MatchKind::SourcePort(..) | MatchKind::Multiport(PortSide::Source | PortSide::Either, _)
+                if walk.sport_chosen =>
+            {
+                Answer::Unknown("which source port the kernel chose".into())
+            }
             MatchKind::SourcePort(low, high) => port(tuple, tuple.sport, (*low, *high)),
             MatchKind::DestinationPort(low, high) => port(tuple, tuple.dport, (*low, *high)),
             MatchKind::Multiport(side, ranges) => multiport(tuple, *side, ranges),
@@ -92,16 +102,13 @@ impl Run<'_> {
             MatchKind::Fragment => false.into(),
             MatchKind::Always | MatchKind::Random(_) | MatchKind::Nth { .. } => true.into(),
             MatchKind::Unknown(text) => Answer::Unknown(text.to_string()),
-            MatchKind::PktType(kind) => self.packet_type(walk, kind),
+            MatchKind::PktType(kind) => packet_type(walk, kind),
             MatchKind::Owner(text) if walk.local && !walk.looped => {
                 Answer::Unknown(format!("whether {text} fits the sender"))
             }
             // A packet without a socket has no owner (`owner_mt`).
             MatchKind::Owner(_) => false.into(),
-            MatchKind::Tos { value, .. } => {
-                self.assume("the type of service of the packet is taken as 0");
-                (*value == 0).into()
-            }
+            MatchKind::Tos { value, mask } => (walk.tos & mask == *value).into(),
             other => conntrack(walk, other).unwrap_or_else(|| physical(walk, other)),
         }
     }
@@ -126,9 +133,10 @@ impl Run<'_> {
         if asked.op == RecentOp::Set {
             return true.into();
         }
-        let address = mask(if asked.by_destination { walk.tuple.dst } else { walk.tuple.src }, &asked.mask);
-        if walk.remembered.iter().any(|(name, known)| *name == asked.name && *known == address) {
-            return (asked.hits.is_none_or(|hits| hits <= 1)).into();
+        let address = listed(walk, asked);
+        let mut own = walk.remembered.iter().rev();
+        if let Some((_, _, there)) = own.find(|(name, known, _)| *name == asked.name && *known == address) {
+            return (*there && asked.hits.is_none_or(|hits| hits <= 1)).into();
         }
         let Some(lists) = &self.sim.recent else {
             return Answer::Unknown(format!("whether {address} is in the list {} (recent)", asked.name));
@@ -165,18 +173,32 @@ impl Run<'_> {
             (Ok(inside), _) => inside.into(),
         }
     }
+}
 
-    /// `pkttype_mt`: what arrives here is for this host unless its address says otherwise.
-    fn packet_type(&mut self, walk: &Walk, kind: &str) -> Answer {
-        let multicast = walk.tuple.dst.is_multicast();
-        let broadcast = self.sim.routing.address_type(walk.tuple.dst, None) == Some(RouteKind::Broadcast);
-        match kind {
-            "unicast" | "host" => (!multicast && !broadcast).into(),
-            "multicast" => multicast.into(),
-            "broadcast" => broadcast.into(),
-            other => Answer::Unknown(format!("--pkt-type {other}")),
-        }
+/// `pkttype_mt`: what the link said of the packet, which DNAT does not change.
+fn packet_type(walk: &Walk, kind: &str) -> Answer {
+    match kind {
+        "unicast" | "host" => (walk.arrived_as == RouteKind::Unicast).into(),
+        "multicast" => (walk.arrived_as == RouteKind::Multicast).into(),
+        "broadcast" => (walk.arrived_as == RouteKind::Broadcast).into(),
+        other => Answer::Unknown(format!("--pkt-type {other}")),
     }
+}
+
+/// The address that a `recent` match is about.
+fn listed(walk: &Walk, asked: &Recent) -> IpAddr {
+    mask(if asked.by_destination { walk.tuple.dst } else { walk.tuple.src }, &asked.mask)
+}
+
+/// `--set` adds the address, `--remove` takes it away, so that later rules find it so; `--update` only renews one that is there.
+fn remember(walk: &mut Walk, asked: &Recent, answer: &Answer) {
+    let there = match asked.op {
+        RecentOp::Set => true,
+        RecentOp::Remove if *answer == Answer::Is(true) => false,
+        _ => return,
+    };
+    let address = listed(walk, asked);
+    walk.remembered.push((asked.name.clone(), address, there));
 }
 
 /// The probability of `statistic`; the phase of nth is not known, so that it counts as one in `every`.

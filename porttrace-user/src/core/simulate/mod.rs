@@ -17,13 +17,14 @@ mod routing;
 mod run;
 mod sets;
 mod source;
+mod source6;
 mod targets;
 mod walk;
 
 pub use compiled::Simulator;
 
 use crate::core::model::hops::Hops;
-use crate::core::model::trace::{Branch, Decision, Fraction, Hook, Packet, Trace};
+use crate::core::model::trace::{Branch, Decision, Fraction, Hook, Packet, RouteKind, Trace};
 use run::Run;
 use walk::{Stage, Walk};
 
@@ -91,7 +92,9 @@ fn start(packet: &Packet) -> Walk {
         tcp_flags: packet.tcp_flags,
         ttl: packet.ttl,
         length: packet.length,
+        tos: packet.tos,
         local: packet.input.is_none(),
+        arrived_as: RouteKind::Unicast,
         looped: false,
         bridged: false,
         conn: conn::Conn::begins(packet.tuple),

@@ -34,7 +34,8 @@ impl Run<'_> {
             Found::Refused(kind) => return self.refused(walk, kind),
         };
         match entry.kind {
-            RouteKind::Local => {
+            // `ip6_rt_get_dev_rcu`: local and anycast routes lead through lo.
+            RouteKind::Local | RouteKind::Anycast => {
                 walk.to_self = true;
                 walk.output = Some(LOOPBACK);
                 walk.gateway = None;

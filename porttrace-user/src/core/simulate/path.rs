@@ -4,7 +4,7 @@ use super::run::{Next, Run};
 use super::walk::Walk;
 use crate::core::model::flow::Family;
 use crate::core::model::name::Name;
-use crate::core::model::trace::{Decision, DropReason, Hook, Hop, Verdict};
+use crate::core::model::trace::{Decision, DropReason, Hook, Hop, RouteKind, Verdict};
 
 pub(super) const LOOPBACK: Name = Name::Static("lo");
 
@@ -21,6 +21,10 @@ impl Run<'_> {
     pub(super) fn receive(&mut self, walk: &mut Walk) -> Next {
         let Some(input) = walk.input.clone() else { return self.send(walk) };
         walk.hop(Hop::Receive { interface: input.clone(), tuple: walk.tuple });
+        walk.arrived_as = match self.sim.routing.address_type(walk.tuple.dst, None) {
+            Some(kind @ (RouteKind::Broadcast | RouteKind::Multicast)) => kind,
+            _ => RouteKind::Unicast,
+        };
         if let Some(bridge) = self.sim.config.link(&input).and_then(|link| link.master.clone())
             && self.sim.config.link(&bridge).is_some_and(|link| link.kind == "bridge")
         {
@@ -116,6 +120,12 @@ impl Run<'_> {
 
     /// `ip_forward`, `ip6_forward`: the TTL is counted down before FORWARD.
     pub(super) fn forward(&mut self, walk: &mut Walk) -> Next {
+        // "packet is for us" was the link's word: `skb->pkt_type != PACKET_HOST`, whatever DNAT made of the address since.
+        if walk.arrived_as != RouteKind::Unicast && walk.phys_in.is_none() {
+            let text = "it came as a broadcast or multicast of the link: such packets are not forwarded".to_string();
+            walk.note(text.clone());
+            return dropped(DropReason::Other { text });
+        }
         if walk.ttl <= 1 {
             return dropped(DropReason::Ttl);
         }
@@ -137,7 +147,9 @@ impl Run<'_> {
     /// (`br_nf_pre_routing_finish` hands it back to the bridge, `should_deliver` decides).
     fn hairpin(&mut self, walk: &mut Walk) -> Option<Next> {
         let port = walk.phys_in.clone()?;
-        let itself = walk.output == walk.input && walk.conn.original.src == walk.tuple.dst;
+        // Without a new address the packet goes up to IP, and what IP sends is flooded to every port.
+        let moved = walk.conn.tracked() && walk.conn.original.dst != walk.tuple.dst;
+        let itself = moved && walk.output == walk.input && walk.conn.original.src == walk.tuple.dst;
         if !itself {
             return None;
         }
@@ -178,6 +190,7 @@ impl Run<'_> {
             walk.hop(Hop::Transmit { interface: LOOPBACK, gateway: None, tuple: walk.tuple });
             walk.hop(Hop::Receive { interface: LOOPBACK, tuple: walk.tuple });
             walk.looped = true;
+            walk.conn.confirm();
             walk.input = Some(LOOPBACK);
             walk.output = None;
             walk.enter(Hook::Prerouting);

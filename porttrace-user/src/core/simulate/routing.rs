@@ -17,6 +17,9 @@ pub(super) struct Routing {
     policy: Vec<PolicyRule>,
     /// False where the state has no routes.
     pub(super) known: bool,
+    /// IPv4 has policy rules besides the usual three, or local routes to more than addresses of the node: then every source
+    /// is looked up (`fib_validate_source`).
+    pub(super) custom4: bool,
     /// What was taken for granted when this was made.
     pub(super) assumptions: Vec<String>,
 }
@@ -101,6 +104,14 @@ impl Routing {
                 usual_policy()
             }
         };
+        let more_rules = routing.policy.iter().filter(|rule| rule.family == Family::V4).count() > 3;
+        let is_address = |net: &IpNet| net.addr().is_loopback() || net.prefix_len() == 32;
+        let more_local = state
+            .routes
+            .iter()
+            .flatten()
+            .any(|route| route.kind == RouteKind::Local && route.dst.addr().is_ipv4() && !is_address(&route.dst));
+        routing.custom4 = more_rules || more_local;
         routing
     }
 

@@ -193,7 +193,8 @@ impl<'s> Run<'s> {
             let text = unknown.join("; ");
             if matches!(rule.target, Target::None | Target::Other(_)) {
                 walk.note(format!(
-                    "{} {}: not known whether it matches ({text}); it has no effect",
+                    "{} {} {}: not known whether it matches ({text}); it has no effect",
+                    place.table,
                     place.chain,
                     at + 1
                 ));
@@ -223,7 +224,6 @@ impl<'s> Run<'s> {
 
     fn act(&mut self, walk: &mut Walk, table: &TableData, (frame, at): (Frame, u32), rule: &Rule) -> Acted {
         let place = table.reference(frame.chain, Some(at));
-        self.remember(walk, rule);
         match &rule.target {
             Target::Jump(to) => jump(walk, table, (frame, *to, false), place, rule),
             Target::Goto(to) => jump(walk, table, (frame, *to, true), place, rule),

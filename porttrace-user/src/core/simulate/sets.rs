@@ -39,7 +39,7 @@ struct Member {
 enum Value {
     Net(IpNet),
     Range(IpAddr, IpAddr),
-    /// `None`: any protocol (bitmap:port).
+    /// `None`: TCP and UDP (bitmap:port).
     Port(Option<Proto>, u16, u16),
     Interface(String),
     Mark(u32),
@@ -129,7 +129,8 @@ impl Value {
                     _ if source => tuple.sport,
                     _ => tuple.dport,
                 };
-                let ours = proto.map_or(tuple.proto.has_ports(), |proto| proto == tuple.proto);
+                // `ip_set_get_ip_port`, for sets without a protocol: SCTP has no port there.
+                let ours = proto.map_or(matches!(tuple.proto, Proto::Tcp | Proto::Udp), |proto| proto == tuple.proto);
                 ours && (*low..=*high).contains(&port)
             }
             Self::Interface(name) => {

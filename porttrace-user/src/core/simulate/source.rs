@@ -10,34 +10,36 @@ use crate::core::model::trace::{DropReason, RouteKind, Verdict};
 use std::net::{IpAddr, Ipv4Addr};
 
 impl Run<'_> {
-    /// Runs after PREROUTING, on the rewritten destination; `Some` drops the packet.
-    pub(super) fn validate_source(&mut self, walk: &mut Walk, input: &str) -> Option<Next> {
+    /// Runs after PREROUTING, on the rewritten destination; `Some` drops the packet. `back`: the packet is to be forwarded by
+    /// the interface it came from.
+    pub(super) fn validate_source(&mut self, walk: &mut Walk, input: &str, back: bool) -> Option<Next> {
         let (all, own) = (self.sim.config.interface("all"), self.sim.config.interface(input));
         if all.rp_filter.is_none() && own.rp_filter.is_none() {
             self.assume("rp_filter is not part of the state: taken as off");
         }
         let mode = all.rp_filter.unwrap_or(0).max(own.rp_filter.unwrap_or(0));
         let accept_local = all.accept_local.unwrap_or(0) | own.accept_local.unwrap_or(0) != 0;
-        let src = walk.tuple.src;
-        let own_source = self.sim.routing.is_local(src).unwrap_or(false);
-        // Without rp_filter only addresses themselves count (`inet_lookup_ifaddr_rcu`), not all of 127.0.0.0/8.
-        let exact = mode > 0 || !src.is_loopback() || src == IpAddr::V4(Ipv4Addr::LOCALHOST);
-        if own_source && exact && !accept_local {
-            walk.note(format!(
-                "{src} is this node's own address: a packet from outside may not carry it (accept_local is off)"
-            ));
-            return Some(drop(DropReason::Martian));
-        }
-        if mode == 0 {
+        if mode == 0 && accept_local && !back {
             return None;
+        }
+        let src = walk.tuple.src;
+        if mode == 0 && !back && !self.sim.routing.custom4 {
+            // Only addresses themselves count here (`inet_lookup_ifaddr_rcu`), not all of 127.0.0.0/8.
+            let exact = !src.is_loopback() || src == IpAddr::V4(Ipv4Addr::LOCALHOST);
+            let own_source = exact && self.sim.routing.is_local(src).unwrap_or(false);
+            return own_source.then(|| self.own_source(walk));
         }
         let valid_mark = all.src_valid_mark.unwrap_or(0) | own.src_valid_mark.unwrap_or(0) != 0;
         let mark = if valid_mark { walk.mark } else { 0 };
         let good = match self.reverse(walk, input, mark) {
-            Reverse::None => false,
-            Reverse::Local => accept_local,
-            Reverse::SameInterface => true,
-            Reverse::OtherInterface => mode == 2,
+            Reverse::Local { .. } if !accept_local => return Some(self.own_source(walk)),
+            Reverse::Special => {
+                walk.note(format!("{src} is no address of a single node: it cannot be a source"));
+                return Some(drop(DropReason::Martian));
+            }
+            Reverse::None => mode == 0,
+            Reverse::SameInterface | Reverse::Local { same: true } => true,
+            Reverse::Local { same: false } | Reverse::OtherInterface => mode != 1,
         };
         if good {
             return None;
@@ -46,12 +48,21 @@ impl Run<'_> {
         Some(drop(DropReason::RpFilter))
     }
 
+    fn own_source(&self, walk: &mut Walk) -> Next {
+        let src = walk.tuple.src;
+        walk.note(format!(
+            "{src} is this node's own address: a packet from outside may not carry it (accept_local is off)"
+        ));
+        drop(DropReason::Martian)
+    }
+
     /// Where a packet to the source would go.
     fn reverse(&mut self, walk: &Walk, input: &str, mark: u32) -> Reverse {
         let sim = self.sim;
         let key = Key {
             dst: walk.tuple.src,
-            src: Some(walk.tuple.dst),
+            src: Some(walk.tuple.dst)
+                .filter(|dst| self.sim.routing.address_type(*dst, None) != Some(RouteKind::Broadcast)),
             input: "lo",
             output: None,
             mark,
@@ -59,13 +70,19 @@ impl Run<'_> {
             ports: (walk.tuple.dport, walk.tuple.sport),
         };
         match sim.routing.lookup(&key, &mut |text| self.assume(text)) {
-            Found::Route(entry) if entry.kind == RouteKind::Local => Reverse::Local,
-            Found::Route(entry) if entry.kind == RouteKind::Unicast => {
-                if entry.alive().any(|way| way.interface.as_deref() == Some(input)) {
-                    Reverse::SameInterface
-                } else {
-                    Reverse::OtherInterface
+            Found::Route(entry) if matches!(entry.kind, RouteKind::Local | RouteKind::Unicast) => {
+                // `fib_info_nh_uses_dev`
+                let same = entry.alive().any(|way| way.interface.as_deref() == Some(input));
+                match (entry.kind, same) {
+                    (RouteKind::Local, same) => Reverse::Local { same },
+                    (_, true) => Reverse::SameInterface,
+                    (_, false) => Reverse::OtherInterface,
                 }
+            }
+            Found::Route(entry)
+                if matches!(entry.kind, RouteKind::Broadcast | RouteKind::Multicast | RouteKind::Anycast) =>
+            {
+                Reverse::Special
             }
             _ => Reverse::None,
         }
@@ -85,8 +102,8 @@ impl Run<'_> {
         }
         let mark = if asked.valid_mark { walk.mark } else { 0 };
         let good = match self.reverse(walk, input, mark) {
-            Reverse::None => false,
-            Reverse::Local => asked.accept_local,
+            Reverse::None | Reverse::Special => false,
+            Reverse::Local { same } => asked.accept_local && (same || asked.loose),
             Reverse::SameInterface => true,
             Reverse::OtherInterface => asked.loose,
         };
@@ -96,7 +113,12 @@ impl Run<'_> {
 
 enum Reverse {
     None,
-    Local,
+    /// An address of the node; `same`: of that interface.
+    Local {
+        same: bool,
+    },
+    /// A broadcast or multicast address.
+    Special,
     SameInterface,
     OtherInterface,
 }

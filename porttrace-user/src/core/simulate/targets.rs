@@ -3,7 +3,7 @@
 use super::conn::CtInfo;
 use super::run::Run;
 use super::walk::Walk;
-use crate::core::model::rules::{ConnMarkOp, MarkOp, MatchKind, RecentOp, Rule, Target, Tproxy};
+use crate::core::model::rules::{ConnMarkOp, MarkOp, Target, Tproxy, TtlOp};
 use crate::core::model::trace::{Action, Hop};
 
 impl Run<'_> {
@@ -22,6 +22,19 @@ impl Run<'_> {
                 }
                 Action::Notrack
             }
+            // `ttl_tg` (net/netfilter/xt_HL.c) stays within 0 and 255.
+            Target::Ttl(op) => {
+                walk.ttl = match *op {
+                    TtlOp::Set(value) => value,
+                    TtlOp::Add(value) => walk.ttl.saturating_add(value),
+                    TtlOp::Subtract(value) => walk.ttl.saturating_sub(value),
+                };
+                Action::Other { target: format!("TTL becomes {}", walk.ttl).into() }
+            }
+            Target::Tos { value, mask } => {
+                walk.tos = (walk.tos & !mask) ^ value;
+                Action::Other { target: format!("TOS becomes {:#04x}", walk.tos).into() }
+            }
             Target::Tproxy(tproxy) => return (self.tproxy(walk, tproxy), true),
             Target::Other(text) => Action::Other { target: (&**text).into() },
             _ => Action::Continue,
@@ -35,18 +48,6 @@ impl Run<'_> {
         walk.mark = apply(tproxy.mark, walk.mark);
         self.assume(format!("a transparent socket listens on port {port}: without one TPROXY drops the packet"));
         Action::Other { target: format!("TPROXY to port {port}, mark {:#x}", walk.mark).into() }
-    }
-
-    /// `recent --set` and `--update` add the address, so that later rules find it.
-    pub(super) fn remember(&mut self, walk: &mut Walk, rule: &Rule) {
-        for asked in &rule.matches {
-            if let MatchKind::Recent(recent) = &asked.kind
-                && matches!(recent.op, RecentOp::Set | RecentOp::Update)
-            {
-                let address = if recent.by_destination { walk.tuple.dst } else { walk.tuple.src };
-                walk.remembered.push((recent.name.clone(), super::matches::mask(address, &recent.mask)));
-            }
-        }
     }
 }
 

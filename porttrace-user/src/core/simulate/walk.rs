@@ -4,7 +4,7 @@ use super::conn::Conn;
 use crate::core::model::flow::{Family, Tuple};
 use crate::core::model::hops::Hops;
 use crate::core::model::name::Name;
-use crate::core::model::trace::{Decision, Fraction, Hook, Hop, RuleRef};
+use crate::core::model::trace::{Decision, Fraction, Hook, Hop, RouteKind, RuleRef};
 use std::net::IpAddr;
 
 /// A packet on its way. Cloned where the path forks.
@@ -28,8 +28,11 @@ pub(super) struct Walk {
     pub(super) tcp_flags: u8,
     pub(super) ttl: u8,
     pub(super) length: u32,
+    pub(super) tos: u8,
     /// A process of this node sent it.
     pub(super) local: bool,
+    /// As a unicast, broadcast or multicast of the link (`skb->pkt_type`).
+    pub(super) arrived_as: RouteKind,
     /// It left by lo and came back.
     pub(super) looped: bool,
     /// The bridge hands it on without routing (bridge-nf-call-iptables).
@@ -38,8 +41,8 @@ pub(super) struct Walk {
     pub(super) sport_chosen: bool,
     /// The rule whose NAT target set up the present manip.
     pub(super) nat_by: Option<RuleRef>,
-    /// Lists of `-m recent` to which this packet added an address.
-    pub(super) remembered: Vec<(Box<str>, IpAddr)>,
+    /// What this packet changed in lists of `-m recent`: whether the address is there since, the latest last.
+    pub(super) remembered: Vec<(Box<str>, IpAddr, bool)>,
     pub(super) probability: Fraction,
     pub(super) decisions: Vec<Decision>,
     pub(super) hops: Hops,
