@@ -1,6 +1,7 @@
 //! The lab: a cluster of network namespaces on one machine, and what the tests that run in it need.
 
 pub mod bpf;
+pub mod fuzz;
 pub mod lab;
 pub mod lines;
 mod netlink;

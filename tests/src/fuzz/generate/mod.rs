@@ -1,0 +1,84 @@
+//! Random scenarios, each a pure function of its seed.
+
+pub mod chains;
+pub mod kube;
+pub mod matches;
+pub mod node;
+pub mod packets;
+pub mod targets;
+
+use super::rng::Rng;
+use super::scenario::{Chain, Rule, Scenario, Table, Tables};
+use node::World;
+use porttrace_user::core::model::flow::{Family, Proto, Tuple};
+use porttrace_user::core::model::trace::Packet;
+
+/// The scenario of a seed, with about `packets` packets in it.
+pub fn scenario(seed: u64, packets: usize) -> Scenario {
+    let mut rng = Rng::new(seed);
+    let world = World::random(&mut rng.fork());
+    let mut draw = rng.fork();
+    let kube = draw.percent(25);
+    let rules = |rng: &mut Rng| -> Vec<Tables> {
+        [Family::V4, Family::V6]
+            .into_iter()
+            .map(|family| if kube { kube::tables(rng, &world, family) } else { chains::tables(rng, &world, family) })
+            .collect()
+    };
+    let first = rules(&mut rng.fork());
+    // An entry made while no nat chain existed stays open to the rules of a later nat table, which then match without any
+    // effect (`nf_nat_setup_info` leaves confirmed entries alone). conntrack -L does not show which entries those are.
+    let translated = first.iter().all(|tables| tables.tables.iter().any(|table| table.name == "nat"));
+    let later = (draw.percent(30) && translated).then(|| rules(&mut rng.fork()));
+    Scenario {
+        name: format!("seed {seed}{}", if kube { " (kube-proxy and portmap)" } else { "" }),
+        probes: packets::probes(&mut rng.fork(), &world, packets),
+        node: world.node,
+        rules: first,
+        later,
+    }
+}
+
+/// A scenario that is sure to hit the matches and targets that chance seldom does.
+pub fn seldom(seed: u64, packets: usize) -> Scenario {
+    let mut rng = Rng::new(seed);
+    let world = std::iter::repeat_with(|| World::random(&mut rng)).find(|world| !world.bridge_ports.is_empty());
+    let Some(world) = world else { return Scenario::default() };
+    let mut probes = packets::probes(&mut rng, &world, packets);
+    for probe in probes.iter_mut().take(10) {
+        let from = ([172, 18, 0, 4], 20_000 + probe.id).into();
+        let to = ([172, 18, 0, 3], if probe.id.is_multiple_of(2) { 9088 } else { 31234 }).into();
+        probe.packet = Packet::first_of(Tuple::new(Proto::Udp, from, to), Some("eth0".into()));
+        probe.packet.length = 80;
+    }
+    let rule = |matches: &[&str], target: &str| Rule::new(matches, target);
+    let chain = |name: &str, rules| Chain { name: name.into(), policy: Some("ACCEPT".into()), rules };
+    let arrival = vec![
+        rule(&["-m socket"], ""),
+        rule(&["-m mac --mac-source 02:00:00:00:01:01"], ""),
+        rule(&["-m physdev --physdev-is-in"], "-j MARK --or-mark 0x10"),
+        rule(&["-m rpfilter"], "-j MARK --or-mark 0x20"),
+        rule(&["-m string --algo bm --string kube"], ""),
+    ];
+    let tables = |family| Tables {
+        family,
+        tables: vec![
+            Table {
+                name: "mangle".into(),
+                chains: vec![
+                    chain("PREROUTING", arrival.clone()),
+                    chain("OUTPUT", vec![rule(&["-m owner --uid-owner 1000"], "-j MARK --or-mark 0x40")]),
+                ],
+            },
+            Table {
+                name: "filter".into(),
+                chains: vec![chain(
+                    "INPUT",
+                    vec![rule(&["-p udp", "-m udp --dport 31234"], "-j NFQUEUE --queue-num 101")],
+                )],
+            },
+        ],
+    };
+    let rules = vec![tables(Family::V4), tables(Family::V6)];
+    Scenario { name: format!("seldom, seed {seed}"), node: world.node, rules, later: None, probes }
+}

@@ -1,0 +1,82 @@
+//! The simulator against the kernel, on random and on recorded states. `ORACLE_PACKETS` and `ORACLE_SEED` make longer or other
+//! runs; the same seed gives the same scenarios.
+
+use porttrace_tests::fuzz::generate::{scenario, seldom};
+use porttrace_tests::fuzz::oracle::{Report, campaign, minimal};
+use porttrace_tests::fuzz::recorded;
+use porttrace_tests::privilege::may_run;
+use std::env;
+use std::path::Path;
+
+/// Packets of one scenario's first round.
+const BATCH: usize = 100;
+
+fn number(name: &str, default: u64) -> u64 {
+    env::var(name).map_or(default, |value| value.parse().unwrap_or_else(|_| panic!("{name}={value:?} is not a number")))
+}
+
+fn show(report: &Report) {
+    for broken in &report.broken {
+        println!("not run: {broken}");
+    }
+    for refused in &report.refused {
+        println!("refused by iptables: {refused}");
+    }
+    for one in report.disagreements.iter().take(number("ORACLE_SHOW", 5) as usize) {
+        println!("\n=== {} packet {}\n{}", one.scenario, one.probe, one.text);
+    }
+}
+
+#[test]
+fn random_rules_and_packets() {
+    if !may_run("the oracle") {
+        return;
+    }
+    let packets = number("ORACLE_PACKETS", 5000) as usize;
+    let seed = number("ORACLE_SEED", 1);
+    let scenarios = packets.div_ceil(BATCH);
+    let report = campaign(|index| match index {
+        _ if index < scenarios => Some(scenario(seed + index as u64, BATCH)),
+        _ if index == scenarios => Some(seldom(seed, BATCH)),
+        _ => None,
+    });
+    println!("{report}");
+    show(&report);
+    if let Some(first) = report.disagreements.first().filter(|_| number("ORACLE_SHRINK", 1) == 1) {
+        let of = |index: &usize| scenario(seed + *index as u64, BATCH).name == first.scenario;
+        let found = (0..scenarios).find(of).map(|index| scenario(seed + index as u64, BATCH));
+        if let Some((small, text)) = found.and_then(|whole| minimal(&whole, first.probe)) {
+            println!("\n=== smallest of {}:\nip: {:#?}\nsysctls: {:?}", small.name, small.node.ip, small.node.sysctls);
+            for tables in small.rules.iter().chain(small.later.iter().flatten()) {
+                println!("{:?}\n{}", tables.family, tables.text());
+            }
+            println!("{text}");
+        }
+    }
+    assert!(report.broken.is_empty(), "{} scenarios could not be run", report.broken.len());
+    assert!(report.refused.len() * 50 <= report.packets, "iptables refuses too many generated rules");
+    assert!(report.disagreements.is_empty(), "{} of {} packets differ", report.disagreements.len(), report.packets);
+    assert_eq!(report.coverage.missing(), Vec::<String>::new(), "never hit in the whole run");
+}
+
+#[test]
+fn recorded_nodes() {
+    if !may_run("the oracle") {
+        return;
+    }
+    let seed = number("ORACLE_SEED", 1);
+    let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("cases/recorded");
+    let scenarios: Vec<_> = ["iptables-nft/broken", "iptables-nft/fixed", "iptables-legacy/broken"]
+        .iter()
+        .flat_map(|case| {
+            let node = cases.join(case).join("nodes/worker3");
+            (0..4).map(move |round| (node.clone(), seed + round))
+        })
+        .map(|(case, seed)| recorded::scenario(&case, seed, 200).expect("the recorded case is there"))
+        .collect();
+    let report = campaign(|index| scenarios.get(index).cloned());
+    println!("{report}");
+    show(&report);
+    assert!(report.broken.is_empty(), "{} scenarios could not be run", report.broken.len());
+    assert!(report.disagreements.is_empty(), "{} of {} packets differ", report.disagreements.len(), report.packets);
+}
