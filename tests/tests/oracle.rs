@@ -2,6 +2,7 @@
 //! runs; the same seed gives the same scenarios.
 
 use porttrace_tests::fuzz::generate::{scenario, seldom};
+use porttrace_tests::fuzz::odds;
 use porttrace_tests::fuzz::oracle::{Report, campaign, minimal};
 use porttrace_tests::fuzz::recorded;
 use porttrace_tests::privilege::may_run;
@@ -79,4 +80,17 @@ fn recorded_nodes() {
     show(&report);
     assert!(report.broken.is_empty(), "{} scenarios could not be run", report.broken.len());
     assert!(report.disagreements.is_empty(), "{} of {} packets differ", report.disagreements.len(), report.packets);
+}
+
+#[test]
+fn random_choices_come_as_often_as_the_branches_say() {
+    if !may_run("the oracle") {
+        return;
+    }
+    let odds = odds::balance(4, 800).expect("the kernel balances 800 connections");
+    let chi = odds.chi_square();
+    println!("{odds:?}, chi-square {chi:.2}");
+    assert_eq!((odds.connections, odds.outcomes.len()), (800, 4));
+    // Three degrees of freedom: more than 30.66 comes once in a million runs by chance.
+    assert!(chi < 30.66, "chi-square {chi:.2}: {odds:?}");
 }

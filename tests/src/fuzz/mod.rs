@@ -9,6 +9,7 @@ pub mod compare;
 pub mod coverage;
 pub mod generate;
 pub mod kernel;
+pub mod odds;
 pub mod oracle;
 pub mod recorded;
 pub mod rng;

@@ -10,6 +10,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 mod agreement;
+mod kernel;
 mod matching;
 mod nat;
 mod paths;
