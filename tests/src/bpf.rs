@@ -1,14 +1,27 @@
-//! Which eBPF links and programs a process holds, and whether they still exist.
+//! Which eBPF links and programs a process holds, whether they still exist, and how long the programs took.
 
 use anyhow::{Context, Result};
 use std::collections::BTreeSet;
+use std::fmt;
 use std::fs;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// `BPF_PROG_GET_FD_BY_ID`.
 const PROGRAM_BY_ID: i64 = 13;
 /// `BPF_LINK_GET_FD_BY_ID`.
 const LINK_BY_ID: i64 = 30;
+
+/// `BPF_OBJ_GET_INFO_BY_FD`.
+const INFO_BY_FD: i64 = 15;
+/// `BPF_ENABLE_STATS`.
+const ENABLE_STATS: i64 = 32;
+
+/// Offsets in `struct bpf_prog_info` (uapi/linux/bpf.h), and its size as far as it is read.
+const JITED_LENGTH: usize = 16;
+const NAME: usize = 64;
+const RUN_TIME: usize = 192;
+const RUN_COUNT: usize = 200;
+const INFO_SIZE: usize = 208;
 
 /// Kernel objects by ID.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -44,19 +57,73 @@ impl Held {
     }
 }
 
+/// What the kernel counted for a program.
+#[derive(Clone, Debug)]
+pub struct Usage {
+    pub name: String,
+    pub runs: u64,
+    pub nanoseconds: u64,
+    /// Bytes of machine code.
+    pub size: u32,
+}
+
+impl fmt::Display for Usage {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let each = self.nanoseconds as f64 / self.runs.max(1) as f64;
+        write!(out, "{:<16} {:>9} runs, {each:>5.0} ns each, {:>6} bytes of code", self.name, self.runs, self.size)
+    }
+}
+
+/// Lets the kernel count its programs' runs and time while the descriptor is open; no sysctl is changed.
+pub fn count_time() -> Result<OwnedFd> {
+    // The type 0 is BPF_STATS_RUN_TIME.
+    open(ENABLE_STATS, 0).context("letting the kernel count its programs' time")
+}
+
+/// What the programs of [`Held`] used, sorted by name; those that are gone are left out.
+pub fn usage(held: &Held) -> Result<Vec<Usage>> {
+    let programs = held.programs.iter().filter_map(|id| open(PROGRAM_BY_ID, *id).ok());
+    let mut used = programs.map(|program| usage_of(&program)).collect::<Result<Vec<_>>>()?;
+    used.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(used)
+}
+
+fn usage_of(program: &OwnedFd) -> Result<Usage> {
+    let mut info = [0u8; INFO_SIZE];
+    let mut attr = [0u8; 16];
+    attr[..4].copy_from_slice(&program.as_raw_fd().to_ne_bytes());
+    attr[4..8].copy_from_slice(&u32::try_from(INFO_SIZE)?.to_ne_bytes());
+    attr[8..].copy_from_slice(&(info.as_mut_ptr() as u64).to_ne_bytes());
+    // SAFETY: the kernel reads `attr`, which names `info` with its length, and writes there; both outlive the call.
+    let answer = unsafe { nix::libc::syscall(nix::libc::SYS_bpf, INFO_BY_FD, attr.as_mut_ptr(), size_of_val(&attr)) };
+    if answer < 0 {
+        return Err(nix::errno::Errno::last()).context("asking about a kernel program");
+    }
+    let name = info[NAME..NAME + 16].iter().copied().take_while(|byte| *byte != 0).collect();
+    let number = |at: usize| info[at..at + 8].iter().rev().fold(0, |value: u64, byte| value << 8 | u64::from(*byte));
+    Ok(Usage {
+        name: String::from_utf8(name).context("a program's name is not UTF-8")?,
+        runs: number(RUN_COUNT),
+        nanoseconds: number(RUN_TIME),
+        size: (number(JITED_LENGTH) & u64::from(u32::MAX)) as u32,
+    })
+}
+
 /// Whether the kernel opens the object with this ID; anything but "no such object" counts as yes.
 fn exists(command: i64, id: u32) -> bool {
-    // `union bpf_attr` begins with the ID; `next_id` and `open_flags` stay 0.
+    !matches!(open(command, id), Err(nix::errno::Errno::ENOENT))
+}
+
+/// A command that takes one number and makes a descriptor.
+fn open(command: i64, number: u32) -> nix::Result<OwnedFd> {
+    // `union bpf_attr` begins with the number; `next_id` and `open_flags` stay 0.
     let mut attr = [0u32; 32];
-    attr[0] = id;
+    attr[0] = number;
     // SAFETY: the kernel reads `size_of_val(&attr)` bytes of `attr` and checks that those it does not know are 0.
     let answer = unsafe { libc::syscall(libc::SYS_bpf, command, attr.as_mut_ptr(), size_of_val(&attr)) };
     match i32::try_from(answer) {
-        Ok(fd) if fd >= 0 => {
-            // SAFETY: the call made this descriptor for us; nobody else has it.
-            drop(unsafe { OwnedFd::from_raw_fd(fd) });
-            true
-        }
-        _ => nix::errno::Errno::last() != nix::errno::Errno::ENOENT,
+        // SAFETY: the call made this descriptor for us; nobody else has it.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(nix::errno::Errno::last()),
     }
 }

@@ -1,4 +1,5 @@
 //! `cargo xtask …`: set up, build, demonstrate, test and measure porttrace. One file a subcommand.
+mod bench;
 mod binaries;
 mod build;
 mod demo;
@@ -31,6 +32,7 @@ enum Task {
     Demo(demo::Args),
     Test(test::Args),
     Vm(vm::Args),
+    Bench(bench::Args),
     Oracle(oracle::Args),
     Image(image::Args),
     Dist(dist::Args),
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
         Task::Demo(args) => demo::main(&args),
         Task::Test(args) => test::main(&args),
         Task::Vm(args) => vm::main(&args),
+        Task::Bench(args) => bench::main(&args),
         Task::Oracle(args) => oracle::main(&args),
         Task::Image(args) => image::main(&args),
         Task::Dist(args) => dist::main(&args),

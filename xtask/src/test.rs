@@ -1,6 +1,6 @@
 //! `cargo xtask test`: everything, from a machine that has only cargo.
 use crate::binaries::{self, TestBinary};
-use crate::{setup, shell, system};
+use crate::{setup, shell, system, vm};
 use anyhow::{Result, bail};
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,9 @@ pub struct Args {
     /// Run these stages only (the build is done when one needs it).
     #[arg(long, value_enum, value_name = "STAGE")]
     only: Vec<Stage>,
+    /// Leave out the tests in the virtual machine.
+    #[arg(long)]
+    no_vm: bool,
 }
 
 /// What is run, in this order.
@@ -23,9 +26,14 @@ enum Stage {
     Unit,
     /// Tests in network namespaces, with real kernel programs.
     Lab,
+    /// The probe's tests on Debian's kernel in a virtual machine, with kprobes.
+    Vm,
 }
 
-const ALL: [Stage; 4] = [Stage::Format, Stage::Clippy, Stage::Unit, Stage::Lab];
+/// How long the virtual machine may take; emulated, on two busy cores, its tests need a few minutes.
+const VM_DEADLINE: Duration = Duration::from_secs(900);
+
+const ALL: [Stage; 5] = [Stage::Format, Stage::Clippy, Stage::Unit, Stage::Lab, Stage::Vm];
 
 /// The package whose tests need root and namespaces.
 const LAB_PACKAGE: &str = "porttrace-tests";
@@ -42,16 +50,18 @@ struct Outcome {
 /// # Errors
 /// Names the first stage that failed.
 pub fn main(args: &Args) -> Result<()> {
-    let wants = |stage: Stage| args.only.is_empty() || args.only.contains(&stage);
+    let wants =
+        |stage: Stage| (args.only.is_empty() || args.only.contains(&stage)) && !(args.no_vm && stage == Stage::Vm);
     let stages: Vec<Stage> = ALL.into_iter().filter(|stage| wants(*stage)).collect();
     let needs_build = stages.iter().any(|stage| *stage != Stage::Format);
     let mut outcomes = Vec::new();
-    let needs = setup::Needs { lab: stages.contains(&Stage::Lab), vm: false };
+    let vm = stages.contains(&Stage::Vm);
+    let needs = setup::Needs { lab: vm || stages.contains(&Stage::Lab), vm };
     if needs_build {
         timed(&mut outcomes, "setup", || setup::ensure(needs));
     }
     let mut tests = None;
-    if stages.iter().any(|stage| matches!(stage, Stage::Unit | Stage::Lab)) {
+    if stages.iter().any(|stage| matches!(stage, Stage::Unit | Stage::Lab | Stage::Vm)) {
         timed(&mut outcomes, "build", || binaries::build_all().map(|built| tests = Some(built)));
     }
     for stage in stages {
@@ -73,6 +83,9 @@ fn run(stage: Stage, tests: Option<&[TestBinary]>, outcomes: &mut Vec<Outcome>) 
         // Two at a time: more namespaces than cores only wait for each other, and their deadlines run.
         (Stage::Lab, Some(tests)) => {
             timed(outcomes, &name, || run_tests(tests.iter().filter(only_lab(true)), &["--test-threads=2"]));
+        }
+        (Stage::Vm, Some(tests)) => {
+            timed(outcomes, &name, || vm::test(vm::Kernel::default(), tests, VM_DEADLINE));
         }
     }
 }
@@ -104,7 +117,7 @@ fn cargo(arguments: &[&str]) -> Result<()> {
 }
 
 /// Runs every binary to its end and then says which of them failed.
-pub fn run_tests<'a>(tests: impl Iterator<Item = &'a TestBinary>, arguments: &[&str]) -> Result<()> {
+fn run_tests<'a>(tests: impl Iterator<Item = &'a TestBinary>, arguments: &[&str]) -> Result<()> {
     let mut failed = Vec::new();
     let mut count = 0;
     for test in tests {

@@ -1,8 +1,9 @@
 //! What watching costs: new connections per second through the lab, with nothing, with porttrace and with `conntrack -E`,
-//! side by side, and how long porttrace takes from its start until it is ready.
+//! side by side; how long porttrace takes from its start until it is ready; how long its kernel programs run.
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
+use porttrace_tests::bpf;
 use porttrace_tests::lab::topology::{HOST_PORT, NodeName};
 use porttrace_tests::lab::{Lab, LabOptions, Origin, Phase};
 use porttrace_tests::netns::ChildGuard;
@@ -82,25 +83,52 @@ fn main() -> Result<()> {
         let (least, most) = (rates[0], rates[rates.len() - 1]);
         println!("  {name:<38} {middle:>8.0}  {:>5.1} %   ({least:.0} to {most:.0})", middle / base * 100.0);
     }
+    kernel_time(&lab, &arguments)
+}
+
+/// How long each kernel program runs, by the kernel's own count; counting costs time too, so this is a run of its own.
+fn kernel_time(lab: &Lab, arguments: &Arguments) -> Result<()> {
+    let _counting = bpf::count_time()?;
+    for port in [HOST_PORT, OTHER_PORT] {
+        let watch = porttrace(lab, &arguments.porttrace, port)?;
+        let rate = load(lab, arguments)?;
+        println!("\nkernel programs of porttrace watch {port}, {rate:.0} connections per second to {HOST_PORT}");
+        for program in bpf::usage(&bpf::held_by(watch.id())?)?.iter().filter(|program| program.runs > 0) {
+            println!("  {program}");
+        }
+    }
     Ok(())
 }
 
-/// From the start of the process until it says that it is ready.
+/// From the start of the process until it says that it is ready; beside it tcpdump, where that is installed.
 fn start_to_ready(lab: &Lab, arguments: &Arguments) -> Result<()> {
-    let mut times = Vec::new();
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for _ in 0..arguments.rounds.max(1) {
         let start = Instant::now();
-        let _watch = porttrace(lab, &arguments.porttrace, HOST_PORT)?;
-        times.push(start.elapsed().as_secs_f64() * 1e3);
+        let watch = porttrace(lab, &arguments.porttrace, HOST_PORT)?;
+        ours.push(start.elapsed().as_secs_f64() * 1e3);
+        drop(watch);
+        theirs.extend(tcpdump(lab)?.map(|time| time.as_secs_f64() * 1e3));
     }
-    let middle = median(&mut times);
-    println!(
-        "start to ready: {middle:.0} ms, median of {} ({:.0} to {:.0})",
-        times.len(),
-        times[0],
-        times[times.len() - 1]
-    );
+    println!("start to ready in milliseconds, median of {} (least to most), taking turns", ours.len());
+    for (name, times) in [("porttrace watch 9088", &mut ours), ("tcpdump -i any port 9088", &mut theirs)] {
+        let middle = median(times);
+        if let (Some(least), Some(most)) = (times.first(), times.last()) {
+            println!("  {name:<38} {middle:>8.0}            ({least:.0} to {most:.0})");
+        }
+    }
     Ok(())
+}
+
+/// How long tcpdump takes until it listens; `None` when it is not there.
+fn tcpdump(lab: &Lab) -> Result<Option<Duration>> {
+    let start = Instant::now();
+    let port = HOST_PORT.to_string();
+    let Ok(dump) = lab.node(NodeName::Worker3).spawn(["tcpdump", "-n", "-i", "any", "port", &port]) else {
+        return Ok(None);
+    };
+    let ready = dump.stderr.wait_for(WAIT, |line| line.starts_with("listening on").then(|| start.elapsed()));
+    Ok(ready)
 }
 
 fn start(case: Case, lab: &Lab, binary: &Path) -> Result<Beside> {
