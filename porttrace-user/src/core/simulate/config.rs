@@ -109,6 +109,10 @@ impl Config {
         Some(chosen.map(|address| address.address))
     }
 
+    pub(super) fn has_address(&self, device: &str, address: IpAddr) -> bool {
+        self.addresses.iter().flatten().any(|own| own.interface == device && own.address == address)
+    }
+
     /// The first address of an interface, as REDIRECT takes it (`nf_nat_redirect_ipv4`).
     pub(super) fn first_address(&self, device: &str, family: Family) -> Option<Option<IpAddr>> {
         let addresses = self.addresses.as_ref()?;

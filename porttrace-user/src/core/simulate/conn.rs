@@ -131,7 +131,8 @@ impl Run<'_> {
         }
         if let Some((entry, direction)) = found.flatten() {
             if !reopens(walk, &entry.state, direction) {
-                let seen = if entry.unreplied { 0 } else { SEEN_REPLY };
+                // A reply is seen as soon as it is looked up, before any rule (`nf_conntrack_in`).
+                let seen = if entry.unreplied && direction == Direction::Original { 0 } else { SEEN_REPLY };
                 let status = CONFIRMED | seen | if entry.assured { ASSURED } else { 0 };
                 let established = direction == Direction::Reply || !entry.unreplied;
                 walk.conn = Conn {

@@ -30,6 +30,8 @@ pub(super) enum Verdict {
         unknown: Vec<String>,
         /// The unknown is whether a client was seen before (`recent`).
         affinity: bool,
+        /// How many of the walk's changes to `recent` lists happen also where the rule is not taken.
+        sure: usize,
     },
 }
 
@@ -45,7 +47,11 @@ impl Run<'_> {
         let mut chance: Option<Fraction> = None;
         let mut unknown = Vec::new();
         let mut affinity = false;
+        let mut sure = None;
         for asked in &rule.matches {
+            if chance.is_some() || !unknown.is_empty() {
+                sure.get_or_insert(walk.remembered.len());
+            }
             if let Some(fraction) = probability(asked) {
                 chance = Some(chance.map_or(fraction, |before| before.times(fraction)));
                 continue;
@@ -55,16 +61,18 @@ impl Run<'_> {
                 remember(walk, recent, &answer);
             }
             match answer {
-                Answer::Is(is) if is == asked.negated => return Verdict::No,
-                Answer::Is(_) => {}
-                Answer::Never => return Verdict::No,
+                Answer::Is(is) if is != asked.negated => {}
+                Answer::Is(_) | Answer::Never => {
+                    walk.remembered.truncate(sure.unwrap_or(usize::MAX));
+                    return Verdict::No;
+                }
                 Answer::Unknown(why) => {
                     affinity |= matches!(asked.kind, MatchKind::Recent(_));
                     unknown.push(why);
                 }
             }
         }
-        Verdict::Yes { chance, unknown, affinity }
+        Verdict::Yes { chance, unknown, affinity, sure: sure.unwrap_or(walk.remembered.len()) }
     }
 
     fn answer(&mut self, walk: &Walk, kind: &MatchKind) -> Answer {
@@ -121,6 +129,12 @@ impl Run<'_> {
             Some(IfaceLimit::In) => walk.input.as_deref(),
             Some(IfaceLimit::Out) => walk.hook_output.as_deref(),
         };
+        // `match_lookup_rt6`: with an interface, only an address on it counts as local.
+        if let (IpAddr::V6(_), Some(device)) = (address, device) {
+            let own = self.sim.config.has_address(device, address);
+            let kind = if own { RouteKind::Local } else { RouteKind::Unicast };
+            return type6(address, types, kind).into();
+        }
         match self.sim.routing.address_type(address, device) {
             None => Answer::Unknown(format!("whether {address} is an address of this node")),
             Some(kind) if address.is_ipv4() => (types & rtn(kind) != 0).into(),
@@ -355,7 +369,10 @@ fn physical(walk: &Walk, kind: &MatchKind) -> Answer {
     match kind {
         MatchKind::PhysIsIn => true.into(),
         MatchKind::PhysIn(pattern) => named(pattern, Some(phys_in)).into(),
-        MatchKind::PhysIsBridged => walk.bridged.into(),
+        // `physdev_mt` asks for the output port, which is not known before FORWARD.
+        MatchKind::PhysIsBridged => {
+            (walk.bridged && matches!(walk.stage.hook, Hook::Forward | Hook::Postrouting)).into()
+        }
         MatchKind::PhysIsOut if !walk.bridged => false.into(),
         _ => Answer::Unknown("the bridge port by which the packet leaves".into()),
     }

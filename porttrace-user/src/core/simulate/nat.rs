@@ -189,7 +189,7 @@ impl Run<'_> {
             return;
         }
         if let Some((low, high)) = &range.addresses {
-            let address = pick(low, high, &old, range.with.persistent);
+            let address = pick(low, high, &old, manip, range.with.persistent);
             match manip {
                 Manip::Snat => new.src = address,
                 Manip::Dnat => new.dst = address,

@@ -3,10 +3,12 @@
 
 use crate::core::model::flow::Tuple;
 use crate::core::model::rules::Net;
+use crate::core::model::trace::Manip;
 use std::net::{IpAddr, Ipv6Addr};
 
-/// The address for a connection whose tuple was `old`.
-pub(super) fn pick(low: &Net, high: &Net, old: &Tuple, persistent: bool) -> IpAddr {
+/// The address for a connection whose tuple was `old`. The kernel writes each word of the new address into the tuple before it
+/// takes the destination's word into the hash: for DNAT that is the new one.
+pub(super) fn pick(low: &Net, high: &Net, old: &Tuple, manip: Manip, persistent: bool) -> IpAddr {
     let (low, high, max) = match (low, high) {
         (Net::V4 { addr: low, .. }, Net::V4 { addr: high, .. }) => ([*low, 0, 0, 0], [*high, 0, 0, 0], 0),
         (Net::V6(low), Net::V6(high)) => (quarters(low.0), quarters(high.0), 3),
@@ -23,7 +25,7 @@ pub(super) fn pick(low: &Net, high: &Net, old: &Tuple, persistent: bool) -> IpAd
             chosen[at] = from.wrapping_add(((u64::from(hash) * u64::from(count)) >> 32) as u32);
             full |= chosen[at] != high[at];
             if !persistent {
-                hash ^= dst[at];
+                hash ^= if manip == Manip::Dnat { chosen[at].swap_bytes() } else { dst[at] };
             }
         }
     }
@@ -67,4 +69,31 @@ fn jhash2(key: [u32; 4], initval: u32) -> u32 {
     a = (a ^ c).wrapping_sub(c.rotate_left(4));
     b = (b ^ a).wrapping_sub(a.rotate_left(14));
     (c ^ b).wrapping_sub(b.rotate_left(24))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::model::flow::Proto;
+
+    /// What Linux 6.18 chose for `-j DNAT --to-destination fd00:10:244:1::9-fd00:10:244:1::a`.
+    #[test]
+    fn dnat_hashes_the_new_address() {
+        let net = |text: &str| {
+            let address: Ipv6Addr = text.parse().expect("an address");
+            Net::V6(Box::new((address.to_bits(), u128::MAX)))
+        };
+        let (low, high) = (net("fd00:10:244:1::9"), net("fd00:10:244:1::a"));
+        for (src, chosen) in [
+            ("fc00:f853::3", "fd00:10:244:1::a"),
+            ("fd00:10:96::1", "fd00:10:244:1::a"),
+            ("fd00:10:244:1::9", "fd00:10:244:1::9"),
+            ("fd00:10:244:3::b", "fd00:10:244:1::9"),
+        ] {
+            let address = |text: &str| -> IpAddr { text.parse().expect("an address") };
+            let old =
+                Tuple { proto: Proto::Tcp, src: address(src), sport: 1, dst: address("2001:db8:77::1"), dport: 1 };
+            assert_eq!(pick(&low, &high, &old, Manip::Dnat, false), address(chosen), "{src}");
+        }
+    }
 }

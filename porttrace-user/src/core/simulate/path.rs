@@ -2,7 +2,7 @@
 
 use super::run::{Next, Run};
 use super::walk::Walk;
-use crate::core::model::flow::Family;
+use crate::core::model::flow::{Direction, Family};
 use crate::core::model::name::Name;
 use crate::core::model::trace::{Decision, DropReason, Hook, Hop, RouteKind, Verdict};
 
@@ -148,8 +148,12 @@ impl Run<'_> {
     fn hairpin(&mut self, walk: &mut Walk) -> Option<Next> {
         let port = walk.phys_in.clone()?;
         // Without a new address the packet goes up to IP, and what IP sends is flooded to every port.
-        let moved = walk.conn.tracked() && walk.conn.original.dst != walk.tuple.dst;
-        let itself = moved && walk.output == walk.input && walk.conn.original.src == walk.tuple.dst;
+        let came = match walk.conn.direction {
+            Direction::Original => walk.conn.original,
+            Direction::Reply => walk.conn.reply,
+        };
+        let moved = walk.conn.tracked() && came.dst != walk.tuple.dst;
+        let itself = moved && walk.output == walk.input && came.src == walk.tuple.dst;
         if !itself {
             return None;
         }

@@ -184,7 +184,7 @@ impl<'s> Run<'s> {
 
     /// Whether this walk takes the rule. Where that is open, the other possibility is put aside.
     fn decide(&mut self, walk: &mut Walk, table: &TableData, (chain, at): (u32, u32), rule: &Rule) -> bool {
-        let Match::Yes { chance, unknown, affinity } = self.matches(walk, rule) else { return false };
+        let Match::Yes { chance, unknown, affinity, sure } = self.matches(walk, rule) else { return false };
         if unknown.is_empty() && chance.is_none() {
             return true;
         }
@@ -198,6 +198,7 @@ impl<'s> Run<'s> {
                     place.chain,
                     at + 1
                 ));
+                walk.remembered.truncate(sure);
                 return false;
             }
             let decision = |taken| match affinity {
@@ -205,6 +206,7 @@ impl<'s> Run<'s> {
                 false => Decision::Assumed { rule: Some(place.clone()), text: text.clone(), taken },
             };
             let mut other = walk.fork();
+            other.remembered.truncate(sure);
             other.decide(decision(false));
             self.later(other);
             walk.decide(decision(true));
@@ -214,6 +216,7 @@ impl<'s> Run<'s> {
             return false;
         }
         let mut other = walk.fork();
+        other.remembered.truncate(sure);
         other.probability = other.probability.times(chance.rest());
         other.decide(Decision::Random { rule: place.clone(), taken: false });
         self.later(other);

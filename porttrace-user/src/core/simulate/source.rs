@@ -31,7 +31,9 @@ impl Run<'_> {
         }
         let valid_mark = all.src_valid_mark.unwrap_or(0) | own.src_valid_mark.unwrap_or(0) != 0;
         let mark = if valid_mark { walk.mark } else { 0 };
-        let good = match self.reverse(walk, input, mark) {
+        // `__fib_validate_source`: policy rules see the output interface as the input, lo for what stays here.
+        let from = walk.output.clone().filter(|_| !walk.to_self);
+        let good = match self.reverse(walk, input, mark, from.as_deref().unwrap_or("lo")) {
             Reverse::Local { .. } if !accept_local => return Some(self.own_source(walk)),
             Reverse::Special => {
                 walk.note(format!("{src} is no address of a single node: it cannot be a source"));
@@ -57,13 +59,13 @@ impl Run<'_> {
     }
 
     /// Where a packet to the source would go.
-    fn reverse(&mut self, walk: &Walk, input: &str, mark: u32) -> Reverse {
+    fn reverse(&mut self, walk: &Walk, input: &str, mark: u32, from: &str) -> Reverse {
         let sim = self.sim;
         let key = Key {
             dst: walk.tuple.src,
             src: Some(walk.tuple.dst)
                 .filter(|dst| self.sim.routing.address_type(*dst, None) != Some(RouteKind::Broadcast)),
-            input: "lo",
+            input: from,
             output: None,
             mark,
             proto: Some(walk.tuple.proto),
@@ -101,7 +103,7 @@ impl Run<'_> {
             return (!asked.invert).into();
         }
         let mark = if asked.valid_mark { walk.mark } else { 0 };
-        let good = match self.reverse(walk, input, mark) {
+        let good = match self.reverse(walk, input, mark, "lo") {
             Reverse::None | Reverse::Special => false,
             Reverse::Local { same } => asked.accept_local && (same || asked.loose),
             Reverse::SameInterface => true,

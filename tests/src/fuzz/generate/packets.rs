@@ -57,7 +57,9 @@ fn from_outside(rng: &mut Rng, world: &World, pool: &Pool) -> (Option<String>, S
     let fits = |dst: &String| !link.starts_with("port") || dst != "::1" && !dst.ends_with(".255.255");
     let dst = std::iter::repeat_with(|| pool.destination(rng)).find(fits).unwrap_or_default();
     match rng.below(20) {
-        0 => (Some(rng.choose(&world.node.links[..4]).name.clone()), host, dst),
+        0 if !link.starts_with("port") => (Some(rng.choose(&world.node.links[..4]).name.clone()), host, dst),
+        // Behind a bridge port only its own host: which port a DNAT back to it leaves by, the bridge knows by the sender.
+        0..=2 if link.starts_with("port") => (Some(link), host, dst),
         1 => {
             let own = std::iter::repeat_with(|| rng.choose(&pool.own).clone()).find(fits).unwrap_or_default();
             (Some(link.clone()), own, dst)
