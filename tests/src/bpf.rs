@@ -95,7 +95,7 @@ fn usage_of(program: &OwnedFd) -> Result<Usage> {
     attr[4..8].copy_from_slice(&u32::try_from(INFO_SIZE)?.to_ne_bytes());
     attr[8..].copy_from_slice(&(info.as_mut_ptr() as u64).to_ne_bytes());
     // SAFETY: the kernel reads `attr`, which names `info` with its length, and writes there; both outlive the call.
-    let answer = unsafe { nix::libc::syscall(nix::libc::SYS_bpf, INFO_BY_FD, attr.as_mut_ptr(), size_of_val(&attr)) };
+    let answer = unsafe { libc::syscall(libc::SYS_bpf, INFO_BY_FD, attr.as_mut_ptr(), size_of_val(&attr)) };
     if answer < 0 {
         return Err(nix::errno::Errno::last()).context("asking about a kernel program");
     }
