@@ -63,7 +63,7 @@ $b mount -t sysfs sys /new/sys
 $b mount -t devtmpfs dev /new/dev
 $b mkdir -p /new/dev/pts /new/dev/shm /new/run /new/tmp /new/usr/lib/modules
 $b mount -t devpts devpts /new/dev/pts
-for place in /new/dev/shm /new/run /new/tmp; do $b mount -t tmpfs tmpfs $place; done
+for place in /new/dev/shm /new/run; do $b mount -t tmpfs tmpfs $place; done
 $b mount -t bpf bpf /new/sys/fs/bpf
 $b mount -t cgroup2 cgroup2 /new/sys/fs/cgroup
 $b mount -t tracefs tracefs /new/sys/kernel/tracing
