@@ -61,6 +61,8 @@ pub struct Flow {
     pub entry_was_new: Option<bool>,
     /// Set when the first packet that was seen is not the first of the connection.
     pub joined_late: bool,
+    /// TCP sequence number of the packet that opened the flow: a SYN with another one is another connection.
+    pub first_seq: u32,
     pub start_ns: u64,
     pub last_ns: u64,
     /// At most [`MAX_SIGHTINGS`]; the rest is counted in `more_sightings`.

@@ -233,6 +233,7 @@ impl Correlator {
             reply: None,
             entry_was_new: None,
             joined_late: !is_first,
+            first_seq: event.tcp_seq,
             start_ns: event.time_ns,
             last_ns: event.time_ns,
             sightings: Vec::new(),
@@ -269,12 +270,7 @@ fn begins_anew(flow: &Flow, event: &Event) -> bool {
         return flow.stage != Stage::Open && event.conntrack.is_some_and(|entry| entry.is_new);
     }
     let is_syn = event.l4_flags & (SYN | ACK | RST) == SYN;
-    let first = flow.sightings.iter().find(|seen| seen.way == Way::Request && seen.event.packet.is_some());
-    is_syn
-        && match first {
-            Some(first) => first.event.tcp_seq != event.tcp_seq,
-            None => flow.stage != Stage::Open,
-        }
+    is_syn && (event.tcp_seq != flow.first_seq || flow.joined_late)
 }
 
 enum Change {

@@ -222,6 +222,15 @@ fn a_reused_source_port_is_a_new_connection() {
 }
 
 #[test]
+fn a_retransmission_after_the_report_is_no_new_connection() {
+    let mut correlator = Correlator::new([9088], Limits::default());
+    correlator.push(event(1000, Kind::TcIngress, ETH0, CLIENT, SYN));
+    assert_eq!(correlator.tick(1_100 * MS).len(), 1);
+    correlator.push(event(1_200 * MS, Kind::TcIngress, ETH0, CLIENT, SYN));
+    assert!(correlator.tick(5_000 * MS).is_empty());
+}
+
+#[test]
 fn memory_is_bounded_and_what_it_costs_is_counted() {
     let limits = Limits { max_flows: 10, ..Limits::default() };
     let mut correlator = Correlator::new([9088], limits);

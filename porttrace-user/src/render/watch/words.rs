@@ -174,14 +174,37 @@ fn dropped(reason: u32, report: &Report, context: &Context<'_>) -> String {
     let name = context.drop_reason(reason);
     match predicted_end(report) {
         Some(Verdict::Dropped { by: Some(rule), .. }) => {
-            format!(
-                "dropped ({name}); by the rules it is {}{} that drops it",
-                rule_name(rule),
-                comment_of(report, rule)
-            )
+            format!("dropped by {}{}; the kernel says {name}", rule_name(rule), comment_of(report, rule))
         }
-        _ => format!("dropped by this node's kernel: {name}"),
+        // REJECT answers at most so often (net.ipv4.icmp_ratelimit); then it only drops.
+        Some(Verdict::Rejected { by: Some(rule), .. }) => {
+            let rule_and_comment = format!("{}{}", rule_name(rule), comment_of(report, rule));
+            format!("rejected by {rule_and_comment} without an answer; the kernel says {name}")
+        }
+        _ => format!("dropped by this node: {}", kernel_reason(&name, report)),
     }
+}
+
+/// The kernel's common reasons in words (include/net/dropreason-core.h).
+fn kernel_reason(name: &str, report: &Report) -> String {
+    let flow = &report.flow;
+    let to = flow.reply.map_or(flow.original.destination(), |reply| reply.source());
+    let words = match name {
+        "NO_SOCKET" => format!("nothing listens on {to}"),
+        "IP_INNOROUTES" | "IP_OUTNOROUTES" => format!("no route to {}", to.ip()),
+        "IP_RPFILTER" => format!("rp_filter: the way back to {} leads elsewhere", flow.original.src),
+        "IP_LOCAL_SOURCE" | "IP_INVALID_SOURCE" | "IP_LOCALNET" => {
+            "a martian address (127/8 needs route_localnet)".to_owned()
+        }
+        "NETFILTER_DROP" => "netfilter, and no rule that porttrace read explains it".to_owned(),
+        "NEIGH_FAILED" | "NEIGH_QUEUEFULL" | "NEIGH_DEAD" => format!("{} does not answer on its link", to.ip()),
+        "PKT_TOO_BIG" => "it is too big for the next link".to_owned(),
+        "XFRM_POLICY" => "an IPsec policy".to_owned(),
+        "SOCKET_RCVBUFF" => format!("the receive buffer of the socket on {to} is full"),
+        "TCP_LISTEN_OVERFLOW" => format!("the accept queue of {to} is full"),
+        _ => return name.to_owned(),
+    };
+    format!("{words} ({name})")
 }
 
 fn silent(reached: Reached, tries: usize, report: &Report, context: &Context<'_>) -> (Mood, String) {
