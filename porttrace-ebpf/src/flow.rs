@@ -1,7 +1,7 @@
 //! TC: which packets belong to a watched connection, and which of those are worth an event.
 
 use crate::emit::{body, describe_packet, reserve};
-use crate::maps::{SCRATCH, TRACKED, port_bits, track};
+use crate::maps::{SCRATCH, TRACKED, add, port_bits, track};
 use crate::packet::{Bytes, ICMP, ICMPV6, Packet, SCTP, TCP, UDP, inverted, parse};
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
@@ -139,16 +139,10 @@ fn count_packet(known: &mut Track, packet: &Packet, ifindex: u32, side: Kind) {
         known.side = side as u8;
     }
     if known.ifindex == ifindex && known.side == side as u8 {
+        // The packets of one flow may be on several CPUs at once.
         add(&mut known.packets, 1);
         add(&mut known.bytes, u64::from(packet.payload));
     }
-}
-
-/// Adds atomically: the packets of one flow may be on several CPUs at once.
-#[inline(always)]
-fn add(counter: &mut u64, amount: u64) {
-    // SAFETY: one aligned word of a map value. core has no fetch_add for this target.
-    unsafe { core::arch::asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) counter, in(reg) amount) };
 }
 
 #[inline(always)]

@@ -93,8 +93,16 @@ fn place(port: [u8; 2]) -> usize {
 #[inline(always)]
 pub fn count(stat: u32) {
     if let Some(counter) = STATS.get_ptr_mut(stat) {
-        unsafe { *counter += 1 };
+        // The counter is this CPU's own, but a softirq may come between its reading and writing.
+        add(unsafe { &mut *counter }, 1);
     }
+}
+
+/// Adds atomically.
+#[inline(always)]
+pub fn add(counter: &mut u64, amount: u64) {
+    // SAFETY: one aligned word of a map value. core has no fetch_add for this target.
+    unsafe { core::arch::asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) counter, in(reg) amount) };
 }
 
 /// Remembers that `key` and its inverse belong to a watched connection, `key` with `role` (or, with `ROLE_IGNORED`, do

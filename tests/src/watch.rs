@@ -35,7 +35,7 @@ pub struct Watch {
     read: usize,
     open: Vec<Connection>,
     told: Vec<Connection>,
-    /// Lines of other types: `status`, `note`, `lost`, `flow-end`.
+    /// Lines of other types: `status`, `note`, `lost`, `flow-end`, and verdicts that amend earlier ones.
     pub others: Vec<Value>,
 }
 
@@ -114,6 +114,7 @@ impl Watch {
                 let connection = self.open.iter_mut().find(|connection| same(connection));
                 connection.with_context(|| format!("a hop without its flow-start: {line}"))?.hops.push(value);
             }
+            Some("verdict") if value["amends"] == true => self.others.push(value),
             Some("verdict") => {
                 let index = self.open.iter().position(same);
                 let mut connection =

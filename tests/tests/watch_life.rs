@@ -4,7 +4,7 @@ use nix::sys::signal::Signal;
 use porttrace_tests::bpf::{Held, held_by};
 use porttrace_tests::lab::topology::{HOST_PORT, NodeName, OUTSIDE_V4};
 use porttrace_tests::lab::{Lab, LabOptions, Origin, Phase};
-use porttrace_tests::netns::Netns;
+use porttrace_tests::netns::{ChildGuard, Netns};
 use porttrace_tests::peer::{Answer, Connect, Outcome, Transport};
 use porttrace_tests::privilege::may_run;
 use porttrace_tests::watch::{Watch, porttrace};
@@ -148,7 +148,7 @@ fn a_closed_output_ends_it_quietly() {
     let node = lab.node(NodeName::Worker3);
     let mut command = node.command("sh");
     command.args(["-c", "\"$0\" watch 9088 | head -n 1 >&2; echo over"]).arg(porttrace().unwrap());
-    let mut pipe = porttrace_tests::netns::ChildGuard::spawn(command).unwrap();
+    let mut pipe = ChildGuard::spawn(command).unwrap();
     assert!(pipe.stderr.wait_for(WAIT, |line| Some(line.to_owned())).is_some());
     // It notices when it has something to say.
     tcp(&lab, Origin::Outside);
@@ -157,34 +157,118 @@ fn a_closed_output_ends_it_quietly() {
     assert!(!pipe.stderr.snapshot().iter().any(|line| line.contains("panicked")), "{:?}", pipe.stderr.snapshot());
 }
 
+/// A datagram that is answered: it enters eth0, conntrack looks three times, it leaves to the pod; the answer enters and leaves.
+const EVENTS_PER_DATAGRAM: u64 = 7;
+
 #[test]
-fn a_stalled_reader_loses_nothing_silently() {
+fn a_stalled_reader_counts_every_event_that_it_lost() {
     if !may_run("porttrace watch") {
         return;
     }
     const SENT: u16 = 1000;
-    let lab = Lab::up(LabOptions { phase: Phase::Fixed, ..LabOptions::default() }).unwrap();
-    let mut watch = watch(&lab, &["9088"]);
-    watch.process.signal(Signal::SIGSTOP).unwrap();
+    let lab = Lab::up(LabOptions { phase: Phase::Fixed, quiet: true, ..LabOptions::default() }).unwrap();
+    let mut watch = watch(&lab, &["9088", "--proto", "udp", "--strict", "--buffer", "64K"]);
+    let mut command = lab.node(NodeName::Worker3).command(porttrace().unwrap());
+    command.args(["watch", "9088", "--proto", "udp", "--strict", "--buffer", "64K"]).env("PATH", lab.tools.path());
+    let mut text = ChildGuard::spawn(command).unwrap();
+    assert!(text.stdout.wait_for(WAIT, |line| line.contains("ready after").then_some(())).is_some());
+
+    let stopped = Instant::now();
+    signal([&watch.process, &text], Signal::SIGSTOP);
+    send_datagrams(&lab, 20_000, SENT);
+    // The stall that is asked for, however fast the datagrams went.
+    std::thread::sleep(Duration::from_secs(2).saturating_sub(stopped.elapsed()));
+    signal([&watch.process, &text], Signal::SIGCONT);
+
+    // Said while it runs, before anybody asks it to end, and it goes on telling.
+    assert!(watch.read_until(WAIT, |watch| watch.others.iter().any(|line| line["type"] == "lost")).unwrap());
+    assert!(text.stdout.wait_for(WAIT, |line| line.contains("events lost so far").then_some(())).is_some());
+    let tuple = send_datagrams(&lab, 30_000, 1);
+    watch.connection(tuple, WAIT).expect("what came after the stall");
+
+    signal([&watch.process, &text], Signal::SIGINT);
+    let ended = watch.status("ended", WAIT).unwrap().expect("a last line");
+    let lost = watch.others.iter().rfind(|line| line["type"] == "lost").unwrap();
+    let count = |value: &serde_json::Value| value.as_u64().unwrap();
+    let (received, missing) = (count(&ended["events"]["received"]), count(&ended["events"]["lost"]));
+    assert!(missing > 0, "64 KiB cannot hold {SENT} connections: {ended}");
+    assert_eq!(count(&lost["total"]["ring buffer full"]), missing, "{lost} {ended}");
+    assert_eq!(received + missing, u64::from(SENT + 1) * EVENTS_PER_DATAGRAM, "{ended}");
+    assert_eq!(ended["lost"], serde_json::json!([format!("{missing} events lost: ring buffer full")]));
+    assert_eq!(watch.process.wait(WAIT).unwrap(), Some(4), "--strict");
+
+    assert_eq!(text.wait(WAIT).unwrap(), Some(4), "--strict");
+    let sum = text.stdout.snapshot().pop().unwrap_or_default();
+    let missing: u64 = sum.trim_start_matches("! ").split(' ').next().unwrap().parse().unwrap_or(0);
+    assert!(missing > 0 && sum.ends_with("events lost: ring buffer full"), "{sum}");
+}
+
+fn signal(processes: [&ChildGuard; 2], signal: Signal) {
+    processes.into_iter().for_each(|process| process.signal(signal).unwrap());
+}
+
+/// Sends datagrams to the hostPort from outside, each from a port of its own and each answered; the last one's tuple.
+fn send_datagrams(lab: &Lab, first_port: u16, count: u16) -> Tuple {
     let to = SocketAddr::new(NodeName::Worker3.v4().into(), HOST_PORT);
+    let own = |number| SocketAddr::new(OUTSIDE_V4.into(), first_port + number);
     lab.outside
         .run_in(|| {
-            for number in 0..SENT {
-                let bind = Some(SocketAddr::new(OUTSIDE_V4.into(), 20_000 + number));
-                let request = Connect { bind, ..Connect::new(Transport::Udp, to) };
+            for number in 0..count {
+                let request = Connect { bind: Some(own(number)), ..Connect::new(Transport::Udp, to) };
                 assert_eq!(porttrace_tests::peer::connect(&request).unwrap().result, Outcome::Ok);
             }
         })
         .unwrap();
-    watch.process.signal(Signal::SIGCONT).unwrap();
-    watch.process.signal(Signal::SIGINT).unwrap();
-    let ended = watch.status("ended", Duration::from_secs(60)).unwrap();
-    let ended =
-        ended.unwrap_or_else(|| panic!("no sum: {:?} {:?}", watch.process.wait(WAIT), watch.process.stderr.snapshot()));
-    let told = watch.left_over().len();
-    println!("{told} of {SENT} told, lost: {}", ended["lost"]);
-    let lost = ended["lost"].as_array().is_some_and(|lost| !lost.is_empty());
-    assert!(told == usize::from(SENT) || lost, "{told} of {SENT} were told and nothing was said to be lost: {ended}");
+    Tuple::new(Proto::Udp, own(count - 1), to)
+}
+
+#[test]
+fn a_late_answer_amends_the_verdict() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let lab = Lab::up(LabOptions { phase: Phase::Fixed, ..LabOptions::default() }).unwrap();
+    let arguments = ["watch", "9088", "--timeout", "200ms"];
+    let mut watch = watch(&lab, &arguments[1..]);
+    let mut command = lab.node(NodeName::Worker3).command(porttrace().unwrap());
+    command.args(arguments).env("PATH", lab.tools.path());
+    let mut text = ChildGuard::spawn(command).unwrap();
+    assert!(text.stdout.wait_for(WAIT, |line| line.contains("ready after").then_some(())).is_some());
+
+    let pod = &lab.pod("frontend", NodeName::Worker3).unwrap().netns;
+    let deaf = |verb: &str| {
+        pod.exec(["iptables", verb, "INPUT", "-p", "tcp", "--syn", "--dport", "80", "-j", "DROP"]).unwrap();
+    };
+    deaf("-I");
+    let own = SocketAddr::new(OUTSIDE_V4.into(), 20_001);
+    let to = SocketAddr::new(NodeName::Worker3.v4().into(), HOST_PORT);
+    let request = Connect { bind: Some(own), timeout: WAIT, ..Connect::new(Transport::Tcp, to) };
+    let told = std::thread::scope(|scope| {
+        let client = scope.spawn(|| lab.connect(Origin::Outside, &request).unwrap());
+        let told = watch.connection(Tuple::new(Proto::Tcp, own, to), WAIT).unwrap();
+        // The client sends its SYN again, a second after the first.
+        deaf("-D");
+        assert_eq!(client.join().unwrap().result, Outcome::Ok);
+        told
+    });
+    assert_eq!((&told.verdict["outcome"], &told.verdict["amends"]), (&"silent".into(), &false.into()));
+    let is_amendment = |line: &&serde_json::Value| line["type"] == "verdict";
+    assert!(watch.read_until(WAIT, |watch| watch.others.iter().any(|line| is_amendment(&line))).unwrap());
+    let amended = watch.others.iter().find(is_amendment).cloned().unwrap();
+    assert_eq!(amended["id"], told.verdict["id"], "{amended}");
+    assert_eq!((&amended["outcome"], &amended["ok"]), (&"answered".into(), &true.into()), "{amended}");
+    assert_eq!((&amended["agrees"], &amended["dnat"]), (&true.into(), &told.verdict["dnat"]), "{amended}");
+    assert!(amended["after_ns"].as_u64().is_some_and(|after| after > 900_000_000), "{amended}");
+    assert!(watch.read_until(WAIT, |watch| watch.others.iter().any(|line| line["type"] == "flow-end")).unwrap());
+
+    let lines = text.stdout.wait_for(WAIT, |line| line.contains("late, after it was called unanswered").then_some(()));
+    assert!(lines.is_some(), "{:#?}", text.stdout.snapshot());
+    signal([&watch.process, &text], Signal::SIGINT);
+    let ended = watch.status("ended", WAIT).unwrap().unwrap();
+    let verdicts = ended["verdicts"].as_array().unwrap();
+    assert_eq!(verdicts.len(), 1, "it is counted as what it became: {ended}");
+    assert_eq!((&verdicts[0]["text"], &verdicts[0]["connections"]), (&amended["text"], &1.into()));
+    assert_eq!(text.wait(WAIT).unwrap(), Some(0));
 }
 
 #[test]

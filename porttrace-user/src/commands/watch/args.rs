@@ -42,6 +42,10 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = BackendChoice::Auto)]
     pub conntrack_backend: BackendChoice,
 
+    /// Room for events that are not read yet (64K, 8M); on a busy node more bears longer stalls
+    #[arg(long, value_name = "SIZE", default_value = "8M", value_parser = size)]
+    pub buffer: u32,
+
     /// Exit with code 4 when any event was lost
     #[arg(long)]
     pub strict: bool,
@@ -99,6 +103,26 @@ fn duration(text: &str) -> Result<Duration, String> {
     Ok(Duration::from_secs_f64(number * scale))
 }
 
+/// The least and the most that the ring buffer may take, bytes.
+const SIZES: std::ops::RangeInclusive<u64> = 4 << 10..=1 << 30;
+
+fn size(text: &str) -> Result<u32, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let scale = match text.get(digits.len()..).unwrap_or_default() {
+        "" => 1,
+        "k" | "K" => 1 << 10,
+        "m" | "M" => 1 << 20,
+        "g" | "G" => 1 << 30,
+        unit => return Err(format!("{unit:?} is no unit of size: use K, M or G")),
+    };
+    let number: u64 = digits.parse().map_err(|_| "write a number and a unit, as in 8M".to_owned())?;
+    let bytes = number.saturating_mul(scale);
+    match u32::try_from(bytes) {
+        Ok(size) if SIZES.contains(&bytes) => Ok(size),
+        _ => Err("the buffer is from 4K to 1G".to_owned()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -109,6 +133,17 @@ mod tests {
         assert_eq!(port("65535"), Ok(65535));
         for bad in ["0", "65536", "http", "-1", "", "99999999999999999999999"] {
             assert!(port(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(size("64K"), Ok(64 << 10));
+        assert_eq!(size("8m"), Ok(8 << 20));
+        assert_eq!(size("1G"), Ok(1 << 30));
+        assert_eq!(size("4096"), Ok(4096));
+        for bad in ["0", "1K", "2G", "8MB", "M", "-8M", "99999999999999999999G"] {
+            assert!(size(bad).is_err(), "{bad}");
         }
     }
 

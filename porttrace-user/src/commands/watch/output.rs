@@ -53,10 +53,25 @@ impl Clock {
     }
 }
 
+/// The events of a session: those that user space read, and those for which the ring buffer had no room. Together they are
+/// all that the kernel side had to tell.
+#[derive(Clone, Copy, Debug)]
+pub struct Events {
+    pub received: u64,
+    pub lost: u64,
+}
+
 /// Connections that were shown and whose end is still to be shown; older ones are forgotten.
 const MAX_AWAITED: usize = 10_000;
 /// Beyond this many kinds of connections, clients are no longer told apart.
 const MAX_SHAPES: usize = 1_000;
+
+/// A connection that was told without an answer.
+struct Unanswered {
+    shape: Shape,
+    /// It had a line of its own.
+    was_shown: bool,
+}
 
 pub struct Printer {
     out: BufWriter<Stdout>,
@@ -67,6 +82,8 @@ pub struct Printer {
     folder: Folder,
     verdicts: BTreeMap<Shape, (Mood, String)>,
     awaited: BTreeSet<u64>,
+    /// Connections without an answer that were told, and as what: a late answer amends that.
+    unanswered: BTreeMap<u64, Unanswered>,
     pub connections: u64,
 }
 
@@ -81,6 +98,7 @@ impl Printer {
             folder: Folder::new(mode),
             verdicts: BTreeMap::new(),
             awaited: BTreeSet::new(),
+            unanswered: BTreeMap::new(),
             connections: 0,
         }
     }
@@ -114,6 +132,12 @@ impl Printer {
         let id = report.flow.id;
         self.verdicts.entry(shape.clone()).or_insert((mood, verdict));
         let show = self.folder.show(&shape, id, now_ns);
+        if !report.flow.answered {
+            self.unanswered.insert(id, Unanswered { shape, was_shown: show != Show::Counted });
+            if self.unanswered.len() > MAX_AWAITED {
+                self.unanswered.pop_first();
+            }
+        }
         if self.json {
             for line in json::flow(report, context, &self.clock.utc(report.flow.start_ns)) {
                 self.line(&line)?;
@@ -136,12 +160,47 @@ impl Printer {
             Show::Counted => return Ok(()),
         }
         if report.flow.end.is_none() && mood == Mood::Good {
-            self.awaited.insert(id);
-            if self.awaited.len() > MAX_AWAITED {
-                self.awaited.pop_first();
-            }
+            self.await_end(id);
         }
         Ok(())
+    }
+
+    /// A connection that was told as unanswered got its answer after all: one line, and the sum counts it as what it is now.
+    pub fn amend(&mut self, report: &Report, context: &Context<'_>) -> io::Result<()> {
+        let (mood, verdict) = words::verdict(report, context, false);
+        let verdict = words::late(&verdict);
+        let shape = self.shape(report, &verdict);
+        let id = report.flow.id;
+        self.verdicts.entry(shape.clone()).or_insert((mood, verdict));
+        let before = self.unanswered.remove(&id);
+        if let Some(before) = &before {
+            self.folder.amend(&before.shape, &shape, id);
+        }
+        if self.json {
+            for line in json::amendment(report, context) {
+                self.line(&line)?;
+            }
+            return Ok(());
+        }
+        if !before.is_some_and(|before| before.was_shown) {
+            return Ok(());
+        }
+        let (mood, verdict) = words::verdict(report, context, true);
+        let flow = &report.flow;
+        let lead = format!("#{id} {} {}  ", flow.original.proto, flow.original);
+        let verdict = block::paint(mood, self.style, &format!("{} {}", mood.mark(), words::late(&verdict)));
+        self.wrapped(&lead, &verdict)?;
+        if flow.end.is_none() && mood == Mood::Good {
+            self.await_end(id);
+        }
+        Ok(())
+    }
+
+    fn await_end(&mut self, id: u64) {
+        self.awaited.insert(id);
+        if self.awaited.len() > MAX_AWAITED {
+            self.awaited.pop_first();
+        }
     }
 
     /// A connection that was reported has ended.
@@ -169,12 +228,13 @@ impl Printer {
         self.out.flush()
     }
 
-    /// Lost events by reason, as totals of the session.
-    pub fn lost(&mut self, reasons: &[(String, u64)], now_ns: u64) -> io::Result<()> {
+    /// Lost events by reason, as totals of the session; `received` are those that were read.
+    pub fn lost(&mut self, reasons: &[(String, u64)], received: u64, now_ns: u64) -> io::Result<()> {
         if self.json {
             let counts: serde_json::Map<String, serde_json::Value> =
                 reasons.iter().map(|(reason, count)| (reason.clone(), json!(count))).collect();
-            self.line(&json::line("lost", json!({"time": self.clock.utc(now_ns), "total": counts})))?;
+            let fields = json!({"time": self.clock.utc(now_ns), "total": counts, "received": received});
+            self.line(&json::line("lost", fields))?;
             return self.out.flush();
         }
         let text: Vec<String> = reasons.iter().map(|(reason, count)| format!("{count} ({reason})")).collect();
@@ -197,7 +257,7 @@ impl Printer {
     }
 
     /// The sum of the session. `lost` are sentences.
-    pub fn summary(&mut self, duration_ns: u64, lost: &[String]) -> io::Result<()> {
+    pub fn summary(&mut self, duration_ns: u64, events: Events, lost: &[String]) -> io::Result<()> {
         let shapes = self.totals();
         if self.json {
             let verdicts: Vec<_> = shapes
@@ -207,6 +267,7 @@ impl Printer {
             let fields = json!({
                 "state": "ended", "connections": self.connections, "duration_ns": duration_ns,
                 "verdicts": verdicts, "lost": lost,
+                "events": {"received": events.received, "lost": events.lost},
             });
             self.line(&json::line("status", fields))?;
         } else {

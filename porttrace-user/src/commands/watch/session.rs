@@ -1,7 +1,7 @@
 //! One session: start probe and reading of rules side by side, then events in, log out, until told to stop.
 
 use super::args::{Args, BackendChoice, ProtoChoice};
-use super::output::{Clock, Printer};
+use super::output::{Clock, Events, Printer};
 use super::rules::Rules;
 use anyhow::Context as _;
 use porttrace_ebpf::Kind;
@@ -54,6 +54,7 @@ pub async fn run(args: &Args) -> anyhow::Result<bool> {
         limits,
         interfaces,
         pods,
+        events: 0,
         lost: Lost::default(),
         evicted: 0,
     };
@@ -90,6 +91,8 @@ struct Session<'a> {
     limits: Limits,
     interfaces: Interfaces,
     pods: Pods,
+    /// Events read since the start.
+    events: u64,
     lost: Lost,
     evicted: u64,
 }
@@ -151,6 +154,7 @@ impl Session<'_> {
 
     /// Events of one CPU come in order, those of several interleaved: a batch is sorted by time first.
     fn take(&mut self, events: &mut Vec<Event>) {
+        self.events += events.len() as u64;
         events.sort_by_key(|event| event.time_ns);
         for event in events.drain(..) {
             self.correlator.push(event);
@@ -172,18 +176,20 @@ impl Session<'_> {
         for update in updates {
             match update {
                 Update::Reported(flow) => {
-                    self.report(*flow).await?;
+                    self.report(*flow, false).await?;
                     if self.args.count.is_some_and(|count| self.printer.connections >= count) {
                         return Ok(true);
                     }
                 }
+                Update::Amended(flow) => self.report(*flow, true).await?,
                 Update::Ended { id, original, start_ns, end } => self.printer.ended(id, original, start_ns, &end)?,
             }
         }
         Ok(false)
     }
 
-    async fn report(&mut self, flow: Flow) -> anyhow::Result<()> {
+    /// Tells a connection, or (`amends`) what became of one that was told as unanswered.
+    async fn report(&mut self, flow: Flow, amends: bool) -> anyhow::Result<()> {
         let all = self.args.verbose > 0;
         let mut story = tell(&flow, self.predict(&flow).as_ref(), &self.interfaces, all);
         // Before the rules are said to be contradicted, they are read again: they may have changed a moment ago.
@@ -202,7 +208,11 @@ impl Session<'_> {
             drop_reasons: &drop_reasons,
             silence_ns: self.limits.silence_ns,
         };
-        Ok(self.printer.report(&Report { flow, story, outcome }, &context, Clock::now())?)
+        let report = Report { flow, story, outcome };
+        if amends {
+            return Ok(self.printer.amend(&report, &context)?);
+        }
+        Ok(self.printer.report(&report, &context, Clock::now())?)
     }
 
     /// The kernel's names of the drop reasons that occur in a connection.
@@ -237,11 +247,7 @@ impl Session<'_> {
     }
 
     async fn keep_house(&mut self) -> anyhow::Result<()> {
-        let lost = self.probe.lost()?;
-        if lost != self.lost {
-            self.printer.lost(&reasons(lost), Clock::now())?;
-            self.lost = lost;
-        }
+        self.tell_lost()?;
         let evicted = self.correlator.counts().evicted;
         if evicted > self.evicted {
             let text =
@@ -251,6 +257,15 @@ impl Session<'_> {
         }
         self.printer.bundles()?;
         self.reload_if_changed().await?;
+        Ok(())
+    }
+
+    fn tell_lost(&mut self) -> anyhow::Result<()> {
+        let lost = self.probe.lost()?;
+        if lost != self.lost {
+            self.printer.lost(&reasons(lost), self.events, Clock::now())?;
+            self.lost = lost;
+        }
         Ok(())
     }
 
@@ -272,11 +287,11 @@ impl Session<'_> {
         }
         self.tell(updates).await?;
         self.printer.bundles()?;
-        let lost: Vec<String> = reasons(self.probe.lost()?)
-            .iter()
-            .map(|(reason, count)| format!("{count} events lost: {reason}"))
-            .collect();
-        self.printer.summary(nanoseconds(started.elapsed()), &lost)?;
+        self.tell_lost()?;
+        let lost: Vec<String> =
+            reasons(self.lost).iter().map(|(reason, count)| format!("{count} events lost: {reason}")).collect();
+        let events = Events { received: self.events, lost: self.lost.ring_full };
+        self.printer.summary(nanoseconds(started.elapsed()), events, &lost)?;
         Ok(!lost.is_empty())
     }
 }
@@ -338,7 +353,13 @@ fn probe_config(args: &Args) -> ProbeConfig {
         BackendChoice::Kprobe => Backend::Kprobe,
         BackendChoice::None => Backend::TcOnly,
     };
-    ProbeConfig { protos, backend, kernel_log: args.verbose > 1, ..ProbeConfig::new(args.ports.iter().copied()) }
+    ProbeConfig {
+        protos,
+        backend,
+        ring_bytes: args.buffer,
+        kernel_log: args.verbose > 1,
+        ..ProbeConfig::new(args.ports.iter().copied())
+    }
 }
 
 fn nanoseconds(duration: Duration) -> u64 {

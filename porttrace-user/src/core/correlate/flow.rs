@@ -43,6 +43,10 @@ impl Sighting {
 pub enum Stage {
     /// Still waiting for an answer or its deadline.
     Open,
+    /// It was reported without an answer; should one come after all, that is reported too.
+    Unanswered,
+    /// The answer came after the report; its way back is waited for.
+    Late,
     /// Its outcome was reported; it is kept to report its end.
     Reported,
     /// Its end was reported too.
@@ -69,6 +73,8 @@ pub struct Flow {
     pub sightings: Vec<Sighting>,
     pub more_sightings: u64,
     pub stage: Stage,
+    /// Something came back: a packet of the other side, or an ICMP error.
+    pub answered: bool,
     /// When to report the outcome.
     pub decide_at: u64,
     pub end: Option<End>,
@@ -133,6 +139,12 @@ impl Flow {
         tuples.sort_unstable();
         tuples.dedup();
         tuples
+    }
+
+    /// The flow with all that was seen of it; what stays has only the tuples, which are needed to see its end.
+    pub fn take_story(&mut self) -> Self {
+        let sightings = std::mem::take(&mut self.sightings);
+        Self { sightings, ..self.clone() }
     }
 
     /// Takes over what a conntrack entry says; true when the reply tuple changed.

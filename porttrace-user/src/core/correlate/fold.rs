@@ -71,7 +71,7 @@ impl Folder {
         let mode = self.mode;
         let seen = self.shapes.entry(shape.clone()).or_default();
         seen.total += 1;
-        if seen.total == 1 {
+        if seen.told == 0 {
             seen.told = id;
             seen.window_start = now_ns;
             return Show::Whole;
@@ -95,6 +95,18 @@ impl Folder {
         Show::Counted
     }
 
+    /// Counts connection `id`, which was counted as `before`, as `after`.
+    pub fn amend(&mut self, before: &Shape, after: &Shape, id: u64) {
+        if let Some(seen) = self.shapes.get_mut(before) {
+            seen.total = seen.total.saturating_sub(1);
+        }
+        let seen = self.shapes.entry(after.clone()).or_default();
+        seen.total += 1;
+        if seen.told == 0 {
+            seen.told = id;
+        }
+    }
+
     /// The bundles that have gathered; call about once a second.
     pub fn take_bundles(&mut self) -> Vec<Bundle> {
         let mut bundles = Vec::new();
@@ -116,7 +128,8 @@ impl Folder {
 
     /// All shapes with the connection that was told and how many there were, most first.
     pub fn totals(&self) -> Vec<(&Shape, u64, u64)> {
-        let mut totals: Vec<_> = self.shapes.iter().map(|(shape, seen)| (shape, seen.told, seen.total)).collect();
+        let counted = self.shapes.iter().filter(|(_, seen)| seen.total > 0);
+        let mut totals: Vec<_> = counted.map(|(shape, seen)| (shape, seen.told, seen.total)).collect();
         totals.sort_by(|a, b| b.2.cmp(&a.2).then(a.1.cmp(&b.1)));
         totals
     }

@@ -2,7 +2,8 @@
 //!
 //! A connection is known by its conntrack tuples: a packet belongs to it when its tuple is the original or the reply tuple,
 //! either of them inverted, or the state in between (destination rewritten, source not yet). Its outcome is reported once,
-//! a little after the answer (so that the answer's own way back is part of it) or when its deadline passes; its end later.
+//! a little after the answer (so that the answer's own way back is part of it) or when its deadline passes; an answer that
+//! comes after the deadline amends it; its end is reported last.
 
 pub mod flow;
 pub mod fold;
@@ -39,6 +40,8 @@ impl Default for Limits {
 pub enum Update {
     /// The outcome of a connection is known (or its deadline passed).
     Reported(Box<Flow>),
+    /// A connection that was reported without an answer got one after all.
+    Amended(Box<Flow>),
     /// A connection that was reported before has ended.
     Ended { id: u64, original: Tuple, start_ns: u64, end: End },
 }
@@ -103,7 +106,11 @@ impl Correlator {
         let Some(flow) = self.flows.get_mut(&id) else { return };
         let learned = event.conntrack.as_ref().is_some_and(|entry| flow.learn(entry));
         let changes = react(flow, &event, way, &self.limits);
-        flow.add(event, way);
+        match flow.stage {
+            Stage::Open | Stage::Late => flow.add(event, way),
+            // Told; only its end is waited for.
+            Stage::Unanswered | Stage::Reported | Stage::Ended => flow.last_ns = flow.last_ns.max(event.time_ns),
+        }
         if learned {
             for tuple in flow.tuples() {
                 self.index.insert(tuple, id);
@@ -136,11 +143,15 @@ impl Correlator {
         std::mem::take(&mut self.updates)
     }
 
-    /// Reports every connection that is still open, as at the end of a session.
+    /// Reports every connection that is still open, as at the end of a session, and answers that have just come late.
     pub fn finish(&mut self) -> Vec<Update> {
-        let open: Vec<u64> = self.flows.values().filter(|flow| flow.stage == Stage::Open).map(|flow| flow.id).collect();
-        for id in open {
-            self.report(id);
+        let pending: Vec<(u64, Stage)> = self.flows.values().map(|flow| (flow.id, flow.stage)).collect();
+        for (id, stage) in pending {
+            match stage {
+                Stage::Open => self.report(id),
+                Stage::Late => self.amend(id),
+                Stage::Unanswered | Stage::Reported | Stage::Ended => {}
+            }
         }
         std::mem::take(&mut self.updates)
     }
@@ -153,27 +164,48 @@ impl Correlator {
     fn expire(&mut self, at: u64, id: u64) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
         match flow.stage {
-            Stage::Open => {
-                self.report(id);
-            }
-            Stage::Reported if flow.last_ns + self.limits.forget_ns > at => {
+            Stage::Open => self.report(id),
+            Stage::Late => self.amend(id),
+            Stage::Unanswered | Stage::Reported if flow.last_ns + self.limits.forget_ns > at => {
                 flow.decide_at = flow.last_ns + self.limits.forget_ns;
                 self.timers.insert((flow.decide_at, id));
             }
-            Stage::Reported | Stage::Ended => self.forget(id),
+            Stage::Unanswered | Stage::Reported | Stage::Ended => self.forget(id),
         }
     }
 
     fn report(&mut self, id: u64) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
         self.timers.remove(&(flow.decide_at, id));
-        self.updates.push(Update::Reported(Box::new(flow.clone())));
-        flow.stage = if flow.end.is_some() { Stage::Ended } else { Stage::Reported };
-        let keep = if flow.end.is_some() { self.limits.grace_ns } else { self.limits.forget_ns };
+        let waits = !flow.answered && !flow.joined_late && flow.end.is_none();
+        let told = flow.take_story();
+        if waits {
+            // Says where the request came from, should an answer follow.
+            flow.sightings.extend(told.sightings.first().cloned());
+        }
+        self.updates.push(Update::Reported(Box::new(told)));
+        self.keep(id, if waits { Stage::Unanswered } else { Stage::Reported });
+    }
+
+    /// Reports the late answer.
+    fn amend(&mut self, id: u64) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        let told = flow.take_story();
+        self.updates.push(Update::Amended(Box::new(told)));
+        self.keep(id, Stage::Reported);
+    }
+
+    /// Keeps a flow that was told, for what may follow.
+    fn keep(&mut self, id: u64, stage: Stage) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        let (stage, keep) = match flow.end {
+            Some(_) => (Stage::Ended, self.limits.grace_ns),
+            None => (stage, self.limits.forget_ns),
+        };
+        self.timers.remove(&(flow.decide_at, id));
+        flow.stage = stage;
         flow.decide_at = flow.last_ns + keep;
         self.timers.insert((flow.decide_at, id));
-        // The story is told; only the tuples are needed to see the end.
-        flow.sightings = Vec::new();
     }
 
     fn forget(&mut self, id: u64) {
@@ -239,6 +271,7 @@ impl Correlator {
             sightings: Vec::new(),
             more_sightings: 0,
             stage: Stage::Open,
+            answered: false,
             decide_at,
             end: None,
         };
@@ -281,23 +314,32 @@ enum Change {
 
 /// What an event means for the flow's stage: an answer, a refusal, a drop or an end.
 fn react(flow: &mut Flow, event: &Event, way: Way, limits: &Limits) -> Change {
-    if let Some(end) = end_of(flow, event, way) {
-        match flow.stage {
-            Stage::Reported => return Change::Ended(end),
-            Stage::Ended => return Change::None,
-            Stage::Open => flow.end = Some(merge(flow.end, end)),
-        }
-    }
-    if flow.stage != Stage::Open {
-        return Change::None;
-    }
     let answer = match event.kind {
-        Kind::Dropped | Kind::IcmpError | Kind::ResetSent | Kind::Destroyed => true,
+        Kind::IcmpError => true,
         Kind::TcIngress | Kind::TcEgress => way == Way::Reply || (flow.is_tcp() && event.l4_flags & RST != 0),
         _ => false,
     };
+    flow.answered |= answer;
+    if let Some(end) = end_of(flow, event, way) {
+        match flow.stage {
+            Stage::Ended => return Change::None,
+            Stage::Unanswered if answer => flow.end = Some(end),
+            Stage::Unanswered | Stage::Reported => return Change::Ended(end),
+            Stage::Open | Stage::Late => flow.end = Some(merge(flow.end, end)),
+        }
+    }
     let by = event.time_ns + limits.grace_ns;
-    if answer && (by < flow.decide_at || flow.decide_at < event.time_ns) { Change::DecideBy(by) } else { Change::None }
+    match flow.stage {
+        Stage::Unanswered if answer => {
+            flow.stage = Stage::Late;
+            Change::DecideBy(by)
+        }
+        Stage::Open if answer || matches!(event.kind, Kind::Dropped | Kind::ResetSent | Kind::Destroyed) => {
+            // The first of them counts.
+            if by < flow.decide_at || flow.decide_at < event.time_ns { Change::DecideBy(by) } else { Change::None }
+        }
+        _ => Change::None,
+    }
 }
 
 fn end_of(flow: &Flow, event: &Event, way: Way) -> Option<End> {

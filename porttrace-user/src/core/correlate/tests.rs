@@ -92,7 +92,7 @@ fn reported(events: Vec<Event>, until: u64) -> Flow {
         .into_iter()
         .filter_map(|update| match update {
             Update::Reported(flow) => Some(*flow),
-            Update::Ended { .. } => None,
+            Update::Amended(_) | Update::Ended { .. } => None,
         })
         .collect();
     assert_eq!(flows.len(), 1, "one connection, one report");
@@ -190,6 +190,74 @@ fn a_closed_connection_tells_its_bytes() {
     assert!(matches!(judge(&flow, &interfaces()), Outcome::Answered { after_ns: 35_000, .. }));
     let end = flow.end.expect("it ended");
     assert_eq!((end.bytes, end.reset), (Some((120, 310)), false));
+}
+
+/// What there is to say at `at`: the report of the silence at 1.1 s is taken first.
+fn after_silence(late: Vec<Event>, at: u64) -> Vec<Update> {
+    let mut correlator = Correlator::new([9088], Limits::default());
+    for event in refused().into_iter().take(4) {
+        correlator.push(event);
+    }
+    let reports = correlator.tick(1_100 * MS);
+    let [Update::Reported(flow)] = reports.as_slice() else { panic!("{reports:?}") };
+    assert!(matches!(judge(flow, &interfaces()), Outcome::Silent { .. }));
+    for event in late {
+        correlator.push(event);
+    }
+    correlator.tick(at)
+}
+
+#[test]
+fn an_answer_after_the_deadline_amends_the_report() {
+    let answer = || {
+        vec![
+            event(1_500 * MS, Kind::TcIngress, VETH, FROM_POD, SYN | ACK),
+            event(1_501 * MS, Kind::TcEgress, ETH0, TO_CLIENT, SYN | ACK),
+        ]
+    };
+    assert!(after_silence(answer(), 1_550 * MS).is_empty(), "its way back is waited for");
+    let updates = after_silence(answer(), 1_600 * MS);
+    let [Update::Amended(flow)] = updates.as_slice() else { panic!("{updates:?}") };
+    assert_eq!(flow.id, 1);
+    let Outcome::Answered { by, after_ns } = judge(flow, &interfaces()) else { panic!("{flow:?}") };
+    assert_eq!((by.to_string().as_str(), after_ns), ("10.244.1.9:8081", 1_501 * MS - 1000));
+    assert!(!flow.is_local_client() && flow.input_ifindex() == Some(ETH0), "where it came from is not forgotten");
+}
+
+#[test]
+fn a_refusal_after_the_deadline_amends_the_report_and_ends_it() {
+    let updates = after_silence(vec![event(3_000 * MS, Kind::TcIngress, VETH, FROM_POD, RST | ACK)], 3_100 * MS);
+    let [Update::Amended(flow)] = updates.as_slice() else { panic!("{updates:?}") };
+    assert!(matches!(judge(flow, &interfaces()), Outcome::Refused { .. }));
+    assert!(flow.end.is_some_and(|end| end.reset));
+}
+
+#[test]
+fn a_late_answer_is_told_once_and_its_end_follows() {
+    let mut correlator = Correlator::new([9088], Limits::default());
+    for event in refused().into_iter().take(4) {
+        correlator.push(event);
+    }
+    assert_eq!(correlator.tick(1_100 * MS).len(), 1);
+    for event in [
+        event(1_500 * MS, Kind::TcIngress, VETH, FROM_POD, SYN | ACK),
+        event(1_700 * MS, Kind::TcIngress, VETH, FROM_POD, SYN | ACK),
+    ] {
+        let at = event.time_ns;
+        correlator.push(event);
+        correlator.tick(at);
+    }
+    correlator.push(event(2_000 * MS, Kind::TcIngress, VETH, FROM_POD, FIN | ACK));
+    let updates = correlator.tick(3_000 * MS);
+    assert!(matches!(updates.as_slice(), [Update::Ended { id: 1, .. }]), "{updates:?}");
+    correlator.tick(1_000_000 * MS);
+    assert!(correlator.is_empty() && correlator.index.is_empty() && correlator.timers.is_empty());
+}
+
+#[test]
+fn retransmissions_amend_nothing() {
+    let again = event(2_000 * MS, Kind::TcIngress, ETH0, CLIENT, SYN);
+    assert!(after_silence(vec![again], 5_000 * MS).is_empty());
 }
 
 #[test]

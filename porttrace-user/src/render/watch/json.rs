@@ -35,6 +35,18 @@ pub fn flow(report: &Report, context: &Context<'_>, time: &str) -> Vec<String> {
     lines
 }
 
+/// A second `verdict` of a connection that was told as unanswered, and `flow-end` when the end is known already.
+pub fn amendment(report: &Report, context: &Context<'_>) -> Vec<String> {
+    let flow = &report.flow;
+    let mut fields = verdict(report, context);
+    let (_, text) = words::verdict(report, context, false);
+    fields["text"] = json!(words::late(&text));
+    fields["amends"] = json!(true);
+    let mut lines = vec![line("verdict", fields)];
+    lines.extend(flow.end.as_ref().map(|end| flow_end(flow.id, flow.start_ns, end)));
+    lines
+}
+
 /// The end of a connection.
 pub fn flow_end(id: u64, start_ns: u64, end: &End) -> String {
     let bytes = end.bytes.map(|(request, reply)| json!({"request": request, "reply": reply}));
@@ -85,6 +97,7 @@ fn verdict(report: &Report, context: &Context<'_>) -> Value {
         "masquerade": branch.masquerade,
         "out": branch.out_interface,
     })));
+    fields["amends"] = json!(false);
     fields["sightings_not_kept"] = json!(flow.more_sightings);
     fields
 }

@@ -53,6 +53,11 @@ pub fn verdict(report: &Report, context: &Context<'_>, timed: bool) -> (Mood, St
     }
 }
 
+/// The verdict of a connection whose answer came after it was told as unanswered.
+pub fn late(verdict: &str) -> String {
+    format!("late, after it was called unanswered: {verdict}")
+}
+
 /// What to change, where the evidence is plain.
 pub fn advice(report: &Report, context: &Context<'_>) -> Option<String> {
     let flow = &report.flow;
