@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::commands::{completions, simulate, snapshot, watch};
+use crate::commands::{completions, doctor, simulate, snapshot, watch};
 use clap::{Parser, Subcommand};
 
 /// Why a packet to a Kubernetes port does or does not arrive.
@@ -17,6 +17,8 @@ pub enum Command {
     Watch(watch::args::Args),
     /// Say where a packet would go, by the rules and routes of a node
     Simulate(Box<simulate::Args>),
+    /// Say what this node offers for watching, what each lack costs, and what to do about it
+    Doctor(doctor::Args),
     /// Print a completion script for your shell
     Completions(completions::Args),
     /// Write all that decides a packet's path on this node into one file, to look at elsewhere

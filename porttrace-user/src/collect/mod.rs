@@ -2,6 +2,7 @@
 
 mod attributes;
 pub mod conntrack;
+pub mod doctor;
 pub mod links;
 pub mod live;
 pub mod netlink;

@@ -1,6 +1,7 @@
 //! One file a subcommand: arguments, and what they do.
 
 pub mod completions;
+pub mod doctor;
 pub mod output;
 pub mod simulate;
 pub mod snapshot;
@@ -22,6 +23,7 @@ pub struct Usage(pub String);
 pub fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Watch(args) => watch::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Completions(args) => completions::run(&args),
         Command::Snapshot(args) => snapshot::run(&args),
         Command::Simulate(args) => simulate::run(&args),

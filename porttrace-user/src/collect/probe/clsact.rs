@@ -133,6 +133,20 @@ pub fn sweep() -> io::Result<usize> {
     Ok(swept)
 }
 
+/// Filters that are not porttrace's, by interface index: on which side, and their names.
+pub fn others() -> io::Result<Vec<(u32, &'static str, String)>> {
+    let mut netlink = Connection::open(NETLINK_ROUTE).map_err(plain)?;
+    let mut found = Vec::new();
+    for index in clsact_interfaces(&mut netlink)? {
+        for Filter { parent, name, .. } in filters(&mut netlink, index)? {
+            if owner(&name).is_none() {
+                found.push((index, if parent == SIDES[0] { "tc ingress" } else { "tc egress" }, name));
+            }
+        }
+    }
+    Ok(found)
+}
+
 fn remove(netlink: &mut Connection, index: u32, is_ours: impl Fn(&str) -> bool) -> io::Result<()> {
     let mut rest = 0;
     let mut owns_qdisc = false;

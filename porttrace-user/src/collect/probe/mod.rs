@@ -7,14 +7,19 @@ mod attach;
 mod btf;
 mod clsact;
 mod config;
+mod foreign;
 mod kernel_log;
 mod object;
 mod offsets;
 mod rights;
 mod sys;
 mod tc;
+mod trials;
 
 pub use config::{Backend, ConntrackBackend, Counted, Lost, ProbeConfig, ProbeError, ProbeInfo, Protos, TcMode};
+
+pub use foreign::programs as foreign_programs;
+pub use trials::{capabilities, trials};
 
 use super::links::{LinkChange, LinkWatcher};
 use crate::core::model::event::{DecodeError, Event};

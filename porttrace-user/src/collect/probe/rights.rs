@@ -3,18 +3,35 @@
 use super::ProbeError;
 
 const NET_ADMIN: u32 = 12;
+const SYS_PTRACE: u32 = 19;
 const SYS_ADMIN: u32 = 21;
 const PERFMON: u32 = 38;
 const BPF: u32 = 39;
 
-/// Names what is missing in one sentence; CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON.
+/// Capabilities that the calling thread does not have.
+pub struct Lacking {
+    /// Without these the probe does not start.
+    pub needed: Vec<&'static str>,
+    /// Without these the insides of pods stay hidden.
+    pub for_pods: Vec<&'static str>,
+}
+
+/// Names what is missing in one sentence.
 pub fn check() -> Result<(), ProbeError> {
-    let status = std::fs::read_to_string("/proc/thread-self/status")
-        .map_err(|error| ProbeError::Io { what: "reading /proc/thread-self/status", error })?;
-    match missing(effective(&status)) {
+    match lacking().needed {
         names if names.is_empty() => Ok(()),
         names => Err(ProbeError::Rights { missing: names.join(", ") }),
     }
+}
+
+/// What is missing; CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON. Where the mask cannot be read nothing counts as
+/// missing: the kernel will say no itself.
+pub fn lacking() -> Lacking {
+    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+    let mask = effective(&status);
+    let pods = [(SYS_ADMIN, "CAP_SYS_ADMIN"), (SYS_PTRACE, "CAP_SYS_PTRACE")];
+    let for_pods = pods.into_iter().filter(|(bit, _)| mask >> bit & 1 == 0).map(|(_, name)| name).collect();
+    Lacking { needed: missing(mask), for_pods }
 }
 
 /// The mask `CapEff`; an unreadable one counts as full, the kernel will say no itself.
