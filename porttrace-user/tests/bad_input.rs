@@ -158,7 +158,7 @@ proptest! {
     fn any_bytes_are_survived(bytes in vec(any::<u8>(), 0..300), text in "\\PC{0,200}") {
         for content in [bytes, text.into_bytes()] {
             let files: Files = sample_and_state().0.keys().cloned().map(|name| (name, content.clone())).collect();
-            parse::state(&files);
+            parse::facts(&files);
         }
     }
 

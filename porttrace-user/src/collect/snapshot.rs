@@ -10,7 +10,7 @@ use std::path::{Component, Path, PathBuf};
 use thiserror::Error;
 
 /// The files that make up a snapshot; others in a directory or archive are passed over.
-pub const NAMES: [&str; 27] = [
+pub const NAMES: [&str; 30] = [
     "snapshot.json",
     "iptables-save.txt",
     "iptables-legacy-save.txt",
@@ -38,14 +38,18 @@ pub const NAMES: [&str; 27] = [
     "bridge-fdb.json",
     "ip-netns.txt",
     "uname.txt",
+    "cluster.json",
+    "cri.json",
+    "cni-results.json",
 ];
-/// The directory of the lists of `xt_recent`, one file a list.
-const RECENT: &str = "xt_recent";
 
 /// Bytes that a snapshot may unpack to; far above the dump of the largest cluster, below a machine's memory.
 const LARGEST: u64 = 512 << 20;
 /// Entries that an archive may have.
 const ENTRIES: usize = 20_000;
+
+#[path = "snapshot_layout.rs"]
+mod layout;
 
 /// Why a snapshot could not be read or written.
 #[derive(Debug, Error)]
@@ -128,21 +132,20 @@ fn write_archive(files: &Files, file: &mut File) -> io::Result<()> {
 fn read_directory(path: &Path) -> Result<Files, SnapshotError> {
     let mut left = LARGEST;
     let mut files = Files::new();
-    for name in NAMES {
-        if let Some(bytes) = read_plain(path, name, &mut left)? {
-            files.insert(name.to_owned(), bytes);
-        }
-    }
-    let lists = match fs::read_dir(path.join(RECENT)) {
-        Ok(lists) => lists,
-        Err(_) => return Ok(files),
-    };
-    for list in lists.take(ENTRIES) {
-        let list = list.map_err(|source| SnapshotError::Read { path: path.to_owned(), source })?;
-        let Ok(list) = list.file_name().into_string() else { continue };
-        let name = format!("{RECENT}/{list}");
-        if let Some(bytes) = read_plain(path, &name, &mut left)? {
+    let mut take = |folder: &Path, name: String| -> Result<(), SnapshotError> {
+        if !files.contains_key(&name)
+            && let Some(bytes) = read_plain(folder, &name, &mut left)?
+        {
             files.insert(name, bytes);
+        }
+        Ok(())
+    };
+    for folder in layout::folders(path) {
+        // Of the folder above, only what speaks of the cluster: its other files are another node's, or nobody's.
+        let mut names = NAMES.iter().filter(|name| folder == path || layout::CLUSTER.contains(name));
+        names.try_for_each(|name| take(&folder, (*name).to_owned()))?;
+        for name in layout::below(&folder, ENTRIES) {
+            take(&folder, name)?;
         }
     }
     Ok(files)
@@ -247,25 +250,19 @@ fn normal(path: &Path) -> Result<PathBuf, &'static str> {
 }
 
 fn is_known(path: &Path) -> bool {
-    let in_recent = path.parent().and_then(Path::file_name).is_some_and(|parent| parent == RECENT);
-    in_recent || path.file_name().is_some_and(|name| NAMES.iter().any(|known| *known == name))
+    layout::depth(path) > 1 || path.file_name().is_some_and(|name| NAMES.iter().any(|known| *known == name))
 }
 
-/// Takes the files of the one directory that has them (people pack `node/…` as well as `./…`), with `xt_recent` below it.
+/// Takes the files of the one directory that has them (people pack `node/…` as well as `./…`), with what is below it.
 fn without_top(path: &Path, found: Vec<(PathBuf, Vec<u8>)>) -> Result<Files, SnapshotError> {
-    let parent = |path: &Path| path.parent().map(Path::to_owned).unwrap_or_default();
-    let in_recent = |path: &Path| parent(path).file_name().is_some_and(|name| name == RECENT);
-    let tops: BTreeSet<PathBuf> =
-        found.iter().filter(|(name, _)| !in_recent(name)).map(|(name, _)| parent(name)).collect();
+    let top = |path: &Path| path.ancestors().nth(layout::depth(path)).map(Path::to_owned).unwrap_or_default();
+    let tops: BTreeSet<PathBuf> = found.iter().map(|(name, _)| top(name)).collect();
     if tops.len() > 1 {
         let nodes = tops.iter().map(|top| format!("{}/", top.display().to_string().escape_debug())).collect();
         return Err(SnapshotError::Several { path: path.to_owned(), nodes });
     }
     let Some(top) = tops.into_iter().next() else { return Ok(Files::new()) };
-    let below = |(name, bytes): (PathBuf, Vec<u8>)| {
-        let name = name.strip_prefix(&top).ok()?.to_str()?.to_owned();
-        (NAMES.contains(&name.as_str()) || name.starts_with("xt_recent/")).then_some((name, bytes))
-    };
+    let below = |(name, bytes): (PathBuf, Vec<u8>)| Some((name.strip_prefix(&top).ok()?.to_str()?.to_owned(), bytes));
     Ok(found.into_iter().filter_map(below).collect())
 }
 

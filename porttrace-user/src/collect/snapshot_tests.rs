@@ -8,6 +8,8 @@ fn files() -> Files {
         ("snapshot.json", r#"{"format":1,"porttrace":"0.1.0","node":"worker3"}"#),
         ("ip-addr.json", r#"[{"ifname":"eth0","addr_info":[{"family":"inet","local":"172.18.0.3","prefixlen":16,"scope":"global"}]}]"#),
         ("sysctl.txt", "net.ipv4.ip_forward = 1\n"),
+        ("objects/pods.yaml", "kind: Pod\nmetadata: {name: p}\n"),
+        ("netns/pod-a/state.json", "{}"),
         ("xt_recent/KUBE-SEP-X", "src=10.0.0.1 ttl: 64 last_seen: 5 oldest_pkt: 1 5\n"),
     ]
     .into_iter()
@@ -70,9 +72,10 @@ fn what_is_written_is_read() {
 fn directories_and_every_packing_are_read() {
     use tar::EntryType::{Directory, Regular};
     let directory = tempfile::tempdir().unwrap();
-    fs::create_dir(directory.path().join("xt_recent")).unwrap();
     for (name, bytes) in files() {
-        fs::write(directory.path().join(name), bytes).unwrap();
+        let path = directory.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes).unwrap();
     }
     fs::write(directory.path().join("diary.txt"), "dear diary").unwrap();
     assert_eq!(read_files(directory.path()).unwrap(), files());
@@ -167,4 +170,27 @@ fn writing_where_one_cannot_is_said() {
     let directory = tempfile::tempdir().unwrap();
     assert!(matches!(write(&files(), directory.path()), Err(SnapshotError::Write { .. })));
     assert!(matches!(write(&files(), &directory.path().join("no/such/place")), Err(SnapshotError::Write { .. })));
+}
+
+#[test]
+fn what_speaks_of_the_cluster_is_found_beside_the_nodes() {
+    let directory = tempfile::tempdir().unwrap();
+    let node = directory.path().join("nodes/worker3");
+    for (name, text) in [
+        ("nodes/worker3/sysctl.txt", "net.ipv4.ip_forward = 1\n"),
+        ("nodes/worker2/sysctl.txt", "net.ipv4.ip_forward = 0\n"),
+        ("sysctl.txt", "net.ipv4.ip_forward = 2\n"),
+        ("objects/pods.yaml", "kind: Pod\nmetadata: {name: p}\n"),
+        ("objects/notes.txt", "mine"),
+        ("cni-results.json", "{}"),
+        ("netns/pod-a/state.json", "{}"),
+    ] {
+        let path = directory.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+    let files = read_files(&node).unwrap();
+    let names: Vec<&str> = files.keys().map(String::as_str).collect();
+    assert_eq!(names, ["cni-results.json", "netns/pod-a/state.json", "objects/pods.yaml", "sysctl.txt"]);
+    assert_eq!(files["sysctl.txt"], b"net.ipv4.ip_forward = 1\n");
 }

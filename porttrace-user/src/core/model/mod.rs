@@ -1,6 +1,8 @@
 //! The words everything else speaks: packets and tuples, traces, events.
 
+pub mod cluster;
 pub mod event;
+pub mod facts;
 pub mod flow;
 pub mod hops;
 pub mod interfaces;

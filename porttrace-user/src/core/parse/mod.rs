@@ -1,6 +1,7 @@
 //! Text to model. A line that is not understood becomes a diagnostic; the rest is kept.
 
 pub mod conntrack;
+mod facts;
 pub mod iproute;
 pub mod ipset;
 pub mod iptables;
@@ -11,6 +12,7 @@ mod iptables_options;
 mod iptables_targets;
 pub mod listing;
 pub mod notes;
+pub mod objects;
 pub mod paste;
 pub mod recent;
 pub mod rulesets;
@@ -19,4 +21,5 @@ mod state;
 pub mod sysctl;
 pub mod words;
 
+pub use facts::facts;
 pub use state::{FORMAT, Files, Metadata, state};

@@ -1,0 +1,60 @@
+//! All that is known of a node and its workloads: what `explain`, `ports`, `matrix` and the findings look at.
+
+use super::cluster::{Cluster, Part, Pod, Sandbox, Service};
+use super::pods::PodSockets;
+use super::state::NodeState;
+use ipnet::IpNet;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+/// One node, its pods, and what the cluster says of them.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    pub state: NodeState,
+    pub cluster: Cluster,
+    /// The container runtime's sandboxes.
+    pub sandboxes: Part<Vec<Sandbox>>,
+    /// What listens inside the pods' network namespaces.
+    pub listeners: Part<PodSockets>,
+    /// Sandbox IDs or pod names → addresses, from the CNI's results.
+    pub cni: BTreeMap<String, Vec<IpAddr>>,
+    pub proxy: Part<ProxyConfig>,
+}
+
+/// What kube-proxy was told, as far as rules alone do not tell it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ProxyConfig {
+    /// `iptables`, `nftables`, `ipvs`; empty: its default.
+    pub mode: String,
+    /// `nodePortAddresses`; empty: all addresses of the node.
+    pub node_port_addresses: Vec<IpNet>,
+    pub cluster_cidrs: Vec<IpNet>,
+}
+
+impl Facts {
+    /// The pod with this address (host-network pods have the node's, and are left out).
+    pub fn pod_at(&self, address: IpAddr) -> Option<&Pod> {
+        self.cluster.pods.iter().find(|pod| !pod.host_network && pod.ips.contains(&address))
+    }
+
+    /// The sandbox with this address.
+    pub fn sandbox_at(&self, address: IpAddr) -> Option<&Sandbox> {
+        self.sandboxes.iter().find(|sandbox| sandbox.ready && sandbox.ips.contains(&address))
+    }
+
+    pub fn service(&self, namespace: &str, name: &str) -> Option<&Service> {
+        self.cluster.services.iter().find(|service| service.name.namespace == namespace && service.name.name == name)
+    }
+
+    /// A name for whoever has this address: `pod default/frontend-a`, else nothing.
+    pub fn name_at(&self, address: IpAddr) -> Option<String> {
+        let by_api = self.pod_at(address).map(|pod| pod.name.to_string());
+        by_api.or_else(|| self.sandbox_at(address).map(|sandbox| sandbox.pod.to_string()))
+    }
+
+    /// Whether an address is this node's own; `None`: its addresses are not known.
+    pub fn is_own(&self, address: IpAddr) -> Option<bool> {
+        let own = self.state.addresses.as_ref()?;
+        Some(address.is_loopback() || own.iter().any(|own| own.address == address))
+    }
+}
