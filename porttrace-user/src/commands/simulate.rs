@@ -51,7 +51,7 @@ pub struct Args {
     state: source::Source,
 
     /// Simulate many packets: a file with one JSON object a line, or - for standard input
-    #[arg(long, value_name = "FILE", help_heading = "Many packets", conflicts_with_all = ["from", "sport", "input", "local", "pod", "mark", "proto"])]
+    #[arg(long, value_name = "FILE", help_heading = "Many packets", conflicts_with_all = ["from", "sport", "input", "local", "pod", "mark", "proto", "mac", "uid", "gid"])]
     batch: Option<PathBuf>,
 
     /// Print JSON (schema in docs/simulate-json.md)

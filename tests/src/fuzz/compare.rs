@@ -181,14 +181,15 @@ fn branch_end(branch: &Branch) -> End {
     }
 }
 
-/// Compares all branches of a trace with what happened.
-pub fn judge(kernel: &View, trace: &Trace, probe: &Probe) -> Judgement {
+/// Compares all branches of a trace with what happened to the packet itself, or to the kernel's copy of it.
+pub fn judge(kernel: &View, trace: &Trace, probe: &Probe, copy: bool) -> Judgement {
     let open = left_open(trace);
     let mut kernel = kernel.clone();
     kernel.steps.retain(|step| !is_open(step, &open));
     let kernel = &kernel;
-    let undecided = trace.branches.len() > 1 && trace.branches.iter().any(|branch| branch.decisions.is_empty());
-    for branch in trace.branches.iter().filter(|_| !undecided) {
+    let own = || trace.branches.iter().filter(|branch| !is_copy(branch));
+    let undecided = own().count() > 1 && own().any(|branch| branch.decisions.is_empty());
+    for branch in trace.branches.iter().filter(|branch| !undecided && is_copy(branch) == copy) {
         let view = branch_view(branch, probe);
         let open = matches!(branch.verdict, Verdict::Unknown { .. });
         if !agree(&view.steps, &kernel.steps, open, branch.sport_chosen) {
@@ -206,6 +207,15 @@ pub fn judge(kernel: &View, trace: &Trace, probe: &Probe) -> Judgement {
         }
     }
     Judgement::Different
+}
+
+/// The kernel makes a copy of the packet that goes this way.
+fn is_copied(branch: &Branch) -> bool {
+    branch.hops.iter().any(|hop| matches!(hop, Hop::Note { text } if text.starts_with("a broadcast: a copy")))
+}
+
+fn is_copy(branch: &Branch) -> bool {
+    branch.decisions.iter().any(|decision| matches!(decision, Decision::Copy { .. }))
 }
 
 /// Rules of which the simulator says that it does not know whether they match and that they have no effect: table, chain and number.
@@ -271,12 +281,21 @@ fn ends_agree(view: &View, kernel: &View, branch: &Branch) -> bool {
 
 /// The packet's comparison, from the round's own data.
 pub fn compare(round: &Round, probe: &Probe, trace: &Trace) -> (View, Judgement) {
-    let view = round
-        .paths
-        .get(&probe.id)
-        .map_or_else(|| kernel_view(&Path::default(), &round.names), |path| kernel_view(path, &round.names));
-    let judgement = judge(&view, trace, probe);
-    (view, judgement)
+    let (path, copy) = round.paths.get(&probe.id).cloned().unwrap_or_default().split();
+    let view = kernel_view(&path, &round.names);
+    let judgement = judge(&view, trace, probe, false);
+    let copies = trace.branches.iter().any(is_copy);
+    match copy.map(|copy| kernel_view(&copy, &round.names)) {
+        // Where only some branches make a copy, its absence must be one of the others.
+        None if copies && trace.branches.iter().all(|branch| is_copy(branch) || is_copied(branch)) => {
+            (view, Judgement::Different)
+        }
+        None => (view, judgement),
+        Some(copy) => match judge(&copy, trace, probe, true) {
+            Judgement::Different => (copy, Judgement::Different),
+            _ => (view, judgement),
+        },
+    }
 }
 
 /// Texts of the matches that the simulator had to assume.

@@ -53,6 +53,7 @@ pub fn run(scenario: &Scenario) -> Result<Outcome> {
 }
 
 fn round(router: &Router, rules: &[Tables], probes: &[Probe]) -> Result<Option<Round>> {
+    let probes: &[Probe] = &probes.iter().map(|probe| router.known(probe)).collect::<Vec<_>>();
     let refused = router.load(rules)?;
     let numbers = router.inside.run_in(numbers)??;
     let state = router.state()?;

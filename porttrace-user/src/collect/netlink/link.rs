@@ -110,5 +110,9 @@ pub(super) fn neighbour(message: RouteNetlinkMessage, names: &Names) -> Taken<Ne
         return Ok(None);
     };
     let interface = name(names, message.header.ifindex);
-    Ok(Some(Neighbour { address, interface, state: state.to_string().to_uppercase() }))
+    let mac = message.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::LinkLocalAddress(bytes) => <[u8; 6]>::try_from(bytes.as_slice()).ok(),
+        _ => None,
+    });
+    Ok(Some(Neighbour { address, interface, state: state.to_string().to_uppercase(), mac }))
 }

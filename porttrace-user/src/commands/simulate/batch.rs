@@ -6,6 +6,7 @@ use super::{UNEXPECTED, packet};
 use anyhow::Context as _;
 use porttrace_user::core::model::flow::{Proto, Tuple};
 use porttrace_user::core::model::trace::Packet;
+use porttrace_user::core::parse::words;
 use porttrace_user::core::simulate::Simulator;
 use porttrace_user::render::trace::{self, Context, json};
 use serde::Deserialize;
@@ -36,6 +37,12 @@ struct Line {
     input: Option<String>,
     #[serde(default)]
     mark: u32,
+    #[serde(default)]
+    mac: Option<String>,
+    #[serde(default)]
+    uid: Option<u32>,
+    #[serde(default)]
+    gid: Option<u32>,
 }
 
 const fn tcp() -> Proto {
@@ -151,7 +158,7 @@ fn parse(line: &[u8], job: &Job<'_>) -> Result<Packet, String> {
     if line.len() > LONGEST {
         return Err(format!("longer than {} KiB: no packet", LONGEST >> 10));
     }
-    let Line { src, sport, dst, dport, proto, input, mark } =
+    let Line { src, sport, dst, dport, proto, input, mark, mac, uid, gid } =
         serde_json::from_slice(line).map_err(|error| error.to_string())?;
     let tuple = match (proto.has_ports(), sport, dport) {
         (true, Some(sport), Some(dport)) => Tuple { proto, src, sport, dst, dport },
@@ -162,6 +169,8 @@ fn parse(line: &[u8], job: &Job<'_>) -> Result<Packet, String> {
     packet::check(&tuple, input.as_deref(), &job.loaded.state)?;
     let mut packet = Packet::first_of(tuple, input.map(Into::into));
     packet.mark = mark;
+    let mac = mac.map(|text| words::mac(&text).ok_or_else(|| format!("{text:?} is no MAC address"))).transpose()?;
+    packet.sender = packet::sender(mac, uid, gid, &packet)?;
     Ok(packet)
 }
 

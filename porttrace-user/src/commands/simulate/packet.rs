@@ -2,7 +2,8 @@
 
 use porttrace_user::core::model::flow::{Family, Proto, Tuple};
 use porttrace_user::core::model::state::NodeState;
-use porttrace_user::core::model::trace::{Packet, RouteKind};
+use porttrace_user::core::model::trace::{Packet, RouteKind, Sender};
+use porttrace_user::core::parse::words;
 use std::net::{IpAddr, SocketAddr};
 
 /// A client's port where none is asked for.
@@ -39,6 +40,18 @@ pub struct Origin {
     /// Its packet mark, as 0x4000 or 16384
     #[arg(long, value_name = "MARK", default_value = "0", value_parser = number, hide_default_value = true)]
     mark: u32,
+
+    /// Source MAC address of its frame, as 02:00:00:00:00:01, for rules that ask (-m mac)
+    #[arg(long, value_name = "MAC", value_parser = mac_address)]
+    mac: Option<[u8; 6]>,
+
+    /// User ID of the process that sends it, for rules that ask (-m owner)
+    #[arg(long, value_name = "UID")]
+    uid: Option<u32>,
+
+    /// Group ID of the process that sends it
+    #[arg(long, value_name = "GID")]
+    gid: Option<u32>,
 }
 
 impl Origin {
@@ -73,6 +86,7 @@ impl Origin {
         check(&tuple, input.as_deref(), state)?;
         let mut packet = Packet::first_of(tuple, input.map(Into::into));
         packet.mark = self.mark;
+        packet.sender = sender(self.mac, self.uid, self.gid, &packet)?;
         Ok((packet, assumption))
     }
 
@@ -264,6 +278,26 @@ fn endpoint(text: &str, what: &str) -> Result<(IpAddr, Option<u16>), String> {
             Err(format!("{what} {text:?} is no ADDRESS:PORT (names are not resolved; IPv6 is written [address]:port)"))
         }
     }
+}
+
+/// What is said of the sender, where it can be.
+///
+/// # Errors
+/// One sentence on what such a packet has not.
+pub fn sender(mac: Option<[u8; 6]>, uid: Option<u32>, gid: Option<u32>, packet: &Packet) -> Result<Sender, String> {
+    match &packet.input {
+        None if mac.is_some() => {
+            Err("a packet that this node sends comes in no frame: leave the MAC address out".to_owned())
+        }
+        Some(input) if uid.or(gid).is_some() => Err(format!(
+            "a packet that arrives by {input} has no user or group on this node: only packets that it sends itself have"
+        )),
+        _ => Ok(Sender { mac, uid, gid }),
+    }
+}
+
+fn mac_address(text: &str) -> Result<[u8; 6], String> {
+    words::mac(text).ok_or_else(|| "a MAC address is six bytes in hexadecimal: 02:00:00:00:00:01".to_owned())
 }
 
 fn protocol(text: &str) -> Result<Proto, String> {

@@ -159,7 +159,12 @@ pub enum MatchKind {
     PhysIsIn,
     PhysIsOut,
     PhysIsBridged,
-    Owner(Box<str>),
+    /// `--mac-source`.
+    Mac([u8; 6]),
+    Owner(Owner),
+    /// `-m limit`, whatever its rate.
+    Limit,
+    Socket(SocketMatch),
     RpFilter(RpFilter),
     Length(u16, u16),
     Tos {
@@ -174,8 +179,27 @@ pub enum MatchKind {
     Fragment,
     /// Always true (nfacct, empty multi-part options).
     Always,
-    /// An option that the model does not decide: rate limits, MAC addresses, string, BPF, anything unheard of.
+    /// An option that the model does not decide: hashlimit, string, BPF, anything unheard of.
     Unknown(Box<str>),
+}
+
+/// `-m owner`; ranges are inclusive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    Uid(u32, u32),
+    Gid(u32, u32),
+    /// `--socket-exists`.
+    Exists,
+}
+
+/// `-m socket`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketMatch {
+    pub transparent: bool,
+    /// Sockets that are bound to no address count too.
+    pub nowildcard: bool,
+    /// The packet gets the socket's mark.
+    pub restore_mark: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

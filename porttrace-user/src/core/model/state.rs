@@ -182,4 +182,6 @@ pub struct Neighbour {
     pub interface: String,
     /// `REACHABLE`, `STALE`, `FAILED`, `PERMANENT`, …
     pub state: String,
+    /// Its Ethernet address, where known.
+    pub mac: Option<[u8; 6]>,
 }

@@ -310,6 +310,9 @@ pub enum Decision {
     Assumed { rule: Option<RuleRef>, text: String, taken: bool },
     /// The order of equal base chains cannot be known.
     Order { text: String },
+    /// Not a choice: the kernel makes a copy of the packet, and this branch is the copy's way. The packet's own way is another
+    /// branch; both happen.
+    Copy { text: String },
 }
 
 /// One possible outcome.
@@ -346,13 +349,25 @@ pub struct Packet {
     pub tos: u8,
     /// Bytes from the network header on.
     pub length: u32,
+    /// What rules may ask of the sender.
+    pub sender: Sender,
+}
+
+/// Who sends a packet, beyond its addresses; `None`: not known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Sender {
+    /// Source address of the frame, for a packet that arrives.
+    pub mac: Option<[u8; 6]>,
+    /// Owner of the sending socket (`f_cred->fsuid`), for a packet that this node sends.
+    pub uid: Option<u32>,
+    pub gid: Option<u32>,
 }
 
 impl Packet {
     /// The first packet of a connection: SYN for TCP, one small datagram otherwise.
     pub fn first_of(tuple: Tuple, input: Option<Name>) -> Self {
         let tcp_flags = if tuple.proto == Proto::Tcp { 2 } else { 0 };
-        Self { tuple, input, mark: 0, tcp_flags, ttl: 64, tos: 0, length: 60 }
+        Self { tuple, input, mark: 0, tcp_flags, ttl: 64, tos: 0, length: 60, sender: Sender::default() }
     }
 }
 

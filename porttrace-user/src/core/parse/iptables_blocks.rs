@@ -4,10 +4,10 @@ use super::iptables_modules::{Parsed, one};
 use super::iptables_options::{Options, Word, net};
 use super::words::unquote;
 use crate::core::model::flow::Family;
-use crate::core::model::rules::{IfaceLimit, MatchKind, Recent, RecentOp, RpFilter, SetMatch};
+use crate::core::model::rules::{IfaceLimit, MatchKind, Recent, RecentOp, RpFilter, SetMatch, SocketMatch};
 
 /// Blocks whose options belong together.
-pub(super) const WHOLE: [&str; 5] = ["addrtype", "recent", "statistic", "set", "rpfilter"];
+pub(super) const WHOLE: [&str; 7] = ["addrtype", "recent", "statistic", "set", "rpfilter", "limit", "socket"];
 
 /// A block whose options belong together.
 pub(super) fn whole(module: &str, words: &[Word<'_>], family: Family) -> Option<Parsed> {
@@ -17,8 +17,44 @@ pub(super) fn whole(module: &str, words: &[Word<'_>], family: Family) -> Option<
         "recent" => recent(options, family),
         "statistic" => statistic(options),
         "set" => set(options),
+        "limit" => limit(options),
+        "socket" => socket(options),
         _ => rpfilter(options),
     }
+}
+
+/// What a module asks that stands without options.
+pub(super) fn bare(module: &str) -> Option<MatchKind> {
+    Some(match module {
+        "rpfilter" => MatchKind::RpFilter(RpFilter::default()),
+        "limit" => MatchKind::Limit,
+        "socket" => MatchKind::Socket(SocketMatch::default()),
+        _ => return None,
+    })
+}
+
+fn limit(mut options: Options<'_, '_>) -> Option<Parsed> {
+    while let Some(mut option) = options.option() {
+        let known = matches!(option.name, "--limit" | "--limit-burst") && !option.negated;
+        options.value(&mut option);
+        if !known {
+            return None;
+        }
+    }
+    one(MatchKind::Limit)
+}
+
+fn socket(mut options: Options<'_, '_>) -> Option<Parsed> {
+    let mut asked = SocketMatch::default();
+    while let Some(option) = options.option() {
+        match option.name {
+            "--transparent" => asked.transparent = true,
+            "--nowildcard" => asked.nowildcard = true,
+            "--restore-skmark" => asked.restore_mark = true,
+            _ => return None,
+        }
+    }
+    one(MatchKind::Socket(asked))
 }
 
 fn addrtype(mut options: Options<'_, '_>) -> Option<Parsed> {

@@ -6,7 +6,7 @@ use super::iptables_modules::{self as modules, Parsed};
 use super::iptables_options::{Options, Word, net};
 use super::words::Words;
 use crate::core::model::flow::{Family, Proto};
-use crate::core::model::rules::{Match, MatchKind, RpFilter};
+use crate::core::model::rules::{Match, MatchKind};
 
 /// Collects the matches of one rule.
 pub(super) struct Conditions<'a> {
@@ -91,8 +91,8 @@ impl<'a> Conditions<'a> {
         let module = if module.is_empty() { self.protocol } else { module };
         let Some(first) = words.first() else {
             // `-m socket` alone asks something, `-m tcp` alone does not.
-            if module == "rpfilter" {
-                self.push(MatchKind::RpFilter(RpFilter::default()), false, 0, 0);
+            if let Some(kind) = blocks::bare(module) {
+                self.push(kind, false, 0, 0);
             } else if modules::bare_is_a_question(module) {
                 self.push(MatchKind::Unknown(format!("-m {module}").into()), false, 0, 0);
             }

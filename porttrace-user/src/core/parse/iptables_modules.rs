@@ -2,8 +2,9 @@
 
 use super::iptables_matches::protocol;
 use super::iptables_options::{Opt, Options, masked, net, number, range};
+use super::words::mac;
 use crate::core::model::flow::Family;
-use crate::core::model::rules::{CtField, CtStates, MatchKind, PortSide};
+use crate::core::model::rules::{CtField, CtStates, MatchKind, Owner, PortSide};
 use std::cmp::Ordering;
 
 /// What one option (or a whole block) asks: conditions, each with its negation.
@@ -35,7 +36,7 @@ pub(super) fn one(kind: MatchKind) -> Option<Parsed> {
 
 /// Modules that ask something without any option.
 pub(super) fn bare_is_a_question(module: &str) -> bool {
-    matches!(module, "socket" | "limit" | "hashlimit" | "time" | "unclean" | "osf" | "ipvs" | "eui64")
+    matches!(module, "hashlimit" | "time" | "unclean" | "osf" | "ipvs" | "eui64")
 }
 
 /// One option of a module whose options stand alone.
@@ -69,6 +70,7 @@ pub(super) fn option<'a>(
         "iprange" => ip_range(option, options, family),
         "physdev" => physdev(option, options),
         "owner" => owner(option, options),
+        "mac" if option.name == "--mac-source" => one(MatchKind::Mac(mac(options.value(option))?)),
         "length" if option.name == "--length" => {
             let (low, high) = range(options.value(option), ':')?;
             one(MatchKind::Length(low, high))
@@ -247,12 +249,26 @@ fn physdev<'a>(option: &mut Opt<'a>, options: &mut Options<'_, 'a>) -> Option<Pa
 }
 
 fn owner<'a>(option: &mut Opt<'a>, options: &mut Options<'_, 'a>) -> Option<Parsed> {
-    let name = option.name;
-    one(match name {
-        "--uid-owner" | "--gid-owner" => MatchKind::Owner(format!("{name} {}", options.value(option)).into()),
-        "--socket-exists" | "--suppl-groups" => MatchKind::Owner(name.into()),
+    one(match option.name {
+        "--uid-owner" => {
+            let (low, high) = ids(options.value(option))?;
+            MatchKind::Owner(Owner::Uid(low, high))
+        }
+        "--gid-owner" => {
+            let (low, high) = ids(options.value(option))?;
+            MatchKind::Owner(Owner::Gid(low, high))
+        }
+        "--socket-exists" => MatchKind::Owner(Owner::Exists),
+        // Makes `--gid-owner` look at more groups than the packet's sender is known to have.
+        "--suppl-groups" => MatchKind::Unknown(option.name.into()),
         _ => return None,
     })
+}
+
+/// `1000`, `1000-2000`; iptables itself has turned names into numbers.
+fn ids(text: &str) -> Option<(u32, u32)> {
+    let (low, high) = text.split_once('-').unwrap_or((text, text));
+    low.parse().ok().zip(high.parse().ok())
 }
 
 fn tos<'a>(option: &mut Opt<'a>, options: &mut Options<'_, 'a>) -> Option<Parsed> {

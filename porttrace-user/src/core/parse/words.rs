@@ -59,6 +59,21 @@ pub fn unquote(word: &str) -> Cow<'_, str> {
     Cow::Owned(plain)
 }
 
+/// `00:11:22:aa:bb:cc`.
+pub fn mac(text: &str) -> Option<[u8; 6]> {
+    let byte = |text: &str| {
+        let plain = text.len() <= 2 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        u8::from_str_radix(text, 16).ok().filter(|_| plain)
+    };
+    let bytes: Option<Vec<u8>> = text.split(':').map(byte).collect();
+    bytes?.try_into().ok()
+}
+
+/// As [`mac`] reads it.
+pub fn mac_text(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,7 +2,7 @@
 
 use crate::core::model::flow::{Direction, Family, Proto, Tuple};
 use crate::core::model::name::Name;
-use crate::core::model::state::{Address, ConntrackEntry, Link, NodeState, Socket};
+use crate::core::model::state::{Address, ConntrackEntry, Link, Neighbour, NodeState, Socket};
 use std::collections::HashMap;
 use std::net::IpAddr;
 
@@ -27,6 +27,8 @@ pub(super) struct Config {
     pub(super) tcp_loose: Option<u8>,
     links: HashMap<String, Link>,
     names: Vec<Name>,
+    /// MAC addresses by interface and address.
+    neighbours: HashMap<(String, IpAddr), [u8; 6]>,
     addresses: Option<Vec<Address>>,
     sockets: Option<Vec<Socket>>,
     entries: Option<Vec<ConntrackEntry>>,
@@ -50,6 +52,7 @@ impl Config {
         links.sort_by_key(|link| link.index);
         config.names = links.iter().map(|link| Name::from(link.name.as_str())).collect();
         config.links = links.into_iter().map(|link| (link.name.clone(), link.clone())).collect();
+        config.neighbours = neighbours(state);
         for (index, entry) in config.entries.iter().flatten().enumerate() {
             config.by_tuple.entry(entry.original).or_insert((index as u32, Direction::Original));
             config.by_tuple.entry(entry.reply).or_insert((index as u32, Direction::Reply));
@@ -88,6 +91,11 @@ impl Config {
 
     pub(super) fn link(&self, name: &str) -> Option<&Link> {
         self.links.get(name)
+    }
+
+    /// The Ethernet address of a neighbour.
+    pub(super) fn neighbour(&self, interface: &str, address: IpAddr) -> Option<[u8; 6]> {
+        self.neighbours.get(&(interface.to_owned(), address)).copied()
     }
 
     /// The interface's name, shared.
@@ -158,6 +166,12 @@ impl Config {
         let hit = self.by_tuple.get(tuple).and_then(|&(index, way)| Some((entries.get(index as usize)?, way)));
         Some(hit)
     }
+}
+
+fn neighbours(state: &NodeState) -> HashMap<(String, IpAddr), [u8; 6]> {
+    let usable = |neighbour: &&Neighbour| !["FAILED", "INCOMPLETE"].contains(&neighbour.state.as_str());
+    let known = state.neighbours.iter().flatten().filter(usable);
+    known.filter_map(|one| Some(((one.interface.clone(), one.address), one.mac?))).collect()
 }
 
 /// A shared name for a protocol's port-less tuples: ICMP type and code of an echo request, unless the tuple says otherwise.

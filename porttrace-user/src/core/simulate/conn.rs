@@ -20,6 +20,10 @@ pub(super) struct Conn {
     /// `IPS_SEEN_REPLY`, `IPS_ASSURED`, `IPS_CONFIRMED`, as in `enum ip_conntrack_status`.
     pub(super) status: u32,
     pub(super) timeout: Option<u64>,
+    /// It was there before this packet.
+    pub(super) existed: bool,
+    /// The kernel chose another source port than `reply` has.
+    pub(super) sport_chosen: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +62,8 @@ impl Conn {
             mark: 0,
             status: 0,
             timeout: None,
+            existed: false,
+            sport_chosen: false,
         }
     }
 
@@ -73,7 +79,7 @@ impl Conn {
 
     /// `IPS_SRC_NAT`.
     pub(super) fn src_nat(&self) -> bool {
-        self.reply.destination() != self.original.source()
+        self.sport_chosen || self.reply.destination() != self.original.source()
     }
 
     /// What a packet of this direction looks like after both manips.
@@ -112,7 +118,8 @@ impl Run<'_> {
     pub(super) fn conntrack(&mut self, walk: &mut Walk) {
         let mut entry = None;
         match walk.conn.state {
-            CtInfo::Unseen => entry = self.look_up(walk),
+            // An invalid packet carries nothing back through lo: conntrack looks at it again.
+            CtInfo::Unseen | CtInfo::Invalid => entry = self.look_up(walk),
             CtInfo::Untracked if !walk.looped => {}
             // "Previously seen (loopback or untracked)? Ignore."
             _ => return,
@@ -145,6 +152,8 @@ impl Run<'_> {
                     mark: entry.mark,
                     status,
                     timeout: entry.timeout,
+                    existed: true,
+                    sport_chosen: false,
                 };
                 return Some(format!("{} / {}", entry.original, entry.reply));
             }

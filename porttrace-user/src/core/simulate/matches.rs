@@ -3,6 +3,7 @@
 use super::config::icmp_type;
 use super::conn::CtInfo;
 use super::run::Run;
+use super::sender::owner;
 use super::sets::Asked;
 use super::walk::Walk;
 use crate::core::model::flow::{Direction, Proto, Tuple};
@@ -48,7 +49,9 @@ impl Run<'_> {
         let mut unknown = Vec::new();
         let mut affinity = false;
         let mut sure = None;
+        let mut limited = false;
         for asked in &rule.matches {
+            limited |= asked.kind == MatchKind::Limit;
             if chance.is_some() || !unknown.is_empty() {
                 sure.get_or_insert(walk.remembered.len());
             }
@@ -72,6 +75,9 @@ impl Run<'_> {
                 }
             }
         }
+        if limited {
+            self.assume("rate limits (-m limit) are taken as not used up: the packet finds a full bucket");
+        }
         Verdict::Yes { chance, unknown, affinity, sure: sure.unwrap_or(walk.remembered.len()) }
     }
 
@@ -87,8 +93,11 @@ impl Run<'_> {
             }
             MatchKind::Output(pattern) => named(pattern, walk.hook_output.as_deref()).into(),
             MatchKind::SourcePort(..) | MatchKind::Multiport(PortSide::Source | PortSide::Either, _)
-                if walk.sport_chosen =>
+                if walk.conn.sport_chosen =>
             {
+                Answer::Unknown("which source port the kernel chose".into())
+            }
+            MatchKind::CtPort(CtField::ReplyDestination, ..) if walk.conn.sport_chosen && walk.conn.tracked() => {
                 Answer::Unknown("which source port the kernel chose".into())
             }
             MatchKind::SourcePort(low, high) => port(tuple, tuple.sport, (*low, *high)),
@@ -108,14 +117,12 @@ impl Run<'_> {
             MatchKind::Length(low, high) => (u32::from(*low)..=u32::from(*high)).contains(&walk.length).into(),
             MatchKind::Ttl(order, value) => (walk.ttl.cmp(value) == *order).into(),
             MatchKind::Fragment => false.into(),
-            MatchKind::Always | MatchKind::Random(_) | MatchKind::Nth { .. } => true.into(),
+            MatchKind::Always | MatchKind::Limit | MatchKind::Random(_) | MatchKind::Nth { .. } => true.into(),
             MatchKind::Unknown(text) => Answer::Unknown(text.to_string()),
             MatchKind::PktType(kind) => packet_type(walk, kind),
-            MatchKind::Owner(text) if walk.local && !walk.looped => {
-                Answer::Unknown(format!("whether {text} fits the sender"))
-            }
-            // A packet without a socket has no owner (`owner_mt`).
-            MatchKind::Owner(_) => false.into(),
+            MatchKind::Owner(asked) => owner(walk, asked),
+            MatchKind::Mac(asked) => self.mac(walk, *asked),
+            MatchKind::Socket(asked) => self.socket(walk, asked),
             MatchKind::Tos { value, mask } => (walk.tos & mask == *value).into(),
             other => conntrack(walk, other).unwrap_or_else(|| physical(walk, other)),
         }

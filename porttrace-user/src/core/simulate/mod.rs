@@ -15,6 +15,7 @@ mod output;
 mod path;
 mod routing;
 mod run;
+mod sender;
 mod sets;
 mod source;
 mod source6;
@@ -93,12 +94,14 @@ fn start(packet: &Packet) -> Walk {
         ttl: packet.ttl,
         length: packet.length,
         tos: packet.tos,
+        sender: packet.sender,
         local: packet.input.is_none(),
         arrived_as: RouteKind::Unicast,
         looped: false,
         bridged: false,
         conn: conn::Conn::begins(packet.tuple),
-        sport_chosen: false,
+        leaves_as: RouteKind::Unicast,
+        copied: None,
         nat_by: None,
         remembered: Vec::new(),
         probability: Fraction::ONE,

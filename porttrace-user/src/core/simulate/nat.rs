@@ -5,10 +5,10 @@ use super::conn::Conn;
 use super::matches::between;
 use super::nat_hash::pick;
 use super::run::{Next, Run};
-use super::walk::{Frame, Walk};
-use crate::core::model::flow::{Family, Tuple};
+use super::walk::{Again, Frame, Walk};
+use crate::core::model::flow::{Direction, Family, Tuple};
 use crate::core::model::rules::{NatRange, Net, Target};
-use crate::core::model::trace::{Action, DropReason, Hook, Hop, Manip, RuleRef, Verdict};
+use crate::core::model::trace::{Action, Decision, DropReason, Hook, Hop, Manip, RuleRef, Verdict};
 use std::net::IpAddr;
 
 /// What a NAT target allows: addresses (`None`: unchanged) and the rest of the rule's range.
@@ -44,6 +44,7 @@ impl Run<'_> {
                 }
                 self.null_binding(walk, manip);
             }
+            self.doubt_masquerade(walk);
             self.rewrite(walk, manip);
         }
         walk.stage.entry += 1;
@@ -56,11 +57,35 @@ impl Run<'_> {
         Next::Go
     }
 
+    /// A connection that MASQUERADE made is killed when its way out changes (`nf_nat_oif_changed`). The entry does not say
+    /// who made it: where its address is not the one that MASQUERADE would take here, both are followed.
+    fn doubt_masquerade(&mut self, walk: &mut Walk) {
+        let conn = &walk.conn;
+        if walk.stage.hook != Hook::Postrouting || !conn.existed || conn.direction != Direction::Original {
+            return;
+        }
+        let (source, Some(output)) = (conn.reply.dst, walk.output.clone()) else { return };
+        let own = source != conn.original.src && self.sim.routing.is_local(source) == Some(true);
+        let towards = walk.gateway.filter(|_| walk.family() == Family::V4).unwrap_or(walk.tuple.dst);
+        if !own || self.sim.config.source_address(&output, towards).is_none_or(|here| here == Some(source)) {
+            return;
+        }
+        let text = format!(
+            "MASQUERADE made this connection with {source} towards another interface than {output}: then the kernel drops \
+             the packet and forgets the connection"
+        );
+        let mut other = walk.fork();
+        other.decide(Decision::Assumed { rule: None, text: text.clone(), taken: true });
+        other.again = Some(Again::Drop(text.clone()));
+        self.later(other);
+        walk.decide(Decision::Assumed { rule: None, text, taken: false });
+    }
+
     /// No rule set the manip up: `nf_nat_alloc_null_binding` keeps the tuple, unless its source port is taken.
     fn null_binding(&mut self, walk: &mut Walk, manip: Manip) {
         *done(&mut walk.conn, manip) = true;
         if manip == Manip::Snat && self.taken(walk.conn.reply) {
-            walk.sport_chosen = true;
+            walk.conn.sport_chosen = true;
             walk.note("another connection has this tuple: the kernel chooses another source port");
         }
     }
@@ -232,7 +257,7 @@ impl Run<'_> {
             }
             (Some((low, high)), Manip::Snat) if low == high => new.sport = low,
             (_, Manip::Snat) => {
-                walk.sport_chosen = true;
+                walk.conn.sport_chosen = true;
                 walk.note("the kernel chooses the source port; the old one is shown");
             }
         }

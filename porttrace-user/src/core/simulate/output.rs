@@ -45,7 +45,7 @@ impl Run<'_> {
             }
             RouteKind::Unicast | RouteKind::Broadcast | RouteKind::Multicast => {
                 walk.to_self = false;
-                self.take_ways(walk, entry, Some(Again(then)));
+                self.take_ways(walk, entry, Some(Again::Route(then)));
                 let output = walk.output.clone().unwrap_or_default();
                 self.choose_source(walk, entry, &output);
                 // `__mkroute_output`: a loopback source leaves only where route_localnet allows it.
@@ -61,6 +61,20 @@ impl Run<'_> {
             }
             kind => self.refused(walk, kind),
         }
+    }
+
+    /// OUTPUT is over. Before a broadcast leaves, a copy of it goes through POSTROUTING and back to the node (`ip_mc_output`,
+    /// net/ipv4/ip_output.c).
+    pub(super) fn send_off(&mut self, walk: &mut Walk) {
+        let wire = walk.output.as_deref().is_some_and(|output| output != "lo");
+        if walk.leaves_as == RouteKind::Broadcast && walk.family() == Family::V4 && wire {
+            let mut original = walk.fork();
+            original.note("a broadcast: a copy of it comes back to this node");
+            original.enter(Hook::Postrouting);
+            walk.copied = Some(Box::new(original));
+            walk.decide(Decision::Copy { text: "the kernel's copy of the broadcast, for this node itself".into() });
+        }
+        walk.enter(Hook::Postrouting);
     }
 
     /// A locally sent packet without a way out: the sender gets an error.
@@ -101,7 +115,7 @@ impl Run<'_> {
             for other in (1..ways.len()).rev() {
                 let mut fork = walk.fork();
                 fork.way = Some(other);
-                fork.again = again;
+                fork.again.clone_from(&again);
                 self.later(fork);
             }
         }
@@ -144,6 +158,7 @@ pub(super) fn record(walk: &mut Walk, entry: &Entry, way: Option<&Way>) {
     let gateway = way.and_then(|way| way.gateway);
     walk.output = interface.clone();
     walk.gateway = gateway;
+    walk.leaves_as = entry.kind;
     walk.hop(Hop::Route {
         decision: Route {
             dst: walk.tuple.dst,

@@ -188,6 +188,18 @@ impl Run<'_> {
         Next::End(Verdict::Delivered { to: walk.tuple, listening })
     }
 
+    /// The copy of a broadcast enters by the interface that the broadcast leaves by (`dev_loopback_xmit`).
+    fn come_back(&mut self, walk: &mut Walk) -> Next {
+        let interface = walk.output.take().unwrap_or_default();
+        walk.hop(Hop::Receive { interface: interface.clone(), tuple: walk.tuple });
+        walk.input = Some(interface);
+        walk.looped = true;
+        walk.arrived_as = RouteKind::Broadcast;
+        walk.conn.confirm();
+        walk.enter(Hook::Prerouting);
+        Next::Go
+    }
+
     /// POSTROUTING is over: the packet leaves, or comes back by lo.
     pub(super) fn transmit(&mut self, walk: &mut Walk) -> Next {
         if walk.to_self && walk.local {
@@ -199,6 +211,9 @@ impl Run<'_> {
             walk.output = None;
             walk.enter(Hook::Prerouting);
             return Next::Go;
+        }
+        if walk.copied.is_some() {
+            return self.come_back(walk);
         }
         let next_hop = walk.gateway.unwrap_or(walk.tuple.dst);
         let interface = match walk.output.clone() {

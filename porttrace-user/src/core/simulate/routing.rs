@@ -129,11 +129,12 @@ impl Routing {
         }
         let family = Family::of(address);
         let table = self.tables.get(&(family, Name::Static("local")))?;
-        let on_device = |entry: &Entry| {
-            device.is_none_or(|device| entry.hops.iter().any(|way| way.interface.as_deref() == Some(device)))
+        // `__inet_dev_addr_type` looks at the first route that matches, and there at the first next hop.
+        let hit = table.candidates(address).map(|at| &self.routes[at as usize]).find(|entry| entry.usable());
+        let on_device = |entry: &&Entry| {
+            device.is_none_or(|device| entry.hops.first().is_some_and(|way| way.interface.as_deref() == Some(device)))
         };
-        let hit = table.candidates(address).map(|at| &self.routes[at as usize]).find(|entry| on_device(entry));
-        Some(hit.map_or(RouteKind::Unicast, |entry| entry.kind))
+        Some(hit.filter(on_device).map_or(RouteKind::Unicast, |entry| entry.kind))
     }
 
     /// `fib_rules_lookup` and `fib_table_lookup`. Selectors that are not known count as not matching and are said.
@@ -167,9 +168,8 @@ impl Routing {
     fn in_table(&self, family: Family, table: &str, key: &Key<'_>) -> Option<&Entry> {
         let prefixes = self.tables.get(&(family, table_name(table)))?;
         let usable = |entry: &&Entry| {
-            let alive = entry.hops.is_empty() || entry.hops.iter().any(|way| !way.dead);
             let right = |way: &Way| key.output.is_none_or(|output| way.interface.as_deref() == Some(output));
-            alive && (entry.hops.is_empty() || entry.hops.iter().any(right))
+            entry.usable() && (entry.hops.is_empty() || entry.hops.iter().any(right))
         };
         prefixes.candidates(key.dst).map(|at| &self.routes[at as usize]).find(usable)
     }
@@ -255,6 +255,11 @@ impl Way {
 }
 
 impl Entry {
+    /// It has a way that can be taken, or needs none.
+    fn usable(&self) -> bool {
+        self.hops.is_empty() || self.hops.iter().any(|way| !way.dead)
+    }
+
     /// The ways that can be taken.
     pub(super) fn alive(&self) -> impl Iterator<Item = &Way> {
         self.hops.iter().filter(|way| !way.dead)

@@ -2,6 +2,7 @@
 
 use super::compiled::{BaseChain, Entry, Simulator, TableData};
 use super::matches::Verdict as Match;
+use super::path::dropped;
 use super::walk::{Again, Frame, Walk};
 use crate::core::model::name::Name;
 use crate::core::model::rules::{Policy, Rule, Target};
@@ -72,9 +73,13 @@ impl<'s> Run<'s> {
 
     fn drive(&mut self, mut walk: Walk, mut next: Next) {
         loop {
-            if let Some(Again(then)) = walk.again.take() {
-                next = self.route_output(&mut walk, then);
-                continue;
+            match walk.again.take() {
+                Some(Again::Route(then)) => {
+                    next = self.route_output(&mut walk, then);
+                    continue;
+                }
+                Some(Again::Drop(text)) => next = dropped(DropReason::Other { text }),
+                None => {}
             }
             match next {
                 Next::End(verdict) => return self.finish(walk, verdict),
@@ -279,6 +284,9 @@ impl<'s> Run<'s> {
         if arrived {
             walk.way_back();
         }
+        if let Some(original) = walk.copied.take() {
+            self.later(after_copy(*original, &walk));
+        }
         let conn = &walk.conn;
         let reply_tuple = if conn.tracked() { conn.translated().inverted() } else { walk.tuple.inverted() };
         let new_source = walk.conn.reply.dst;
@@ -296,7 +304,7 @@ impl<'s> Run<'s> {
             final_tuple: walk.tuple,
             reply_tuple,
             masquerade,
-            sport_chosen: walk.sport_chosen,
+            sport_chosen: walk.conn.sport_chosen,
             out_interface,
         });
     }
@@ -305,7 +313,11 @@ impl<'s> Run<'s> {
     fn leave(&mut self, walk: &mut Walk) -> Next {
         match walk.stage.hook {
             Hook::Prerouting => self.after_prerouting(walk),
-            Hook::Forward | Hook::Output => {
+            Hook::Output => {
+                self.send_off(walk);
+                Next::Go
+            }
+            Hook::Forward => {
                 walk.enter(Hook::Postrouting);
                 Next::Go
             }
@@ -313,6 +325,18 @@ impl<'s> Run<'s> {
             Hook::Postrouting => self.transmit(walk),
         }
     }
+}
+
+/// A broadcast goes on when its copy has gone its way: both belong to one connection, and rules may have written lists.
+fn after_copy(mut original: Walk, copy: &Walk) -> Walk {
+    if original.conn.tracked() {
+        original.conn = copy.conn;
+    }
+    original.remembered.clone_from(&copy.remembered);
+    original.probability = copy.probability;
+    let kept = copy.decisions.iter().filter(|decision| !matches!(decision, Decision::Copy { .. }));
+    original.decisions = kept.cloned().collect();
+    original
 }
 
 /// Writes down that a rule matched and what it did.

@@ -17,7 +17,7 @@ impl Run<'_> {
             Target::ConnMark(op) => connmark(walk, *op),
             Target::Notrack => {
                 // `notrack_tg`: "Previously seen (loopback)? Ignore."
-                if walk.conn.state == CtInfo::Unseen {
+                if matches!(walk.conn.state, CtInfo::Unseen | CtInfo::Invalid) {
                     walk.conn.state = CtInfo::Untracked;
                 }
                 Action::Notrack

@@ -4,7 +4,7 @@ use super::conn::Conn;
 use crate::core::model::flow::{Family, Tuple};
 use crate::core::model::hops::Hops;
 use crate::core::model::name::Name;
-use crate::core::model::trace::{Decision, Fraction, Hook, Hop, RouteKind, RuleRef};
+use crate::core::model::trace::{Decision, Fraction, Hook, Hop, RouteKind, RuleRef, Sender};
 use std::net::IpAddr;
 
 /// A packet on its way. Cloned where the path forks.
@@ -29,6 +29,7 @@ pub(super) struct Walk {
     pub(super) ttl: u8,
     pub(super) length: u32,
     pub(super) tos: u8,
+    pub(super) sender: Sender,
     /// A process of this node sent it.
     pub(super) local: bool,
     /// As a unicast, broadcast or multicast of the link (`skb->pkt_type`).
@@ -38,7 +39,10 @@ pub(super) struct Walk {
     /// The bridge hands it on without routing (bridge-nf-call-iptables).
     pub(super) bridged: bool,
     pub(super) conn: Conn,
-    pub(super) sport_chosen: bool,
+    /// Kind of the route by which it leaves.
+    pub(super) leaves_as: RouteKind,
+    /// This is the kernel's copy of a broadcast; the broadcast itself waits here until the copy has gone its way.
+    pub(super) copied: Option<Box<Walk>>,
     /// The rule whose NAT target set up the present manip.
     pub(super) nat_by: Option<RuleRef>,
     /// What this packet changed in lists of `-m recent`: whether the address is there since, the latest last.
@@ -51,15 +55,20 @@ pub(super) struct Walk {
     pub(super) frames: Vec<Frame>,
     /// Which of several next hops the coming routing decision takes.
     pub(super) way: Option<usize>,
-    /// The walk goes on with this look-up of a way out.
+    /// What the walk goes on with, where it is not the present chain.
     pub(super) again: Option<Again>,
     /// Mark, addresses when the mangle table of OUTPUT began.
     pub(super) before_mangle: (u32, IpAddr, IpAddr),
 }
 
-/// A way out to be looked up: the hook to enter afterwards, `None` to stay in the present one.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Again(pub(super) Option<Hook>);
+/// How a walk that was put aside goes on.
+#[derive(Clone, Debug)]
+pub(super) enum Again {
+    /// A way out is looked up: the hook to enter afterwards, `None` to stay in the present one.
+    Route(Option<Hook>),
+    /// The kernel drops it, for this reason.
+    Drop(String),
+}
 
 /// Place on the timeline: the entry of a hook, and in a NAT step the chain.
 #[derive(Clone, Copy, Debug)]

@@ -221,6 +221,7 @@ pub fn decision(decision: &Decision) -> String {
         Decision::Assumed { rule: None, text, taken: true } => format!("assuming: {text}"),
         Decision::Assumed { rule: None, text, taken: false } => format!("assuming the contrary of: {text}"),
         Decision::Order { text } => format!("order not known: {text}"),
+        Decision::Copy { text } => format!("also: {text}"),
     })
 }
 

@@ -296,7 +296,7 @@ fn packet(rng: &mut Rng, place: &Place) -> String {
             Family::V6 => format!("-m hl {}", rng.pick(&["--hl-eq 64", "--hl-gt 10", "--hl-lt 64", "! --hl-eq 63"])),
         },
         5 => "-m nfacct --nfacct-name seen".into(),
-        6 => format!("-m limit --limit {}", rng.pick(&["1/min --limit-burst 3", "1000/sec --limit-burst 500"])),
+        6 => format!("-m limit --limit {}", rng.pick(&["10/sec --limit-burst 5000", "1000/sec --limit-burst 8000"])),
         7 => "-m string --algo bm --string kube".into(),
         _ => "-m comment --comment \"kubernetes service portals\"".into(),
     }

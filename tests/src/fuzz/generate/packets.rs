@@ -43,9 +43,7 @@ fn probe(rng: &mut Rng, world: &World, id: u16) -> Probe {
 }
 
 fn from_inside(rng: &mut Rng, pool: &Pool) -> (Option<String>, String, String) {
-    // What the node sends to a broadcast address it also gets back as a copy: two packets, where the model follows one.
-    let dst =
-        std::iter::repeat_with(|| pool.destination(rng)).find(|dst| !dst.ends_with(".255.255")).unwrap_or_default();
+    let dst = pool.destination(rng);
     (None, rng.choose(&pool.own).clone(), dst)
 }
 

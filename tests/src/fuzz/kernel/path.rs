@@ -31,6 +31,8 @@ pub struct Arrival {
 /// One base chain's evaluation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
+    /// Tells the packet from the kernel's copies of it, and one way through the hooks from the next.
+    pub trace: u32,
     pub table: String,
     /// The base chain.
     pub chain: String,
@@ -73,6 +75,23 @@ pub enum Verdict {
     Other(i32),
 }
 
+impl Path {
+    /// The packet's own path, and that of the copy which the kernel sends back to the node where it is a broadcast: the copy
+    /// begins in POSTROUTING and has another trace ID there.
+    pub fn split(self) -> (Self, Option<Self>) {
+        let own = self.segments.first().map_or(0, |segment| segment.trace);
+        let leaves = |segment: &Segment| ["POSTROUTING", "postrouting-last"].contains(&segment.chain.as_str());
+        let local = self.segments.first().is_some_and(|segment| segment.chain.to_lowercase().starts_with("output"));
+        if !local || !self.segments.iter().any(|segment| leaves(segment) && segment.trace != own) {
+            return (self, None);
+        }
+        let copy = self.segments.iter().filter(|segment| segment.trace != own || !leaves(segment)).cloned().collect();
+        let segments = self.segments.into_iter().filter(|segment| segment.trace == own).collect();
+        let copy = Self { segments: copy, refusals: self.refusals, ..Self::default() };
+        (Self { segments, refusals: Vec::new(), arrivals: self.arrivals, refused_send: self.refused_send }, Some(copy))
+    }
+}
+
 /// The paths of all probes, by id. Messages about other packets (the kernel's refusals) are attached to the probe they answer.
 pub fn paths(reports: &[Report], numbers: &Numbers) -> BTreeMap<u16, Path> {
     let mut paths = BTreeMap::<u16, Path>::new();
@@ -104,6 +123,7 @@ fn begin(paths: &mut BTreeMap<u16, Path>, report: &Report, headers: Headers) -> 
         return None;
     }
     let segment = Segment {
+        trace: report.id,
         table: report.table.clone(),
         chain: report.chain.clone(),
         tuple: headers.tuple,

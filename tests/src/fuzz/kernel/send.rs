@@ -16,7 +16,7 @@ use nix::sys::socket::{
 };
 use nix::unistd::Pid;
 use porttrace_user::core::model::flow::Proto;
-use porttrace_user::core::model::trace::Packet;
+use porttrace_user::core::model::trace::{Packet, Sender};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -108,11 +108,24 @@ impl Router {
             _ if self.port_of(link).is_some() => BRIDGE_MAC,
             _ => mac(index),
         };
-        let source = match self.port_of(link) {
+        wire.transmit(peer, destination, self.source(probe, link), &craft(probe))
+    }
+
+    /// The probe with what its sender is: the frame's address, or the socket's owner.
+    pub fn known(&self, probe: &Probe) -> Probe {
+        let mut probe = probe.clone();
+        probe.packet.sender = match &probe.packet.input {
+            Some(link) => Sender { mac: Some(self.source(&probe, link)), ..Sender::default() },
+            None => Sender { uid: Some(probe.uid), gid: Some(0), ..Sender::default() },
+        };
+        probe
+    }
+
+    fn source(&self, probe: &Probe, link: &str) -> [u8; 6] {
+        match self.port_of(link) {
             Some(port) => [2, 0, 0, 0, 3, port],
             None => [2, 0, 0, 0, 1, probe.mac],
-        };
-        wire.transmit(peer, destination, source, &craft(probe))
+        }
     }
 
     /// Waits until everything sent so far has gone its way, also what came back by lo. `false`: trace messages were lost.

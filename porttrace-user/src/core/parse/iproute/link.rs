@@ -3,6 +3,7 @@
 use super::{elements, is_false, is_zero, to_json};
 use crate::core::model::state::{Address, Link, Neighbour};
 use crate::core::parse::notes::Notes;
+use crate::core::parse::words::{mac, mac_text};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -72,6 +73,8 @@ struct RawNeighbour {
     dst: Option<IpAddr>,
     dev: String,
     state: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lladdr: Option<String>,
 }
 
 /// Reads `ip -d -j link`; hairpin mode is there only where the tool is new enough (see [`apply_bridge_links`]).
@@ -130,7 +133,8 @@ pub fn addresses(text: &str, notes: &mut Notes) -> Option<Vec<Address>> {
 pub fn neighbours(text: &str, notes: &mut Notes) -> Option<Vec<Neighbour>> {
     elements(text, notes, |raw: RawNeighbour| {
         let address = raw.dst.ok_or("no dst")?;
-        Ok(Neighbour { address, interface: raw.dev, state: raw.state.join(",") })
+        let mac = raw.lladdr.as_deref().and_then(mac);
+        Ok(Neighbour { address, interface: raw.dev, state: raw.state.join(","), mac })
     })
 }
 
@@ -167,6 +171,7 @@ pub fn write_neighbours(neighbours: &[Neighbour]) -> String {
     let raw = |neighbour: &Neighbour| RawNeighbour {
         dst: Some(neighbour.address),
         dev: neighbour.interface.clone(),
+        lladdr: neighbour.mac.map(mac_text),
         state: neighbour.state.split(',').filter(|state| !state.is_empty()).map(str::to_owned).collect(),
     };
     to_json(&neighbours.iter().map(raw).collect::<Vec<_>>())

@@ -75,11 +75,10 @@ fn matches_on_the_packet_answer_yes_and_no() {
 #[test]
 fn what_cannot_be_known_forks() {
     for unknown in [
-        "-m limit --limit 1/sec",
+        "-m hashlimit --hashlimit-upto 5/sec --hashlimit-name x",
         "-m mac --mac-source 00:11:22:33:44:55",
         "-m string --string \"x\" --algo bm",
         "-m bpf --bytecode \"1,6 0 0 0\"",
-        "-m socket",
         "-m set --match-set gone src",
         "-p tcp -m tcp --tcp-option 5",
         "-m recent --rcheck --name KUBE-SEP-A --rsource",
@@ -91,6 +90,53 @@ fn what_cannot_be_known_forks() {
         assert_eq!(trace.branches.len(), 2, "{unknown}");
         assert!(trace.branches.iter().all(|branch| branch.probability == Fraction::ONE));
     }
+}
+
+#[test]
+fn the_sender_decides_where_it_is_known() {
+    let mac = |packet: &mut Packet| packet.sender.mac = Some([0, 0x11, 0x22, 0x33, 0x44, 0x55]);
+    assert_eq!(takes("-m mac --mac-source 00:11:22:33:44:55", &[], mac), Some(true));
+    assert_eq!(takes("-m mac ! --mac-source 00:11:22:33:44:55", &[], mac), Some(false));
+    let neighbour = r#"[{"dst":"172.18.0.4","dev":"eth0","lladdr":"00:11:22:33:44:55","state":["STALE"]}]"#;
+    let learnt = |matches: &str| takes(matches, &[("ip-neigh.json", neighbour)], |_| {});
+    assert_eq!(learnt("-m mac --mac-source 00:11:22:33:44:55"), Some(true));
+    assert_eq!(learnt("-m mac --mac-source 00:11:22:33:44:56"), Some(false));
+    let failed = neighbour.replace("STALE", "FAILED");
+    assert_eq!(takes("-m mac --mac-source 00:11:22:33:44:55", &[("ip-neigh.json", &failed)], |_| {}), None);
+    let owner = |matches: &str, uid: Option<u32>| {
+        let text = format!("*filter\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT {matches} -j DROP\nCOMMIT\n");
+        let mut packet = packet("172.18.0.3:40000 > 172.18.0.4:80", "");
+        packet.sender.uid = uid;
+        let trace = trace(&node(&text, &[]), &packet);
+        (trace.branches.len() == 1).then(|| matches!(trace.branches[0].verdict, Verdict::Dropped { .. }))
+    };
+    assert_eq!(owner("-m owner --uid-owner 1000", Some(1000)), Some(true));
+    assert_eq!(owner("-m owner --uid-owner 1000-2000", Some(2001)), Some(false));
+    assert_eq!(owner("-m owner ! --uid-owner 1000", Some(0)), Some(true));
+    assert_eq!(owner("-m owner --uid-owner 1000", None), None);
+    assert_eq!(owner("-m owner --gid-owner 1000", Some(1000)), None);
+    assert_eq!(owner("-m owner --socket-exists", None), Some(true));
+}
+
+#[test]
+fn a_listening_socket_that_is_bound_to_an_address_is_found() {
+    let listening = |local: &str, matches: &str| {
+        takes(matches, &[("ss.txt", &format!("tcp LISTEN 0 128 {local} 0.0.0.0:*\n"))], |_| {})
+    };
+    assert_eq!(listening("172.18.0.3:80", "-m socket"), Some(true));
+    assert_eq!(listening("172.18.0.3:81", "-m socket"), Some(false));
+    assert_eq!(listening("0.0.0.0:80", "-m socket"), Some(false), "wildcard sockets do not count");
+    assert_eq!(listening("0.0.0.0:80", "-m socket --nowildcard"), Some(true));
+    assert_eq!(listening("172.18.0.3:80", "-m socket --transparent"), None);
+    assert_eq!(takes("-m socket", &[("ss.txt", "-")], |_| {}), None);
+}
+
+#[test]
+fn a_rate_limit_is_taken_as_not_used_up_and_that_is_said() {
+    assert_eq!(is("-m limit --limit 1/min --limit-burst 3"), Some(true));
+    let text = "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -m limit --limit 1/min -j DROP\nCOMMIT\n";
+    let assumptions = trace(&node(text, &[]), &packet(TO_NODE, "eth0")).assumptions;
+    assert!(assumptions.iter().any(|text| text.contains("rate limits")), "{assumptions:?}");
 }
 
 #[test]
