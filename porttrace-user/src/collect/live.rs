@@ -169,10 +169,20 @@ fn network(found: &mut Found) {
         found.text("ip-rule.json", iproute::write_policy(&four));
         found.text("ip6-rule.json", iproute::write_policy(&six));
     }
+    ipvs(found);
 }
 
 fn sysctls(found: &mut Found) {
     found.text("sysctl.txt", parse::sysctl::write(&sysctl::read()));
+}
+
+/// The virtual servers of this network namespace; none where the kernel has no IPVS.
+fn ipvs(found: &mut Found) {
+    match fs::read_to_string("/proc/thread-self/net/ip_vs") {
+        Ok(text) => found.text("ip_vs.txt", text),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => found.text("ip_vs.txt", String::new()),
+        Err(error) => found.missing.push(format!("virtual servers of IPVS are unknown: {error}")),
+    }
 }
 
 fn socket_list(found: &mut Found, processes: bool) {

@@ -10,7 +10,7 @@ use std::path::{Component, Path, PathBuf};
 use thiserror::Error;
 
 /// The files that make up a snapshot; others in a directory or archive are passed over.
-pub const NAMES: [&str; 30] = [
+pub const NAMES: [&str; 31] = [
     "snapshot.json",
     "iptables-save.txt",
     "iptables-legacy-save.txt",
@@ -30,6 +30,7 @@ pub const NAMES: [&str; 30] = [
     "conntrack.txt",
     "ipset.txt",
     "ipvsadm.txt",
+    "ip_vs.txt",
     "ss.txt",
     "clock.txt",
     "proxy-mode.txt",

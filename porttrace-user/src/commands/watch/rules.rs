@@ -5,7 +5,7 @@ use porttrace_user::collect::ruleset::Fingerprint;
 use porttrace_user::core::kube::owners::Owners;
 use porttrace_user::core::model::state::NodeState;
 use porttrace_user::core::model::trace::Flavour;
-use porttrace_user::core::simulate::Simulator;
+use porttrace_user::core::simulate::{Simulator, ipvs_in_use};
 use porttrace_user::render::watch::words;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -141,5 +141,6 @@ fn warnings(state: &NodeState) -> Vec<String> {
         warnings
             .push(format!("{} more things about this node could not be read", state.diagnostics.len() - MOST_WARNINGS));
     }
+    warnings.extend(ipvs_in_use(state));
     warnings
 }

@@ -6,7 +6,8 @@ use super::rules::Ruleset;
 use super::trace::RouteKind;
 use ipnet::IpNet;
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 /// One node (one network namespace) at one moment.
@@ -32,6 +33,8 @@ pub struct NodeState {
     /// Listening (TCP, SCTP) and bound (UDP) sockets of the node itself.
     pub sockets: Option<Vec<Socket>>,
     pub neighbours: Option<Vec<Neighbour>>,
+    /// What IPVS takes for itself; empty where the kernel has no IPVS.
+    pub ipvs: Option<Vec<VirtualServer>>,
     /// What could not be read or understood, each a sentence with its place.
     pub diagnostics: Vec<Diagnostic>,
 }
@@ -174,6 +177,33 @@ pub struct Socket {
     pub v6only: bool,
     /// `name/pid`, where known.
     pub process: Option<String>,
+}
+
+/// A virtual server of IPVS: packets to it go to one of its real servers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VirtualServer {
+    pub address: VirtualAddress,
+    /// `rr`, `wlc`, …
+    pub scheduler: String,
+    pub real_servers: usize,
+}
+
+/// What makes a packet one for a virtual server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum VirtualAddress {
+    /// Port 0: every port.
+    Endpoint { proto: Proto, address: IpAddr, port: u16 },
+    /// The packet's mark.
+    Mark(u32),
+}
+
+impl fmt::Display for VirtualAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Endpoint { proto, address, port } => write!(f, "{proto} {}", SocketAddr::new(*address, *port)),
+            Self::Mark(mark) => write!(f, "mark {mark:#x}"),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

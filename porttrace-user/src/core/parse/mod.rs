@@ -10,6 +10,7 @@ mod iptables_matches;
 mod iptables_modules;
 mod iptables_options;
 mod iptables_targets;
+pub mod ipvs;
 pub mod listing;
 pub mod notes;
 pub mod objects;

@@ -1,9 +1,9 @@
 //! The files of a node, as a snapshot holds them and as live collection makes them, turned into its state.
 
 use super::notes::Notes;
-use super::{conntrack, iproute, ipset, recent, rulesets, sockets, sysctl};
+use super::{conntrack, iproute, ipset, ipvs, recent, rulesets, sockets, sysctl};
 use crate::core::model::flow::Family;
-use crate::core::model::state::{Diagnostic, NodeState, PolicyRule, RouteEntry};
+use crate::core::model::state::{Diagnostic, NodeState, PolicyRule, RouteEntry, VirtualServer};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -57,6 +57,7 @@ pub fn state(files: &Files) -> NodeState {
         sockets: reader.part("ss.txt", "which ports the node itself listens on is unknown", |text, notes| {
             Some(sockets::sockets(text, notes))
         }),
+        ipvs: reader.ipvs(),
         neighbours: reader.part("ip-neigh.json", "neighbours are unknown", iproute::neighbours),
         ..NodeState::default()
     };
@@ -166,6 +167,15 @@ impl<'a> Reader<'a> {
         // Stable: the kernel walks rules of equal priority in the order of its list.
         rules.sort_by_key(|rule| (rule.family, rule.priority));
         Some(rules)
+    }
+
+    /// The kernel's list, or what ipvsadm printed. Most nodes have none: nothing is said where there is neither.
+    fn ipvs(&mut self) -> Option<Vec<VirtualServer>> {
+        let name = ["ip_vs.txt", "ipvsadm.txt"].into_iter().find(|name| self.files.contains_key(*name))?;
+        let mut notes = Notes::new(name);
+        let found = ipvs::servers(&self.text(name)?, &mut notes);
+        self.diagnostics.extend(notes.finish());
+        found
     }
 
     /// Lists exist only where a rule has made them, so that there is nothing to say when there is none.

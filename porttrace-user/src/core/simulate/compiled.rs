@@ -2,6 +2,7 @@
 
 use super::config::Config;
 use super::index::{Index, LONG};
+use super::ipvs::Ipvs;
 use super::routing::Routing;
 use super::sets::Sets;
 use crate::core::model::flow::Family;
@@ -22,6 +23,7 @@ pub struct Simulator {
     pub(super) routing: Routing,
     pub(super) config: Config,
     pub(super) sets: Sets,
+    pub(super) ipvs: Ipvs,
     pub(super) recent: Option<BTreeMap<String, Vec<RecentEntry>>>,
     /// Both iptables flavours have chains on the same NAT hooks: their order is not known.
     pub(super) order_unknown: bool,
@@ -39,6 +41,9 @@ pub(super) enum Entry {
     Chain(BaseChain),
     /// The NAT dispatcher at -100 (destination) or +100 (source), with the nat chains in their own order.
     Nat(Vec<BaseChain>),
+    /// `ip_vs_remote_request` at LOCAL_IN, priority 99, and `ip_vs_local_request` at LOCAL_OUT, priority -98
+    /// (net/netfilter/ipvs/ip_vs_core.c, `ip_vs_ops4`).
+    Ipvs,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -107,8 +112,11 @@ impl Simulator {
             assumptions.push("no iptables rules are part of the state: the packet meets none".into());
         }
         let order_unknown = ambiguous(&tables);
+        let ipvs = Ipvs::new(state);
+        assumptions.extend(ipvs.in_use());
         Self {
-            timelines: [timeline(&tables, false), timeline(&tables, true)],
+            timelines: [false, true].map(|reversed| timeline(&tables, reversed, ipvs.in_use().is_some())),
+            ipvs,
             order_unknown,
             tables,
             routing,
@@ -178,7 +186,7 @@ fn base_chains(tables: &[TableData], family: Family, hook: Hook) -> Vec<(i32, Ba
     found
 }
 
-fn timeline(tables: &[TableData], reversed: bool) -> Timeline {
+fn timeline(tables: &[TableData], reversed: bool, ipvs: bool) -> Timeline {
     let mut timeline = Timeline::new();
     for family in [Family::V4, Family::V6] {
         for hook in HOOKS {
@@ -187,13 +195,13 @@ fn timeline(tables: &[TableData], reversed: bool) -> Timeline {
                 chains.reverse();
             }
             chains.sort_by_key(|(priority, _)| *priority);
-            timeline.insert((family, hook), entries(hook, &chains));
+            timeline.insert((family, hook), entries(hook, &chains, ipvs));
         }
     }
     timeline
 }
 
-fn entries(hook: Hook, chains: &[(i32, BaseChain)]) -> Vec<Entry> {
+fn entries(hook: Hook, chains: &[(i32, BaseChain)], ipvs: bool) -> Vec<Entry> {
     let tracked = matches!(hook, Hook::Prerouting | Hook::Output);
     let nat = match hook {
         Hook::Prerouting | Hook::Output => Some(-100),
@@ -215,9 +223,10 @@ fn entries(hook: Hook, chains: &[(i32, BaseChain)]) -> Vec<Entry> {
     }
     match nat_step {
         Some((nat, step)) => {
-            entries.extend(plain(-200, nat));
+            let takes = |at: Hook| (ipvs && hook == at).then_some(Entry::Ipvs);
+            entries.extend(plain(-200, nat).chain(takes(Hook::Input)));
             entries.push(step);
-            entries.extend(plain(nat, i32::MAX));
+            entries.extend(takes(Hook::Output).into_iter().chain(plain(nat, i32::MAX)));
         }
         None => entries.extend(plain(-200, i32::MAX)),
     }

@@ -8,6 +8,7 @@ mod config;
 mod conn;
 mod index;
 mod input;
+mod ipvs;
 mod matches;
 mod nat;
 mod nat_hash;
@@ -23,6 +24,7 @@ mod targets;
 mod walk;
 
 pub use compiled::Simulator;
+pub use ipvs::in_use as ipvs_in_use;
 
 use crate::core::model::hops::Hops;
 use crate::core::model::trace::{Branch, Decision, Fraction, Hook, Packet, RouteKind, Trace};

@@ -106,6 +106,7 @@ impl<'s> Run<'s> {
                 Next::Go
             }
             Some(Entry::Nat(chains)) => self.nat(walk, chains),
+            Some(Entry::Ipvs) => self.ipvs(walk),
         }
     }
 

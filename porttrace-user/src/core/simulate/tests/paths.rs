@@ -167,3 +167,37 @@ fn two_flavours_on_one_nat_hook_fork_when_the_order_matters() {
     let ports: Vec<_> = trace.branches.iter().map(|branch| branch.final_tuple.dport).collect();
     assert_eq!(ports, [1, 2]);
 }
+
+#[test]
+fn where_ipvs_takes_a_packet_the_prediction_ends() {
+    let addresses = ADDRESSES.trim_end().trim_end_matches(']').to_owned()
+        + r#",{"ifindex":9,"ifname":"kube-ipvs0","addr_info":[{"family":"inet","local":"10.96.0.1","prefixlen":32,"scope":"global"}]}]"#;
+    let links = r#"[{"ifindex":9,"ifname":"kube-ipvs0","linkinfo":{"info_kind":"dummy"}}]"#;
+    let list = "TCP  10.96.0.1:443 rr\n  -> 172.18.0.2:6443 Masq 1 0 0\n";
+    let list = format!("Prot LocalAddress:Port Scheduler Flags\n{list}");
+    let text = "*nat\n:INPUT ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\n-A INPUT -j ACCEPT\n-A OUTPUT -j ACCEPT\nCOMMIT\n*filter\n:INPUT ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\n-A INPUT -j ACCEPT\n-A OUTPUT -j ACCEPT\nCOMMIT\n";
+    let at = |packet: &Packet, list: &str| {
+        let files = [("ip-addr.json", addresses.as_str()), ("ip-link.json", links), ("ip_vs.txt", list)];
+        let trace = trace(&node(text, &files), packet);
+        assert!(trace.assumptions.iter().any(|text| text.contains("kube-proxy uses IPVS")), "{:?}", trace.assumptions);
+        trace.branches.into_iter().next().expect("a branch")
+    };
+    let because = |branch: &Branch| match &branch.verdict {
+        Verdict::Unknown { because, .. } => because.clone(),
+        other => panic!("{other:?}"),
+    };
+    let outside = at(&packet("172.18.0.4:1 > 10.96.0.1:443", "eth0"), &list);
+    assert!(
+        because(&outside).contains("virtual server tcp 10.96.0.1:443, 1 real server by rr"),
+        "{}",
+        because(&outside)
+    );
+    // filter INPUT (0) comes before IPVS (99), nat INPUT (100) behind it; in OUTPUT nat (-100) comes first.
+    assert_eq!(rules(&outside), ["INPUT:1"]);
+    let inside = at(&packet("10.96.0.1:1 > 10.96.0.1:443", ""), &list);
+    assert_eq!((because(&inside), rules(&inside)), (because(&outside), vec!["OUTPUT:1".to_owned()]));
+    let other = at(&packet("172.18.0.4:1 > 10.96.0.1:80", "eth0"), &list);
+    assert!(matches!(other.verdict, Verdict::Delivered { listening: Some(false), .. }), "{:?}", other.verdict);
+    let unread = at(&packet("172.18.0.4:1 > 10.96.0.1:80", "eth0"), "# not permitted");
+    assert!(because(&unread).contains("not part of the state"));
+}
