@@ -244,7 +244,10 @@ fn requests_that_contradict_themselves_get_one_sentence() {
         ("172.18.0.3:80 --from 172.18.0.4 --in eth9", "eth9 is no interface of this node"),
         ("172.18.0.3:80 --from 172.18.0.4 --local", "is no address of this node"),
         ("10.96.48.151:8088 --pod 10.244.2.9", "is no pod of this node"),
-        ("10.96.48.151:8088 --pod web-0", "does not know pods by name"),
+        ("10.96.48.151:8088 --pod web-0", "no pod \"web-0\" is known here, but"),
+        ("10.96.48.151:8088 --pod web-0 --rules /dev/null", "no line that looks like a rule"),
+        ("10.96.48.151:8088 --local --mac 02:00:00:00:00:01", "comes in no frame"),
+        ("10.96.48.151:8088 --from 172.18.0.4 --uid 0", "has no user or group"),
         ("web:80 --local", "names are not resolved"),
         ("172.18.0.3:80 --from 172.18.0.4:41 --sport 42", "disagree"),
         ("172.18.0.3:80 --from 172.18.0.4 --rules /dev/null", "no line that looks like a rule"),
@@ -252,6 +255,20 @@ fn requests_that_contradict_themselves_get_one_sentence() {
         let (code, sentence) = complaint(&on_node(arguments));
         assert!(code == 2 && sentence.contains(says), "{arguments}: {code} {sentence}");
     }
+}
+
+#[test]
+fn a_pod_is_found_by_its_name() {
+    let by_address = text(&on_node("10.96.48.151:8088 --pod 10.244.1.9"));
+    for name in ["frontend-a", "default/frontend-a"] {
+        assert_eq!(text(&on_node(&format!("10.96.48.151:8088 --pod {name}"))), by_address, "{name}");
+    }
+    let (_, elsewhere) = complaint(&on_node("10.96.48.151:8088 --pod frontend-b"));
+    assert!(elsewhere.contains("runs on node worker2, not on this one"), "{elsewhere}");
+    let pasted =
+        run(&["10.96.48.151:8088", "--pod", "web-0", "--rules", data("recorded.nvL.txt").to_str().unwrap()], b"");
+    let (code, sentence) = complaint(&pasted);
+    assert!(code == 2 && sentence.contains("does not know pods by name (only a snapshot"), "{code} {sentence}");
 }
 
 /// Runs a packet through pasted rules and gives all that was said.

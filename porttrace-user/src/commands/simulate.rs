@@ -3,12 +3,14 @@
 mod batch;
 mod expect;
 mod packet;
+mod pod;
 mod source;
 
 use super::Usage;
 use super::output::Colour;
 use expect::Expectation;
 use porttrace_user::core::kube::owners::Owners;
+use porttrace_user::core::model::facts::Facts;
 use porttrace_user::core::model::state::NodeState;
 use porttrace_user::core::model::trace::Trace;
 use porttrace_user::core::near_miss::{NearMiss, near_misses};
@@ -27,7 +29,7 @@ const BRANCHES: usize = 16;
 #[command(after_long_help = "\
 Examples:
   porttrace simulate 172.18.0.3:30080 --from 172.18.0.4
-  porttrace simulate 10.96.0.10:53 --proto udp --pod 10.244.1.9 --snapshot node.tar.zst
+  porttrace simulate 10.96.0.10:53 --proto udp --pod default/web-0 --snapshot node.tar.zst
   porttrace simulate 172.18.0.3:9088 --from 172.18.0.4 --rules listing.txt
   porttrace simulate --batch packets.jsonl --json --snapshot node.tar.zst
 
@@ -89,7 +91,8 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         return batch::run(path, &loaded, &args.context(&loaded, &owners), args.json, args.expect);
     }
     let destination = args.destination.as_deref().unwrap_or_default();
-    let (packet, entry) = args.origin.packet(destination, &loaded.state).map_err(Usage)?;
+    let facts = if args.origin.names_a_pod() { args.state.facts()? } else { Facts::default() };
+    let (packet, entry) = args.origin.packet(destination, &loaded.state, &facts).map_err(Usage)?;
     let mut assumptions: Vec<String> = entry.into_iter().chain(loaded.assume_addresses(&packet)).collect();
     assumptions.extend(loaded.missing_for(packet.tuple.family()));
     let mut trace = Simulator::new(&loaded.state).trace(&packet);

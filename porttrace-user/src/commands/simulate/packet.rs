@@ -1,5 +1,7 @@
 //! From what was asked to a packet that can be: its tuple, and how it enters the node.
 
+use super::pod;
+use porttrace_user::core::model::facts::Facts;
 use porttrace_user::core::model::flow::{Family, Proto, Tuple};
 use porttrace_user::core::model::state::NodeState;
 use porttrace_user::core::model::trace::{Packet, RouteKind, Sender};
@@ -33,7 +35,7 @@ pub struct Origin {
     #[arg(long, group = "door")]
     local: bool,
 
-    /// A pod of this node sends it: the pod's address, or its name where the state knows it
+    /// A pod of this node sends it: its address, or NAMESPACE/NAME or NAME where the snapshot knows pods
     #[arg(long, value_name = "POD", group = "door")]
     pod: Option<String>,
 
@@ -59,13 +61,18 @@ impl Origin {
     ///
     /// # Errors
     /// One sentence on what is impossible or missing.
-    pub fn packet(&self, destination: &str, state: &NodeState) -> Result<(Packet, Option<String>), String> {
+    pub fn packet(
+        &self,
+        destination: &str,
+        state: &NodeState,
+        facts: &Facts,
+    ) -> Result<(Packet, Option<String>), String> {
         let (dst, dport) = endpoint(destination, "destination")?;
         let (from, fport) = match &self.from {
             Some(from) => endpoint(from, "--from").map(|(address, port)| (Some(address), port))?,
             None => (None, None),
         };
-        let pod = self.pod.as_deref().map(|pod| pod_address(pod, state)).transpose()?;
+        let pod = self.pod.as_deref().map(|pod| pod::address(pod, Family::of(dst), facts)).transpose()?;
         let src = match (from, pod) {
             (Some(from), Some(pod)) if from != pod => {
                 return Err(format!("--from {from} is not the address of the pod ({pod}): leave one of them out"));
@@ -88,6 +95,11 @@ impl Origin {
         packet.mark = self.mark;
         packet.sender = sender(self.mac, self.uid, self.gid, &packet)?;
         Ok((packet, assumption))
+    }
+
+    /// A pod is given by its name.
+    pub fn names_a_pod(&self) -> bool {
+        self.pod.as_ref().is_some_and(|pod| pod.parse::<IpAddr>().is_err())
     }
 
     fn tuple(&self, src: IpAddr, sport: Option<u16>, dst: IpAddr, dport: Option<u16>) -> Result<Tuple, String> {
@@ -225,12 +237,6 @@ fn own_address(dst: IpAddr, state: &NodeState) -> Result<IpAddr, String> {
     let candidates = addresses.filter(|own| Some(&own.interface) == way.interface.as_ref() && own.scope == "global");
     let mut usable = candidates.filter(|own| Family::of(own.address) == Family::of(dst) && !own.secondary);
     usable.next().map(|own| own.address).ok_or_else(unknown)
-}
-
-fn pod_address(pod: &str, _state: &NodeState) -> Result<IpAddr, String> {
-    pod.parse().map_err(|_| {
-        format!("the state does not know pods by name, so that {pod:?} means nothing here: give the pod's address (kubectl get pod -o wide)")
-    })
 }
 
 /// The interface behind which a pod of this node is.

@@ -3,10 +3,13 @@
 use super::super::Usage;
 use anyhow::{Context, bail};
 use porttrace_user::collect::{live, snapshot};
+use porttrace_user::core::model::cluster::Part;
+use porttrace_user::core::model::facts::Facts;
 use porttrace_user::core::model::flow::{Family, Tuple};
 use porttrace_user::core::model::rules::{MatchKind, Net};
 use porttrace_user::core::model::state::{Address, Diagnostic, NodeState};
 use porttrace_user::core::model::trace::Packet;
+use porttrace_user::core::parse;
 use porttrace_user::core::parse::paste::{self, Paste};
 use std::fs::File;
 use std::io::{Read, stdin};
@@ -57,6 +60,19 @@ impl Source {
             loaded.paste(self.pasted()?);
         }
         Ok(loaded)
+    }
+
+    /// What the snapshot knows of pods.
+    ///
+    /// # Errors
+    /// When the snapshot cannot be read.
+    pub fn facts(&self) -> anyhow::Result<Facts> {
+        let Some(path) = &self.snapshot else {
+            let mut facts = Facts::default();
+            facts.cluster.pods = Part::Missing("only a snapshot brings Kubernetes objects".to_owned());
+            return Ok(facts);
+        };
+        Ok(parse::facts(&snapshot::read_files(path)?))
     }
 
     fn pasted(&self) -> anyhow::Result<Paste> {
