@@ -132,7 +132,7 @@ pub fn destroy(ct: u64) {
 
 /// Whether the entry is of a watched port and of this namespace.
 #[inline(always)]
-fn is_watched_here(ct: u64) -> bool {
+pub fn is_watched_here(ct: u64) -> bool {
     if ct == 0 {
         return false;
     }

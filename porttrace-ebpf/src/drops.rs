@@ -1,5 +1,6 @@
 //! Drops and resets. The tracepoints fire for the whole kernel: only packets of this namespace count.
 
+use crate::conntrack::is_watched_here;
 use crate::emit::{body, describe_packet, reserve};
 use crate::flow::is_watched;
 use crate::maps::{TRACKED, netns, offset, port_bits, reset_has_reason};
@@ -7,6 +8,11 @@ use crate::packet::Packet;
 use crate::skb::{conntrack_of, describe_conntrack, packet_of, peek, place_of};
 use aya_ebpf::programs::BtfTracePointContext;
 use porttrace_ebpf::{CT_REPLY, Kind, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY};
+
+/// `enum ip_conntrack_info` (include/uapi/linux/netfilter/nf_conntrack_common.h).
+const ESTABLISHED: u64 = 0;
+const NEW: u64 = 2;
+const ESTABLISHED_REPLY: u64 = 3;
 
 #[inline(always)]
 pub fn dropped(skb: u64, reason: u32) {
@@ -32,11 +38,11 @@ fn report(kind: Kind, skb: u64, reason: u32) {
     if !packet_of(skb, &mut packet) {
         return;
     }
-    let role = role_of(&packet);
+    let (ct, info) = conntrack_of(skb);
+    let role = role_of(&packet, ct, info);
     if role == ROLE_IGNORED {
         return;
     }
-    let (ct, info) = conntrack_of(skb);
     let Some(mut entry) = reserve(kind) else { return };
     let event = body(&mut entry);
     describe_packet(event, &packet);
@@ -54,13 +60,19 @@ fn report(kind: Kind, skb: u64, reason: u32) {
 
 /// Role of a watched packet, `ROLE_IGNORED` for all others.
 #[inline(always)]
-fn role_of(packet: &Packet) -> u8 {
-    if port_bits(packet.tuple.dport) | port_bits(packet.tuple.sport) == 0 {
-        return ROLE_IGNORED;
+fn role_of(packet: &Packet, ct: u64, info: u64) -> u8 {
+    if port_bits(packet.tuple.dport) | port_bits(packet.tuple.sport) != 0 {
+        match TRACKED.get_ptr(&packet.tuple) {
+            Some(known) => return unsafe { (*known).role },
+            None if packet.opens() && is_watched(packet.tuple.dport, packet.tuple.proto) => return ROLE_OPENING,
+            None => {}
+        }
     }
-    match TRACKED.get_ptr(&packet.tuple) {
-        Some(known) => unsafe { (*known).role },
-        None if packet.opens() && is_watched(packet.tuple.dport, packet.tuple.proto) => ROLE_OPENING,
-        None => ROLE_IGNORED,
+    // kprobes track the rewritten tuple only when the source half of NAT begins; who is dropped before that (FORWARD) is known
+    // by its entry. ICMP errors about the connection carry the entry too.
+    match info {
+        ESTABLISHED | NEW if is_watched_here(ct) => ROLE_OPENING,
+        ESTABLISHED_REPLY if is_watched_here(ct) => ROLE_REPLY,
+        _ => ROLE_IGNORED,
     }
 }

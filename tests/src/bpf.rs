@@ -18,10 +18,12 @@ const ENABLE_STATS: i64 = 32;
 
 /// Offsets in `struct bpf_prog_info` (uapi/linux/bpf.h), and its size as far as it is read.
 const JITED_LENGTH: usize = 16;
+const XLATED_LENGTH: usize = 20;
 const NAME: usize = 64;
 const RUN_TIME: usize = 192;
 const RUN_COUNT: usize = 200;
-const INFO_SIZE: usize = 208;
+const VERIFIED: usize = 216;
+const INFO_SIZE: usize = 224;
 
 /// Kernel objects by ID.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -65,12 +67,18 @@ pub struct Usage {
     pub nanoseconds: u64,
     /// Bytes of machine code.
     pub size: u32,
+    /// Instructions as the kernel runs them, after its own rewriting.
+    pub instructions: u32,
+    /// Instructions that the verifier walked through to accept the program; 0 before Linux 5.16.
+    pub verified: u32,
 }
 
 impl fmt::Display for Usage {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         let each = self.nanoseconds as f64 / self.runs.max(1) as f64;
-        write!(out, "{:<16} {:>9} runs, {each:>5.0} ns each, {:>6} bytes of code", self.name, self.runs, self.size)
+        write!(out, "{:<16} {:>9} runs, {each:>5.0} ns each, ", self.name, self.runs)?;
+        let Self { size, instructions, verified, .. } = self;
+        write!(out, "{size:>6} bytes of code, {instructions:>5} instructions, {verified:>6} verified")
     }
 }
 
@@ -101,11 +109,14 @@ fn usage_of(program: &OwnedFd) -> Result<Usage> {
     }
     let name = info[NAME..NAME + 16].iter().copied().take_while(|byte| *byte != 0).collect();
     let number = |at: usize| info[at..at + 8].iter().rev().fold(0, |value: u64, byte| value << 8 | u64::from(*byte));
+    let small = |at: usize| (number(at) & u64::from(u32::MAX)) as u32;
     Ok(Usage {
         name: String::from_utf8(name).context("a program's name is not UTF-8")?,
         runs: number(RUN_COUNT),
         nanoseconds: number(RUN_TIME),
-        size: (number(JITED_LENGTH) & u64::from(u32::MAX)) as u32,
+        size: small(JITED_LENGTH),
+        instructions: small(XLATED_LENGTH) / 8,
+        verified: small(VERIFIED),
     })
 }
 

@@ -12,6 +12,19 @@ use std::time::{Duration, Instant};
 /// How long `watch` may take to get ready.
 const READY: Duration = Duration::from_secs(20);
 
+/// Names the conntrack backend that every watch must run with; unset or empty: the one that porttrace chooses.
+pub const BACKEND: &str = "PORTTRACE_BACKEND";
+
+/// The backend that [`BACKEND`] asks for: as the option names it, and as the header must.
+fn wanted_backend() -> Result<Option<(&'static str, &'static str)>> {
+    match std::env::var(BACKEND).as_deref() {
+        Ok("kprobe") => Ok(Some(("kprobe", "conntrack by kprobes"))),
+        Ok("netfilter") => Ok(Some(("netfilter", "conntrack by NETFILTER programs"))),
+        Ok("") | Err(_) => Ok(None),
+        Ok(other) => bail!("{BACKEND} is kprobe or netfilter, not {other:?}"),
+    }
+}
+
 /// The porttrace binary: `$PORTTRACE`, or the one in the same target directory as the running test.
 pub fn porttrace() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("PORTTRACE") {
@@ -53,11 +66,21 @@ impl Watch {
     pub fn start(netns: &Netns, tools: &Tools, arguments: &[&str]) -> Result<Self> {
         let mut command = netns.command(porttrace()?);
         command.args(["watch", "--json"]).args(arguments).env("PATH", tools.path());
+        let backend = wanted_backend()?;
+        if let Some((name, _)) = backend {
+            command.args(["--conntrack-backend", name]);
+        }
         let process = ChildGuard::spawn(command)?;
         let mut watch = Self { process, read: 0, open: Vec::new(), told: Vec::new(), others: Vec::new() };
-        if watch.status("ready", READY)?.is_none() {
+        let Some(ready) = watch.status("ready", READY)? else {
             watch.process.stderr.wait_closed(Duration::from_secs(1));
             bail!("porttrace does not get ready: {:?}", watch.process.stderr.snapshot());
+        };
+        let runs = ready["probes"].as_str().unwrap_or_default();
+        if let Some((_, header)) = backend
+            && !runs.contains(header)
+        {
+            bail!("{BACKEND} asks for {header}, and the header says: {runs}");
         }
         Ok(watch)
     }

@@ -50,6 +50,12 @@ impl Scene {
         Self { lab, conntrack, trace, watch }
     }
 
+    /// Repairs the pod's ports while everybody watches.
+    fn repaired(&mut self) {
+        self.lab.repair().unwrap();
+        self.trace.reread_rules().unwrap();
+    }
+
     /// Makes one connection and collects what everybody says about it.
     fn connect(&mut self, origin: Origin, transport: Transport, to: SocketAddr, timeout: Duration) -> Told {
         let request = Connect { timeout, ..Connect::new(transport, to) };
@@ -221,35 +227,54 @@ fn the_host_port_by_legacy_iptables() {
 
 #[test]
 fn node_ports() {
-    if !may_run("porttrace watch") {
-        return;
+    if may_run("porttrace watch") {
+        node_ports_from_everywhere(&mut Scene::set(LabOptions::default()));
     }
-    let mut scene = Scene::set(LabOptions::default());
+}
+
+fn node_ports_from_everywhere(scene: &mut Scene) {
     for origin in CLIENTS {
         let to = |v6, port| SocketAddr::new(origin.target(v6), port);
-        service_from(&mut scene, origin, Transport::Tcp, to(false, service::FRONTEND_NODE_PORT));
-        service_from(&mut scene, origin, Transport::Udp, to(false, service::DNS_NODE_PORT));
+        service_from(scene, origin, Transport::Tcp, to(false, service::FRONTEND_NODE_PORT));
+        service_from(scene, origin, Transport::Udp, to(false, service::DNS_NODE_PORT));
         if origin != Origin::Loopback {
-            service_from(&mut scene, origin, Transport::Tcp, to(true, service::DUAL_NODE_PORT));
+            service_from(scene, origin, Transport::Tcp, to(true, service::DUAL_NODE_PORT));
         }
     }
 }
 
 #[test]
 fn cluster_ips() {
-    if !may_run("porttrace watch") {
-        return;
+    if may_run("porttrace watch") {
+        cluster_ips_from_node_and_pod(&mut Scene::set(LabOptions::default()));
     }
-    let mut scene = Scene::set(LabOptions::default());
+}
+
+fn cluster_ips_from_node_and_pod(scene: &mut Scene) {
     for origin in [Origin::Node, Origin::Pod] {
         for (transport, ip, port) in [
             (Transport::Tcp, service::FRONTEND_IP, service::HTTP_PORT),
             (Transport::Tcp, service::DUAL_V6, service::HTTP_PORT),
             (Transport::Udp, service::DNS_IP, service::DNS_PORT),
         ] {
-            service_from(&mut scene, origin, transport, SocketAddr::new(ip, port));
+            service_from(scene, origin, transport, SocketAddr::new(ip, port));
         }
     }
+}
+
+/// For the virtual machine, where raising a lab takes longest of all.
+#[test]
+#[ignore = "the tests above in one lab"]
+fn one_lab_for_all() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let mut scene = Scene::set(LabOptions::default());
+    host_port_from_everywhere(&mut scene, Phase::Broken);
+    node_ports_from_everywhere(&mut scene);
+    cluster_ips_from_node_and_pod(&mut scene);
+    scene.repaired();
+    host_port_from_everywhere(&mut scene, Phase::Fixed);
 }
 
 #[test]
@@ -261,8 +286,7 @@ fn a_repair_while_watching_is_noticed() {
     let to = SocketAddr::new(Origin::OtherNode.target(false), HOST_PORT);
     let before = scene.connect(Origin::OtherNode, Transport::Tcp, to, WAIT);
     assert_eq!(before.watch.verdict["outcome"], "refused", "{}", before.watch.report());
-    scene.lab.repair().unwrap();
-    scene.trace.reread_rules().unwrap();
+    scene.repaired();
     let endpoint = scene.check(Origin::OtherNode, Transport::Tcp, to);
     assert_eq!(endpoint.port(), Phase::Fixed.container_port());
     let noted =

@@ -13,6 +13,9 @@ pub struct Args {
     /// Leave out the tests in the virtual machine.
     #[arg(long)]
     no_vm: bool,
+    /// Kernels to boot in the virtual machine.
+    #[arg(long, value_enum, value_name = "SERIES", default_values = ["6.1"])]
+    kernel: Vec<vm::Kernel>,
 }
 
 /// What is run, in this order.
@@ -26,7 +29,7 @@ enum Stage {
     Unit,
     /// Tests in network namespaces, with real kernel programs.
     Lab,
-    /// The probe's tests on Debian's kernel in a virtual machine, with kprobes.
+    /// The probe's and `watch`'s tests on Debian's kernels in a virtual machine, with kprobes and NETFILTER programs.
     Vm,
 }
 
@@ -65,12 +68,12 @@ pub fn main(args: &Args) -> Result<()> {
         timed(&mut outcomes, "build", || binaries::build_all().map(|built| tests = Some(built)));
     }
     for stage in stages {
-        run(stage, tests.as_deref(), &mut outcomes);
+        run(stage, &args.kernel, tests.as_deref(), &mut outcomes);
     }
     summary(&outcomes)
 }
 
-fn run(stage: Stage, tests: Option<&[TestBinary]>, outcomes: &mut Vec<Outcome>) {
+fn run(stage: Stage, kernels: &[vm::Kernel], tests: Option<&[TestBinary]>, outcomes: &mut Vec<Outcome>) {
     let name = format!("{stage:?}").to_lowercase();
     let only_lab = |wanted: bool| move |test: &&TestBinary| (test.package == LAB_PACKAGE) == wanted;
     match (stage, tests) {
@@ -85,7 +88,10 @@ fn run(stage: Stage, tests: Option<&[TestBinary]>, outcomes: &mut Vec<Outcome>) 
             timed(outcomes, &name, || run_tests(tests.iter().filter(only_lab(true)), &["--test-threads=2"]));
         }
         (Stage::Vm, Some(tests)) => {
-            timed(outcomes, &name, || vm::test(vm::Kernel::default(), tests, VM_DEADLINE));
+            for kernel in kernels {
+                let name = format!("{name} {}", kernel.series());
+                timed(outcomes, &name, || vm::test(*kernel, vm::Extent::Short, tests, VM_DEADLINE));
+            }
         }
     }
 }

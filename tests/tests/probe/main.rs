@@ -5,5 +5,6 @@ mod frames;
 mod lifecycle;
 mod loss;
 mod path;
+mod programs;
 mod refusal;
 mod world;

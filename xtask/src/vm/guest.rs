@@ -30,6 +30,7 @@ pub fn prepare(image: &Image, commands: &[Command]) -> Result<Guest> {
     let init = INIT
         .replace("@UP@", UP)
         .replace("@LIB_MODULES@", &quote(image.modules.as_os_str()))
+        .replace("@NODE_MODULES@", &NODE_MODULES.join(" "))
         .replace("@SCRIPT@", &quote(script.as_os_str()))
         .replace("@EXIT@", EXIT);
     Ok(Guest { init, modprobe: MODPROBE.to_owned(), script })
@@ -42,6 +43,10 @@ impl Drop for Guest {
     }
 }
 
+/// On every node that runs kube-proxy. Others are loaded when they are first asked for, but sysctls and BTF are there only then.
+const NODE_MODULES: [&str; 2] = ["nf_conntrack", "nf_nat"];
+
+/// Also found at the same path below the guest's root: legacy iptables runs what `kernel.modprobe` names by itself.
 const MODPROBE: &str = "#!/bin/busybox sh\nexec /bin/busybox chroot /new /sbin/modprobe \"$@\"\n";
 
 /// The root is entered by chroot, not by switch_root: helpers that the kernel starts keep the initramfs as their root.
@@ -69,6 +74,8 @@ $b mount -t cgroup2 cgroup2 /new/sys/fs/cgroup
 $b mount -t tracefs tracefs /new/sys/kernel/tracing
 $b mount -o bind /host/@LIB_MODULES@ /new/lib/modules || fail "mounting the modules"
 $b echo /modprobe > /proc/sys/kernel/modprobe
+$b ln -s /sbin/modprobe /new/modprobe
+for module in @NODE_MODULES@; do $b chroot /new /sbin/modprobe $module || fail "modprobe $module"; done
 $b ip link set lo up
 $b chroot /new /bin/sh @SCRIPT@
 $b echo "@EXIT@$?"

@@ -31,7 +31,8 @@ fn fill(tree: &Path, image: &Image, guest: &Guest) -> Result<()> {
     }
     fs::copy(BUSYBOX, tree.join("bin/busybox")).with_context(|| format!("cannot copy {BUSYBOX}"))?;
     let home = image.modules.join(&image.release);
-    let order = load_order(&fs::read_to_string(home.join("modules.dep"))?)?;
+    let [loadable, builtin] = ["modules.dep", "modules.builtin"].map(|name| fs::read_to_string(home.join(name)));
+    let order = load_order(&loadable?, &builtin?)?;
     let mut names = Vec::new();
     for module in &order {
         let name = module.rsplit('/').next().unwrap_or(module);
@@ -69,7 +70,7 @@ fn pack(tree: &Path, archive: &Path) -> Result<()> {
 }
 
 /// The modules' files, each after what it depends on (`modules.dep`: "file: direct and indirect dependencies").
-fn load_order(dependencies: &str) -> Result<Vec<String>> {
+fn load_order(dependencies: &str, builtin: &str) -> Result<Vec<String>> {
     let table: BTreeMap<&str, (&str, Vec<&str>)> = dependencies
         .lines()
         .filter_map(|line| line.split_once(':'))
@@ -77,6 +78,9 @@ fn load_order(dependencies: &str) -> Result<Vec<String>> {
         .collect();
     let mut order: Vec<String> = Vec::new();
     for module in MODULES {
+        if builtin.lines().any(|file| module_name(file) == module) {
+            continue;
+        }
         let (file, needs) = table.get(module).with_context(|| format!("the kernel has no module {module}"))?;
         // depmod lists what must come first last.
         for file in needs.iter().rev().chain(std::iter::once(file)) {
@@ -109,13 +113,19 @@ mod tests {
         let text = "kernel/v/virtio_pci.ko: kernel/v/legacy.ko kernel/v/virtio_ring.ko kernel/v/virtio.ko\n\
                     kernel/n/9pnet_virtio.ko: kernel/n/9pnet.ko kernel/v/virtio_ring.ko kernel/v/virtio.ko\n\
                     kernel/f/9p.ko.xz: kernel/n/9pnet.ko\nkernel/f/overlay.ko:\n";
-        let order = load_order(text).unwrap();
+        let order = load_order(text, "").unwrap();
         let names: Vec<&str> = order.iter().map(|file| module_name(file)).collect();
         assert_eq!(names, ["virtio", "virtio_ring", "legacy", "virtio_pci", "9pnet", "9pnet_virtio", "9p", "overlay"]);
     }
 
     #[test]
     fn missing_module_is_named() {
-        assert!(load_order("kernel/f/9p.ko:\n").unwrap_err().to_string().contains("virtio_pci"));
+        assert!(load_order("kernel/f/9p.ko:\n", "").unwrap_err().to_string().contains("virtio_pci"));
+    }
+
+    #[test]
+    fn builtin_modules_need_no_loading() {
+        let builtin = "kernel/drivers/virtio/virtio_pci.ko\nkernel/net/9p/9pnet_virtio.ko\nkernel/fs/9p/9p.ko\n";
+        assert_eq!(load_order("kernel/f/overlay.ko.xz:\n", builtin).unwrap(), ["kernel/f/overlay.ko.xz"]);
     }
 }

@@ -1,4 +1,4 @@
-//! `cargo xtask vm`: a second kernel in a virtual machine — Debian's own, with modules and kprobes — for the kprobe backend.
+//! `cargo xtask vm`: other kernels in a virtual machine — Debian's own, with modules and kprobes.
 mod guest;
 pub mod image;
 mod initramfs;
@@ -6,20 +6,23 @@ mod machine;
 
 use crate::binaries::{self, TestBinary};
 use crate::{setup, system};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result};
 use std::ffi::OsString;
 use std::process::Command;
 use std::time::Duration;
 
-/// Boot Debian's kernel in a virtual machine over this root file system, and run the kprobe tests (or a command) there.
+/// Boot Debian's kernel in a virtual machine over this root file system, and run the tests of the probe and of `watch` (or a command) there.
 #[derive(clap::Args)]
 pub struct Args {
     /// Which of Debian's kernels.
     #[arg(long, value_enum, default_value = "6.1")]
     kernel: Kernel,
     /// Seconds until the machine is ended, whatever it does.
-    #[arg(long, default_value_t = 900)]
+    #[arg(long, default_value_t = 3600)]
     deadline: u64,
+    /// Run the whole matrix with every backend that the kernel has, not only what is run on every change.
+    #[arg(long, conflicts_with = "command")]
+    whole: bool,
     /// Run this command instead of the tests; it sees this machine's files, and what it writes is lost.
     #[arg(last = true)]
     command: Vec<OsString>,
@@ -55,38 +58,79 @@ impl Kernel {
     }
 }
 
-/// The test targets that hold the probe against a kernel; the others need nothing that this kernel lacks.
-const TESTS: [&str; 1] = ["probe"];
-/// Their modules that say what the conntrack backend must see. The others ask how fast something is, or are about TC and
-/// the ring buffer: an emulated machine answers the first wrongly, and the lab has answered the second.
-const MODULES: [&str; 1] = ["path::"];
+/// Tests of one target, with one conntrack backend.
+struct Suite {
+    target: &'static str,
+    /// `PORTTRACE_BACKEND`, which the tests hold the header against: no other backend can stand in silently.
+    backend: &'static str,
+    /// What the names contain, after options of the test runner.
+    tests: &'static [&'static str],
+}
+
+/// What runs on every change. Emulation is ten times slower: the whole matrix of `watch` runs with kprobes only and in one lab,
+/// and of the probe's tests those in which the backends differ.
+const SHORT_6_1: [Suite; 2] = [
+    Suite { target: "probe", backend: "kprobe", tests: &["path::", "refusal::a_dropped", "programs::"] },
+    Suite { target: "watch_e2e", backend: "kprobe", tests: &["--ignored", "one_lab_for_all"] },
+];
+const SHORT_6_12: [Suite; 2] = [
+    Suite { target: "probe", backend: "netfilter", tests: &["path::a_forwarded", "programs::"] },
+    Suite { target: "probe", backend: "kprobe", tests: &["path::a_forwarded", "refusal::a_dropped"] },
+];
+/// All that can be asked of a backend; `loss::` and `lifecycle::` are about the ring buffer and about time.
+const WHOLE_PROBE: &[&str] = &["path::", "refusal::", "filter::", "frames::", "programs::"];
+const WHOLE_KPROBE: [Suite; 2] = [
+    Suite { target: "probe", backend: "kprobe", tests: WHOLE_PROBE },
+    Suite { target: "watch_e2e", backend: "kprobe", tests: &[] },
+];
+const WHOLE_NETFILTER: [Suite; 2] = [
+    Suite { target: "probe", backend: "netfilter", tests: WHOLE_PROBE },
+    Suite { target: "watch_e2e", backend: "netfilter", tests: &[] },
+];
+
+/// How much is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// Two minutes' worth for each kernel.
+    Short,
+    /// The whole matrix, with every backend that the kernel has.
+    Whole,
+}
+
+fn suites(kernel: Kernel, extent: Extent) -> Vec<&'static Suite> {
+    match (kernel, extent) {
+        (Kernel::V6_1, Extent::Short) => SHORT_6_1.iter().collect(),
+        (Kernel::V6_12, Extent::Short) => SHORT_6_12.iter().collect(),
+        (Kernel::V6_1, Extent::Whole) => WHOLE_KPROBE.iter().collect(),
+        (Kernel::V6_12, Extent::Whole) => WHOLE_NETFILTER.iter().chain(&WHOLE_KPROBE).collect(),
+    }
+}
 
 /// Builds what the guest runs, boots, and carries the guest's exit status out.
 pub fn main(args: &Args) -> Result<()> {
     setup::ensure(setup::Needs { lab: true, vm: true })?;
     if args.command.is_empty() {
-        return test(args.kernel, &binaries::build_all()?, Duration::from_secs(args.deadline));
+        let extent = if args.whole { Extent::Whole } else { Extent::Short };
+        return test(args.kernel, extent, &binaries::build_all()?, Duration::from_secs(args.deadline));
     }
     let mut command = Command::new(&args.command[0]);
     command.args(&args.command[1..]).current_dir(system::root());
     run(args.kernel, &[command], Duration::from_secs(args.deadline))
 }
 
-/// Runs those of `tests` that hold the probe against a kernel, with the kprobe backend.
-pub fn test(kernel: Kernel, tests: &[TestBinary], deadline: Duration) -> Result<()> {
-    let wanted = tests.iter().filter(|test| TESTS.contains(&test.target.as_str()));
-    let commands: Vec<Command> = wanted.map(kprobe_test).collect();
-    if commands.is_empty() {
-        bail!("there is no test named {} to run in the virtual machine", TESTS.join(" or "));
-    }
+/// Runs those of `tests` that hold the probe and `watch` against a kernel.
+pub fn test(kernel: Kernel, extent: Extent, tests: &[TestBinary], deadline: Duration) -> Result<()> {
+    let commands = suites(kernel, extent).into_iter().map(|suite| command(suite, tests)).collect::<Result<Vec<_>>>()?;
     run(kernel, &commands, deadline)
 }
 
 /// One test at a time: the guest is emulated, and deadlines run in its time.
-fn kprobe_test(test: &TestBinary) -> Command {
+fn command(suite: &Suite, tests: &[TestBinary]) -> Result<Command> {
+    let test = tests.iter().find(|test| test.target == suite.target);
+    let test = test.with_context(|| format!("there is no test {} to run in the virtual machine", suite.target))?;
     let mut command = test.command();
-    command.env("PORTTRACE_BACKEND", "kprobe").env("RUST_BACKTRACE", "1").arg("--test-threads=1").args(MODULES);
-    command
+    command.env("PORTTRACE_BACKEND", suite.backend).arg("--test-threads=1").args(suite.tests);
+    Ok(command)
 }
 
 fn run(kernel: Kernel, commands: &[Command], deadline: Duration) -> Result<()> {

@@ -174,9 +174,14 @@ impl Flow {
     /// The client is a process of this node: its request left before it entered anywhere.
     pub fn is_local_client(&self) -> bool {
         const OUTPUT: u8 = 3;
-        self.sightings.iter().find(|sighting| sighting.way == Way::Request).is_some_and(|first| {
+        // What kprobes tell has no place.
+        let has_place = |sighting: &&Sighting| !matches!(sighting.event.kind, Kind::NatSetup | Kind::Confirmed);
+        let mut requests = self.sightings.iter().filter(|sighting| sighting.way == Way::Request);
+        requests.find(has_place).is_some_and(|first| {
             match first.event.kind {
                 Kind::TcEgress => true,
+                // Before its route is taken, a packet of this node has no device.
+                Kind::Dropped => first.event.ifindex == 0,
                 Kind::AfterConntrack | Kind::AfterDnat => first.event.hook == OUTPUT,
                 _ => false,
             }

@@ -129,6 +129,26 @@ fn the_refused_connection_is_one_flow_with_its_nat() {
 }
 
 #[test]
+fn a_local_client_is_known_by_kprobes_too() {
+    const OWN: &str = "172.18.0.3:40000 → 172.18.0.3:9088";
+    const LEFT: &str = "172.18.0.3:40000 → 10.244.1.9:8081";
+    const BACK: &str = "10.244.1.9:8081 → 172.18.0.3:40000";
+    let setup = Event { packet: None, ..with_conntrack(event(1000, Kind::NatSetup, 0, OWN, 0), OWN, BACK) };
+    let confirmed = with_conntrack(event(2000, Kind::Confirmed, 0, LEFT, SYN), OWN, BACK);
+    let flow = reported(
+        vec![
+            setup,
+            confirmed,
+            event(3000, Kind::TcEgress, VETH, LEFT, SYN),
+            event(31_000, Kind::TcIngress, VETH, BACK, RST | ACK),
+        ],
+        200 * MS,
+    );
+    assert!(flow.is_local_client());
+    assert_eq!(flow.input_ifindex(), None);
+}
+
+#[test]
 fn a_report_comes_after_the_grace_and_not_before() {
     let mut correlator = Correlator::new([9088], Limits::default());
     for event in refused() {
