@@ -1,13 +1,16 @@
 //! How fast the simulator is on a dump of 5,000 Services with 4 endpoints each and one with 1,000.
 //!
-//! `cargo run --release -p porttrace-user --example bench_sim [-- --write FILE | --parse FILE]` prints one `name value unit`
-//! a line. Work of one thread is given in that thread's CPU time, so that a busy machine does not blur it; batches in wall time.
-//! `--write` only writes the dump, so that iptables-restore can be measured on the same file.
+//! `cargo run --release -p porttrace-user --example bench_sim [-- --command PORTTRACE | --write FILE | --parse FILE]` prints one
+//! `name value unit` a line. Work of one thread is given in that thread's CPU time, so that a busy machine does not blur it;
+//! batches, which the command at PORTTRACE does, in wall time. `--write` only writes the dump, so that iptables' tools can be
+//! measured on the same file.
 
+#[path = "bench_sim/batch.rs"]
+mod batch;
 #[path = "bench_sim/generator.rs"]
 mod generator;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::time::{ClockId, clock_gettime};
 use porttrace_user::core::model::flow::{Family, Proto, Tuple};
 use porttrace_user::core::model::rules::Ruleset;
@@ -18,31 +21,34 @@ use porttrace_user::core::simulate::Simulator;
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
 
 fn main() -> Result<()> {
-    let mut arguments = std::env::args().skip(1);
-    let option = arguments.next();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
     let services = generator::services(5_000, 4, 1_000);
-    match (option.as_deref(), arguments.next()) {
-        (Some("--write"), Some(file)) => {
-            return fs::write(&file, generator::dump(&services)).with_context(|| format!("could not write {file}"));
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => measure(&services, None),
+        ["--command", command] => measure(&services, Some(Path::new(command))),
+        ["--write", file] => {
+            fs::write(file, generator::dump(&services)).with_context(|| format!("could not write {file}"))
         }
-        (Some("--parse"), Some(file)) => {
-            let text = fs::read_to_string(&file).with_context(|| format!("could not read {file}"))?;
-            measure_parse(&text)?;
-            return Ok(());
+        ["--parse", file] => {
+            let text = fs::read_to_string(file).with_context(|| format!("could not read {file}"))?;
+            measure_parse(&text).map(drop)
         }
-        _ => {}
+        _ => bail!("usage: bench_sim [--command PORTTRACE | --write FILE | --parse FILE]"),
     }
-    let ruleset = measure_parse(&generator::dump(&services))?;
-    let state = Arc::new(node(ruleset));
+}
+
+fn measure(services: &[generator::Service], command: Option<&Path>) -> Result<()> {
+    let dump = generator::dump(services);
+    let state = node(measure_parse(&dump)?);
     let begin = now()?;
     let simulator = Simulator::new(&state);
     report("compile", (now()? - begin) * 1e3, "ms");
-    measure_packets(&simulator, &services)?;
-    measure_batch(&state, &services)
+    measure_packets(&simulator, services)?;
+    command.map_or(Ok(()), |command| batch::measure(command, &dump, |number| packet(services, number)))
 }
 
 fn report(name: &str, value: f64, unit: &str) {
@@ -123,9 +129,10 @@ fn node(ruleset: Ruleset) -> NodeState {
 
 /// A packet from another node: to the NodePort of Services in turn, or to a closed port.
 fn packet(services: &[generator::Service], number: usize) -> Packet {
-    let dport = if number % 8 == 7 { 9 } else { services[number * 7919 % (services.len() - 1)].node_port };
+    let service = &services[number * 7919 % (services.len() - 1)];
+    let (dport, udp) = if number % 8 == 7 { (9, false) } else { (service.node_port, service.udp) };
     let tuple = Tuple {
-        proto: Proto::Tcp,
+        proto: if udp { Proto::Udp } else { Proto::Tcp },
         src: IpAddr::V4(Ipv4Addr::new(172, 18, 0, 4)),
         sport: 1024 + (number % 60_000) as u16,
         dst: IpAddr::V4(Ipv4Addr::new(172, 18, 0, 3)),
@@ -165,27 +172,5 @@ fn measure_packets(simulator: &Simulator, services: &[generator::Service]) -> Re
         assert_eq!(trace.branches.len(), big.endpoints);
     }
     report("all_branches_of_1000_endpoints", best, "ms");
-    Ok(())
-}
-
-/// Each thread has a simulator of its own: the texts that traces share are counted, and counting from two cores costs more
-/// than compiling twice.
-fn measure_batch(state: &Arc<NodeState>, services: &[generator::Service]) -> Result<()> {
-    let packets = 200_000;
-    for threads in [1, std::thread::available_parallelism().context("cores")?.get()] {
-        let begin = Instant::now();
-        std::thread::scope(|scope| {
-            for thread in 0..threads {
-                scope.spawn(move || {
-                    let simulator = Simulator::new(state);
-                    (thread..packets)
-                        .step_by(threads)
-                        .for_each(|number| drop(simulator.trace(&packet(services, number))));
-                });
-            }
-        });
-        let rate = packets as f64 / begin.elapsed().as_secs_f64();
-        report(&format!("batch_{threads}_threads"), rate, "packets/s");
-    }
     Ok(())
 }

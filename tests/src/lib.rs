@@ -9,4 +9,5 @@ pub mod netns;
 pub mod oracle;
 pub mod peer;
 pub mod privilege;
+pub mod reload;
 pub mod watch;

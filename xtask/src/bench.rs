@@ -2,17 +2,27 @@
 use crate::{build, setup, shell, system};
 use anyhow::{Context, Result};
 use std::ffi::OsString;
+use std::path::Path;
 use std::process::Command;
 
 /// Measure the optimised build: start, connections a second while watching, kernel programs, the simulator.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Leave out the simulator's figures.
-    #[arg(long)]
-    no_simulator: bool,
+    /// Measure this only.
+    #[arg(long, value_enum, value_name = "WHAT")]
+    only: Option<What>,
     /// What follows goes to the measurement in the lab (`--rounds`, `--seconds`, `--clients`).
     #[arg(last = true)]
     arguments: Vec<OsString>,
+}
+
+/// What is measured, in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum What {
+    /// The probe, in the lab.
+    Lab,
+    /// The simulator, beside iptables' own tools.
+    Simulator,
 }
 
 /// Builds once, then measures one thing after the other: nothing else should run meanwhile.
@@ -21,47 +31,54 @@ pub fn main(args: &Args) -> Result<()> {
     build::packages(&["porttrace-user", "porttrace-tests"], true)?;
     println!("· {}", machine());
     let binaries = build::directory(true);
-    let mut lab = system::as_root(&binaries.join("lab-bench"));
-    lab.arg("--porttrace").arg(binaries.join("porttrace")).args(&args.arguments);
-    shell::step("in the lab", || shell::run(&mut lab))?;
-    if args.no_simulator {
-        return Ok(());
+    let wanted = |what| args.only.is_none_or(|only| only == what);
+    if wanted(What::Lab) {
+        let mut lab = system::as_root(&binaries.join("lab-bench"));
+        lab.arg("--porttrace").arg(binaries.join("porttrace")).args(&args.arguments);
+        shell::step("in the lab", || shell::run(&mut lab))?;
     }
-    shell::step("the simulator, beside iptables' own tools", simulator)
+    if wanted(What::Simulator) {
+        shell::step("the simulator, beside iptables' own tools", || simulator(&binaries))?;
+    }
+    Ok(())
 }
 
 const ROUNDS: usize = 5;
 
-/// The tools take turns on one dump, each in an empty network namespace; prints nanoseconds for check, load and save.
-const TOOLS: &str = "a=$(date +%s%N); iptables-legacy-restore --test \"$0\" && b=$(date +%s%N) && \
-    iptables-legacy-restore \"$0\" && c=$(date +%s%N) && iptables-legacy-save > /dev/null && d=$(date +%s%N) && \
-    echo $((b - a)) $((c - b)) $((d - c))";
-
-fn simulator() -> Result<()> {
+fn simulator(binaries: &Path) -> Result<()> {
     let mut cargo = shell::cargo();
     cargo.current_dir(system::root()).args(["build", "--release", "--package", "porttrace-user"]);
     shell::run(cargo.args(["--example", "bench_sim"]))?;
-    let example = build::directory(true).join("examples/bench_sim");
+    let example = binaries.join("examples/bench_sim");
+    shell::run(Command::new(&example).arg("--command").arg(binaries.join("porttrace")))?;
     let dump = system::target().join("bench.rules");
     shell::run(Command::new(&example).arg("--write").arg(&dump))?;
-    shell::run(&mut Command::new(&example))?;
-    let mut times = [const { Vec::new() }; 4];
+    compare(&example, &binaries.join("tools-bench"), &dump)
+}
+
+/// Our parser and iptables' tools take turns on one dump. That the kernel takes the dump and prints it again unchanged is
+/// checked on the way.
+fn compare(example: &Path, tools: &Path, dump: &Path) -> Result<()> {
+    let rows = [
+        ("porttrace: parse", "parse"),
+        ("iptables-save", "save"),
+        ("iptables-restore --test", "check"),
+        ("iptables-restore", "load"),
+    ];
+    let mut times = rows.map(|_| Vec::new());
     for _ in 0..ROUNDS {
-        let parsed = shell::output(Command::new(&example).arg("--parse").arg(&dump))?;
-        times[0].push(figure(&parsed, "parse").context("bench_sim printed no time for parsing")?);
-        let mut tools = system::as_root("unshare".as_ref());
-        let printed = shell::output(tools.args(["--net", "sh", "-c", TOOLS]).arg(&dump))?;
-        for (time, word) in times[1..].iter_mut().zip(printed.split_whitespace()) {
-            time.push(word.parse::<f64>().context("the shell printed no number")? / 1e6);
+        let mut printed = shell::output(Command::new(example).arg("--parse").arg(dump))?;
+        printed.push_str(&shell::output(system::as_root(tools).arg(dump))?);
+        for ((_, name), times) in rows.iter().zip(&mut times) {
+            times.push(figure(&printed, name).with_context(|| format!("no time for {name} was printed"))?);
         }
     }
-    println!("the same dump, milliseconds, median of {ROUNDS} (least to most), and how many times our parse that is");
-    let names = ["porttrace: parse", "iptables-restore --test", "iptables-restore", "iptables-save"];
+    println!("the same dump, milliseconds, median of {ROUNDS} (least to most), and our parse as a part of it");
     let ours = median(&mut times[0]);
-    for (name, times) in names.iter().zip(&mut times) {
+    for ((name, _), times) in rows.iter().zip(&mut times) {
         let middle = median(times);
         let (least, most) = (times[0], times[times.len() - 1]);
-        println!("  {name:<38} {middle:>8.0}  {:>5.1} ×  ({least:.0} to {most:.0})", middle / ours);
+        println!("  {name:<38} {middle:>8.0}  {:>5.2} ×  ({least:.0} to {most:.0})", ours / middle);
     }
     Ok(())
 }

@@ -1,161 +1,218 @@
-//! `iptables-save` of a node, in the shapes that kube-proxy writes (pkg/proxy/iptables/proxier.go).
+//! `iptables-save -c` of a node in a large cluster, in the shapes that kube-proxy writes (pkg/proxy/iptables/proxier.go): beyond
+//! 1,000 endpoints (`largeClusterEndpointsThreshold`) the rules of single endpoints carry no comment.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 /// A Service of the generated dump.
 pub struct Service {
+    number: usize,
     pub cluster_ip: [u8; 4],
+    /// Every Service has one, and an address of a load balancer.
     pub node_port: u16,
+    /// Number of the first endpoint; every endpoint belongs to one Service.
+    first: usize,
     pub endpoints: usize,
+    pub udp: bool,
+    /// `sessionAffinity: ClientIP`.
+    affinity: bool,
+    /// `externalTrafficPolicy: Local`, with one endpoint on this node.
+    local: bool,
 }
 
 /// The Services that a dump has: `count` with `endpoints` each, and a last one with `big` endpoints.
 pub fn services(count: usize, endpoints: usize, big: usize) -> Vec<Service> {
-    let service = |number: usize, endpoints| Service {
+    let service = |number: usize, endpoints_here| Service {
+        number,
         cluster_ip: [10, 96, (number >> 8) as u8, number as u8],
         node_port: 30_000 + number as u16,
-        endpoints,
+        first: number * endpoints,
+        endpoints: endpoints_here,
+        udp: number % 10 == 9,
+        affinity: number % 10 == 4 && number < count,
+        local: number % 100 == 2 && number < count,
     };
     (0..count).map(|number| service(number, endpoints)).chain([service(count, big)]).collect()
 }
 
-/// Every Service has a ClusterIP, a NodePort and a load balancer address; every fourth has session affinity.
-pub fn dump(services: &[Service]) -> String {
-    let mut chains = String::new();
-    let mut rules = [String::new(), String::new(), String::new()];
-    let mut endpoint = 0;
-    for (number, service) in services.iter().enumerate() {
-        let affinity = number % 4 == 3 && service.endpoints < 100;
-        endpoint = write_service(&mut chains, &mut rules, (number, endpoint), service, affinity);
-    }
-    let [list, ports, per_service] = rules;
-    let mut text = filter(services.len());
-    text.push_str(
-        "*nat\n:PREROUTING ACCEPT [0:0]\n:INPUT ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\n:POSTROUTING ACCEPT [0:0]\n",
-    );
-    for chain in ["KUBE-MARK-MASQ", "KUBE-NODEPORTS", "KUBE-POSTROUTING", "KUBE-SERVICES"] {
-        let _ = writeln!(text, ":{chain} - [0:0]");
-    }
-    text.push_str(&chains);
-    text.push_str(
-        "-A PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\n\
-         -A OUTPUT -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\n\
-         -A POSTROUTING -m comment --comment \"kubernetes postrouting rules\" -j KUBE-POSTROUTING\n\
-         -A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000\n\
-         -A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN\n\
-         -A KUBE-POSTROUTING -j MARK --set-xmark 0x4000/0x0\n\
-         -A KUBE-POSTROUTING -m comment --comment \"kubernetes service traffic requiring SNAT\" -j MASQUERADE --random-fully\n",
-    );
-    text.push_str(&ports);
-    text.push_str(&list);
-    text.push_str(
-        "-A KUBE-SERVICES -m comment --comment \"kubernetes service nodeports; NOTE: this must be the last rule in this \
-         chain\" -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS\n",
-    );
-    text.push_str(&per_service);
-    text.push_str("COMMIT\n");
-    text
+/// Chains of a table in the order in which iptables-save prints them, with their policy and rules.
+#[derive(Default)]
+struct Table {
+    base: Vec<(&'static str, Vec<String>)>,
+    chains: BTreeMap<String, Vec<String>>,
 }
 
-fn write_service(
-    chains: &mut String,
-    [list, ports, rules]: &mut [String; 3],
-    (number, first): (usize, usize),
-    service: &Service,
-    affinity: bool,
-) -> usize {
-    let [a, b, c, d] = service.cluster_ip;
-    let (name, hash) = (format!("bench/svc-{number}:p80"), hash(number));
-    let node_port = service.node_port;
-    let _ = writeln!(chains, ":KUBE-EXT-{hash} - [0:0]\n:KUBE-SVC-{hash} - [0:0]");
-    let _ = writeln!(
-        list,
-        "-A KUBE-SERVICES -d {a}.{b}.{c}.{d}/32 -p tcp -m comment --comment \"{name} cluster IP\" -m tcp --dport 80 -j KUBE-SVC-{hash}\n\
-         -A KUBE-SERVICES -d 203.0.{c}.{d}/32 -p tcp -m comment --comment \"{name} loadbalancer IP\" -m tcp --dport 80 -j KUBE-EXT-{hash}"
-    );
-    let _ = writeln!(
-        ports,
-        "-A KUBE-NODEPORTS -d 127.0.0.0/8 -p tcp -m comment --comment \"{name}\" -m tcp --dport {node_port} -m nfacct --nfacct-name  localhost_nps_accepted_pkts -j KUBE-EXT-{hash}\n\
-         -A KUBE-NODEPORTS -p tcp -m comment --comment \"{name}\" -m tcp --dport {node_port} -j KUBE-EXT-{hash}"
-    );
-    let _ = writeln!(
-        rules,
-        "-A KUBE-EXT-{hash} -m comment --comment \"masquerade traffic for {name} external destinations\" -j KUBE-MARK-MASQ\n\
-         -A KUBE-EXT-{hash} -j KUBE-SVC-{hash}\n\
-         -A KUBE-SVC-{hash} ! -s 10.244.0.0/16 -d {a}.{b}.{c}.{d}/32 -p tcp -m comment --comment \"{name} cluster IP\" -m tcp --dport 80 -j KUBE-MARK-MASQ"
-    );
-    for at in 0..service.endpoints {
-        let (sep, ip) = (self::hash(1_000_000 + first + at), pod(first + at));
-        let _ = writeln!(chains, ":KUBE-SEP-{sep} - [0:0]");
-        if affinity {
-            let _ = writeln!(
-                rules,
-                "-A KUBE-SVC-{hash} -m comment --comment \"{name} -> {ip}:80\" -m recent --rcheck --seconds 10800 --reap --name KUBE-SEP-{sep} --mask 255.255.255.255 --rsource -j KUBE-SEP-{sep}"
-            );
+impl Table {
+    fn base(&mut self, name: &'static str, rules: &[&str]) {
+        self.base.push((name, rules.iter().map(|rule| rule.to_string()).collect()));
+    }
+
+    fn rule(&mut self, chain: &str, rule: String) {
+        self.chains.entry(chain.to_owned()).or_default().push(rule);
+    }
+
+    fn print(&self, name: &str, text: &mut String) {
+        let _ = writeln!(text, "# Generated by iptables-save v1.8.9 on Mon Nov 23 08:14:58 2026\n*{name}");
+        for (chain, _) in &self.base {
+            let _ = writeln!(text, ":{chain} ACCEPT [0:0]");
         }
-        let left = service.endpoints - at;
-        let random = if left > 1 { probability(left) } else { String::new() };
-        let _ =
-            writeln!(rules, "-A KUBE-SVC-{hash} -m comment --comment \"{name} -> {ip}:80\"{random} -j KUBE-SEP-{sep}");
+        for chain in self.chains.keys() {
+            let _ = writeln!(text, ":{chain} - [0:0]");
+        }
+        let base = self.base.iter().map(|(chain, rules)| (*chain, rules));
+        for (chain, rules) in base.chain(self.chains.iter().map(|(chain, rules)| (chain.as_str(), rules))) {
+            for rule in rules {
+                let _ = writeln!(text, "[0:0] -A {chain} {rule}");
+            }
+        }
+        text.push_str("COMMIT\n# Completed on Mon Nov 23 08:14:58 2026\n");
     }
-    for at in 0..service.endpoints {
-        let (sep, ip) = (self::hash(1_000_000 + first + at), pod(first + at));
-        let set = if affinity {
-            format!(" -m recent --set --name KUBE-SEP-{sep} --mask 255.255.255.255 --rsource")
-        } else {
-            String::new()
-        };
-        let _ = writeln!(
-            rules,
-            "-A KUBE-SEP-{sep} -s {ip}/32 -m comment --comment \"{name}\" -j KUBE-MARK-MASQ\n\
-             -A KUBE-SEP-{sep} -p tcp -m comment --comment \"{name}\"{set} -m tcp -j DNAT --to-destination {ip}:80"
-        );
-    }
-    first + service.endpoints
 }
 
-fn filter(services: usize) -> String {
-    let mut text = String::from(
-        "*filter\n:INPUT ACCEPT [0:0]\n:FORWARD ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\n:KUBE-EXTERNAL-SERVICES - [0:0]\n\
-         :KUBE-FIREWALL - [0:0]\n:KUBE-FORWARD - [0:0]\n:KUBE-NODEPORTS - [0:0]\n:KUBE-PROXY-FIREWALL - [0:0]\n:KUBE-SERVICES - [0:0]\n\
-         -A INPUT -m conntrack --ctstate NEW -m comment --comment \"kubernetes load balancer firewall\" -j KUBE-PROXY-FIREWALL\n\
-         -A INPUT -m comment --comment \"kubernetes health check service ports\" -j KUBE-NODEPORTS\n\
-         -A INPUT -m conntrack --ctstate NEW -m comment --comment \"kubernetes externally-visible service portals\" -j KUBE-EXTERNAL-SERVICES\n\
-         -A INPUT -j KUBE-FIREWALL\n\
-         -A FORWARD -m conntrack --ctstate NEW -m comment --comment \"kubernetes load balancer firewall\" -j KUBE-PROXY-FIREWALL\n\
-         -A FORWARD -m comment --comment \"kubernetes forwarding rules\" -j KUBE-FORWARD\n\
-         -A FORWARD -m conntrack --ctstate NEW -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\n\
-         -A FORWARD -m conntrack --ctstate NEW -m comment --comment \"kubernetes externally-visible service portals\" -j KUBE-EXTERNAL-SERVICES\n\
-         -A OUTPUT -m conntrack --ctstate NEW -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\n\
-         -A OUTPUT -j KUBE-FIREWALL\n",
-    );
-    // One Service in twenty has no endpoints.
-    for number in (0..services).step_by(20) {
-        let _ = writeln!(
-            text,
-            "-A KUBE-SERVICES -d 10.97.{}.{}/32 -p tcp -m comment --comment \"bench/none-{number}:p80 has no endpoints\" -m tcp --dport 80 -j REJECT --reject-with icmp-port-unreachable",
-            number >> 8 & 0xff,
-            number & 0xff
-        );
+/// The dump of a node with these Services; one Service in fifty beside them has no endpoints.
+pub fn dump(services: &[Service]) -> String {
+    let mut text = String::new();
+    filter(services.len()).print("filter", &mut text);
+    let mut nat = Table::default();
+    let portals = "-m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES";
+    nat.base("PREROUTING", &[portals]);
+    nat.base("INPUT", &[]);
+    nat.base("OUTPUT", &[portals]);
+    nat.base("POSTROUTING", &["-m comment --comment \"kubernetes postrouting rules\" -j KUBE-POSTROUTING"]);
+    nat.chains.insert("KUBE-PROXY-CANARY".into(), Vec::new());
+    nat.rule("KUBE-MARK-MASQ", "-j MARK --set-xmark 0x4000/0x4000".into());
+    for rule in [
+        "-m mark ! --mark 0x4000/0x4000 -j RETURN",
+        "-j MARK --set-xmark 0x4000/0x0",
+        "-m comment --comment \"kubernetes service traffic requiring SNAT\" -j MASQUERADE --random-fully",
+    ] {
+        nat.rule("KUBE-POSTROUTING", rule.into());
     }
-    text.push_str(
-        "-A KUBE-FIREWALL ! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment \"block incoming localnet connections\" -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP\n\
-         -A KUBE-FORWARD -m conntrack --ctstate INVALID -m nfacct --nfacct-name  ct_state_invalid_dropped_pkts -j DROP\n\
-         -A KUBE-FORWARD -m comment --comment \"kubernetes forwarding rules\" -m mark --mark 0x4000/0x4000 -j ACCEPT\n\
-         -A KUBE-FORWARD -m comment --comment \"kubernetes forwarding conntrack rule\" -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n\
-         COMMIT\n",
+    services.iter().for_each(|service| service.write(&mut nat));
+    nat.rule(
+        "KUBE-SERVICES",
+        "-m comment --comment \"kubernetes service nodeports; NOTE: this must be the last rule in this chain\" -m addrtype \
+         --dst-type LOCAL -j KUBE-NODEPORTS"
+            .into(),
     );
+    nat.print("nat", &mut text);
     text
+}
+
+impl Service {
+    fn write(&self, nat: &mut Table) {
+        let [a, b, c, d] = self.cluster_ip;
+        let (name, hash, port) = (format!("default/svc-{:05}:http", self.number), hash(self.number), self.node_port);
+        let proto = if self.udp { "udp" } else { "tcp" };
+        let to = |address: &str, what: &str, chain: &str| {
+            format!(
+                "-d {address}/32 -p {proto} -m comment --comment \"{name} {what}\" -m {proto} --dport 80 -j {chain}"
+            )
+        };
+        let cluster_ip = format!("{a}.{b}.{c}.{d}");
+        nat.rule("KUBE-SERVICES", to(&cluster_ip, "cluster IP", &format!("KUBE-SVC-{hash}")));
+        let balancer = format!("203.0.{c}.{d}");
+        nat.rule("KUBE-SERVICES", to(&balancer, "loadbalancer IP", &format!("KUBE-EXT-{hash}")));
+        let node_port = format!("-p {proto} -m comment --comment \"{name}\" -m {proto} --dport {port}");
+        let counted = "-m nfacct --nfacct-name  localhost_nps_accepted_pkts";
+        nat.rule("KUBE-NODEPORTS", format!("-d 127.0.0.0/8 {node_port} {counted} -j KUBE-EXT-{hash}"));
+        nat.rule("KUBE-NODEPORTS", format!("{node_port} -j KUBE-EXT-{hash}"));
+        self.write_external(nat, &name, &hash);
+        let service = format!("KUBE-SVC-{hash}");
+        nat.rule(&service, format!("! -s 10.244.0.0/16 {}", to(&cluster_ip, "cluster IP", "KUBE-MARK-MASQ")));
+        for at in self.first..self.first + self.endpoints {
+            self.write_endpoint(nat, &service, at);
+        }
+        self.balance(nat, &service, self.endpoints);
+    }
+
+    fn write_external(&self, nat: &mut Table, name: &str, hash: &str) {
+        let chain = format!("KUBE-EXT-{hash}");
+        let comment = |what: &str| format!("-m comment --comment \"{what} for {name} external destinations\"");
+        if !self.local {
+            nat.rule(&chain, format!("{} -j KUBE-MARK-MASQ", comment("masquerade traffic")));
+            return nat.rule(&chain, format!("-j KUBE-SVC-{hash}"));
+        }
+        let from_node = "-m addrtype --src-type LOCAL";
+        nat.rule(&chain, format!("-s 10.244.0.0/16 {} -j KUBE-SVC-{hash}", comment("pod traffic")));
+        nat.rule(&chain, format!("{} {from_node} -j KUBE-MARK-MASQ", comment("masquerade LOCAL traffic")));
+        nat.rule(&chain, format!("{} {from_node} -j KUBE-SVC-{hash}", comment("route LOCAL traffic")));
+        nat.rule(&chain, format!("-j KUBE-SVL-{hash}"));
+        self.balance(nat, &format!("KUBE-SVL-{hash}"), self.endpoints.div_ceil(3));
+    }
+
+    /// The chain of an endpoint, and with affinity the rule that looks for its clients (all of them come first).
+    fn write_endpoint(&self, nat: &mut Table, service: &str, at: usize) {
+        let (chain, ip) = (endpoint(at), pod(at));
+        let proto = if self.udp { "udp" } else { "tcp" };
+        let recent = |what: &str| format!("-m recent {what} --name {chain} --mask 255.255.255.255 --rsource");
+        let set = if self.affinity { recent("--set") + " " } else { String::new() };
+        if self.affinity {
+            nat.rule(service, format!("{} -j {chain}", recent("--rcheck --seconds 10800 --reap")));
+        }
+        nat.rule(&chain, format!("-s {ip}/32 -j KUBE-MARK-MASQ"));
+        nat.rule(&chain, format!("-p {proto} {set}-m {proto} -j DNAT --to-destination {ip}:8080"));
+    }
+
+    /// The random choice among the first `count` endpoints.
+    fn balance(&self, nat: &mut Table, chain: &str, count: usize) {
+        for at in 0..count {
+            let to = endpoint(self.first + at);
+            nat.rule(chain, if at + 1 < count { probability(count - at) } else { String::new() } + "-j " + &to);
+        }
+    }
+}
+
+fn filter(services: usize) -> Table {
+    let new = |comment: &str, chain: &str| {
+        format!("-m conntrack --ctstate NEW -m comment --comment \"kubernetes {comment}\" -j {chain}")
+    };
+    let balancer = new("load balancer firewall", "KUBE-PROXY-FIREWALL");
+    let portals = new("service portals", "KUBE-SERVICES");
+    let external = new("externally-visible service portals", "KUBE-EXTERNAL-SERVICES");
+    let health = "-m comment --comment \"kubernetes health check service ports\" -j KUBE-NODEPORTS";
+    let forward = "-m comment --comment \"kubernetes forwarding rules\"";
+    let mut table = Table::default();
+    table.base("INPUT", &["-j KUBE-FIREWALL", &balancer, health, &external]);
+    table.base("FORWARD", &[&balancer, &format!("{forward} -j KUBE-FORWARD"), &portals, &external]);
+    table.base("OUTPUT", &["-j KUBE-FIREWALL", &balancer, &portals]);
+    for chain in ["KUBE-EXTERNAL-SERVICES", "KUBE-NODEPORTS", "KUBE-PROXY-CANARY", "KUBE-PROXY-FIREWALL"] {
+        table.chains.insert(chain.into(), Vec::new());
+    }
+    table.rule(
+        "KUBE-FIREWALL",
+        "! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment \"block incoming localnet connections\" -m conntrack ! --ctstate \
+         RELATED,ESTABLISHED,DNAT -j DROP"
+            .into(),
+    );
+    for rule in [
+        "-m conntrack --ctstate INVALID -m nfacct --nfacct-name  ct_state_invalid_dropped_pkts -j DROP",
+        &format!("{forward} -m mark --mark 0x4000/0x4000 -j ACCEPT"),
+        "-m comment --comment \"kubernetes forwarding conntrack rule\" -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+    ] {
+        table.rule("KUBE-FORWARD", rule.into());
+    }
+    for number in (0..services).step_by(50) {
+        let (high, low) = (number >> 8 & 0xff, number & 0xff);
+        let comment = format!("-m comment --comment \"default/svc-{:05}:http has no endpoints\"", 50_000 + number);
+        let reject = "-m tcp --dport 80 -j REJECT --reject-with icmp-port-unreachable";
+        table.rule("KUBE-SERVICES", format!("-d 10.97.{high}.{low}/32 -p tcp {comment} {reject}"));
+    }
+    table
 }
 
 fn pod(number: usize) -> String {
     format!("10.{}.{}.{}", 128 + (number >> 16), number >> 8 & 0xff, number & 0xff)
 }
 
+fn endpoint(number: usize) -> String {
+    format!("KUBE-SEP-{}", hash(1_000_000 + number))
+}
+
 /// As iptables-save prints what kube-proxy's `%0.10f` of 1/n becomes.
 fn probability(left: usize) -> String {
     let k = (1.0 / left as f64 * 1e10).round() / 1e10 * 2_147_483_648.0;
-    format!(" -m statistic --mode random --probability {:.11}", k.round() / 2_147_483_648.0)
+    format!("-m statistic --mode random --probability {:.11} ", k.round() / 2_147_483_648.0)
 }
 
 /// Sixteen characters of base32, as a hash of a Service's name has.

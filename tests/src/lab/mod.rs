@@ -4,7 +4,7 @@
 //! ([`Phase::Broken`]), until somebody writes 80 ([`Phase::Fixed`], [`Lab::repair`]).
 
 pub mod cni;
-mod nfacct;
+pub mod nfacct;
 mod node;
 pub mod pod;
 pub mod rules;
