@@ -60,6 +60,10 @@ pub struct Args {
     #[arg(long, help_heading = "Output")]
     json: bool,
 
+    /// Leave the hops out of the JSON: a tenth of it is left
+    #[arg(long, help_heading = "Output", requires = "json")]
+    no_hops: bool,
+
     /// Also print the rules that nearly matched, and what kept them from it
     #[arg(long, help_heading = "Output", conflicts_with_all = ["json", "batch"])]
     why: bool,
@@ -88,7 +92,8 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let mut loaded = args.state.load()?;
     if let Some(path) = &args.batch {
         let owners = Owners::of(&loaded.state);
-        return batch::run(path, &loaded, &args.context(&loaded, &owners), args.json, args.expect);
+        let options = batch::Options { json: args.json, brief: args.no_hops, expect: args.expect };
+        return batch::run(path, &loaded, &args.context(&loaded, &owners), options);
     }
     let destination = args.destination.as_deref().unwrap_or_default();
     let facts = if args.origin.names_a_pod() { args.state.facts()? } else { Facts::default() };
@@ -113,8 +118,9 @@ impl Args {
 fn print(args: &Args, trace: &Trace, context: &Context<'_>) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     if args.json {
-        let mut answer = serde_json::to_vec(&json::Answer::new(trace, None))?;
-        answer.push(b'\n');
+        let mut answer = Vec::new();
+        let mut printer = json::Printer::new(args.no_hops);
+        printer.answer(trace, None, &mut answer)?;
         out.write_all(&answer)?;
     } else {
         out.write_all(trace::text(trace, context).as_bytes())?;

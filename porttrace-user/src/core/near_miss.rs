@@ -4,7 +4,7 @@
 use super::model::flow::Tuple;
 use super::model::rules::{Match, MatchKind, Net, PortSide, Rule, Ruleset, Table};
 use super::model::state::NodeState;
-use super::model::trace::{Action, Branch, Hook, Hop, RuleRef};
+use super::model::trace::{Action, Branch, ChainRef, Hook, Hop, RuleRef};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -91,7 +91,7 @@ impl Walk<'_> {
         match (action, &mut self.seen) {
             (Action::Mark { mark }, Some(seen)) => seen.mark = *mark,
             (Action::Jump { chain } | Action::Goto { chain }, _) => {
-                let place = RuleRef { chain: chain.clone(), number: None, ..rule.clone() };
+                let place = RuleRef::new(ChainRef { chain: chain.clone(), ..(**rule).clone() }, None);
                 self.stack.push(Open { hook, place, passed: 0 });
             }
             _ => {}
@@ -119,9 +119,10 @@ impl Walk<'_> {
         let Some((ruleset, table)) = find(&self.state.rulesets, &open.place) else { return };
         let Some(chain) = table.chain(&open.place.chain) else { return };
         let passed = (1u32..).zip(&chain.rules).skip(open.passed as usize).take_while(|(number, _)| *number <= until);
+        let chain_of = Arc::new(ChainRef { flavour: ruleset.flavour, ..(*open.place).clone() });
         let misses = passed.filter_map(|(number, rule)| {
             let failed = near(rule, &seen)?;
-            let place = RuleRef { flavour: ruleset.flavour, number: Some(number), ..open.place.clone() };
+            let place = RuleRef::new(chain_of.clone(), Some(number));
             Some(NearMiss { hook: open.hook, rule: place, text: rule.text.to_string(), failed })
         });
         let misses: Vec<NearMiss> = misses.collect();

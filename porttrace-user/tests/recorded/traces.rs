@@ -1,5 +1,6 @@
 //! The kernel's own rule traces, and the same lines made from a branch.
 
+use porttrace_user::core::model::rules::conditions;
 use porttrace_user::core::model::trace::{Action, Branch, Hop, RuleRef};
 use serde::Deserialize;
 
@@ -75,9 +76,9 @@ pub fn legacy_steps(lines: &[LegacyStep]) -> Vec<String> {
 /// A branch in the words of [`legacy_steps`]. A RETURN without conditions looks like the end of its chain there.
 pub fn branch_numbers(branch: &Branch) -> Vec<String> {
     let step = |hop: &Hop| {
-        let Hop::Rule { rule, action, because, .. } = hop else { return None };
+        let Hop::Rule { rule, action, text, .. } = hop else { return None };
         match rule.number {
-            _ if *action == Action::Return && because.to_string().is_empty() => None,
+            _ if *action == Action::Return && conditions(text).is_empty() => None,
             Some(number) => Some(service(&format!("{}:{}:rule:{number}", rule.table, pod(&rule.chain)))),
             None => Some(format!("{}:{}:policy", rule.table, rule.chain)),
         }

@@ -3,27 +3,36 @@
 use super::expect::Expectation;
 use super::source::Loaded;
 use super::{UNEXPECTED, packet};
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use porttrace_user::core::model::flow::{Proto, Tuple};
 use porttrace_user::core::model::trace::Packet;
 use porttrace_user::core::parse::words;
 use porttrace_user::core::simulate::Simulator;
+use porttrace_user::render::trace::json::Printer;
 use porttrace_user::render::trace::{self, Context, json};
 use serde::Deserialize;
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write, stdin, stdout};
 use std::net::IpAddr;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SendError, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex};
 
 /// Lines that one thread takes at a time.
-const CHUNK: usize = 2048;
+const CHUNK: usize = 128;
+/// Bytes of output that are handed on together.
+const PIECE: usize = 256 << 10;
+/// Pieces that wait to be written, for each chunk of lines.
+const PIECES: usize = 4;
 /// A longer line is no packet.
 const LONGEST: usize = 64 << 10;
 
 /// One line.
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object with src, sport, dst, dport, proto and in")]
 struct Line {
     src: IpAddr,
     #[serde(default)]
@@ -49,124 +58,139 @@ const fn tcp() -> Proto {
     Proto::Tcp
 }
 
-/// What a chunk of lines came to.
-#[derive(Default)]
-struct Done {
-    out: Vec<u8>,
-    bad: u64,
-    unexpected: u64,
-}
-
-struct Job<'a> {
+/// What to do with each line.
+#[derive(Clone, Copy)]
+struct Task<'a> {
     loaded: &'a Loaded,
     context: &'a Context<'a>,
     json: bool,
     expect: Option<Expectation>,
 }
 
+/// How lines are to be answered.
+#[derive(Clone, Copy)]
+pub struct Options {
+    pub json: bool,
+    /// Answers as data without the hops.
+    pub brief: bool,
+    pub expect: Option<Expectation>,
+}
+
 /// Answers every line of a file; a line that is no packet gets an error of its own, and exit code 1 at the end.
+///
+/// Each core takes chunks of lines; the answers are written in the order of the lines while the next ones are being made. What
+/// is held in memory is bounded: a thread waits when it is [`PIECES`] pieces of output ahead.
 ///
 /// # Errors
 /// When the file cannot be read or the output not be written.
-pub fn run(
-    path: &Path,
-    loaded: &Loaded,
-    context: &Context<'_>,
-    json: bool,
-    expect: Option<Expectation>,
-) -> anyhow::Result<ExitCode> {
+pub fn run(path: &Path, loaded: &Loaded, context: &Context<'_>, options: Options) -> anyhow::Result<ExitCode> {
     let mut lines = Lines::open(path)?;
-    let job = Job { loaded, context, json, expect };
+    let Options { json, brief, expect } = options;
+    let task = Task { loaded, context, json, expect };
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    // What traces share with their simulator is counted, so that each thread does better with one of its own.
-    let simulators: Vec<Simulator> = (0..threads).map(|_| Simulator::new(&loaded.state)).collect();
-    let mut out = stdout().lock();
-    let mut total = Done::default();
-    loop {
-        let block = lines.block(threads * CHUNK).with_context(|| format!("cannot read {}", path.display()))?;
-        if block.is_empty() {
-            break;
+    let (bad, unexpected) = (AtomicU64::new(0), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        let (jobs, queue) = channel::<Job>();
+        let queue = Arc::new(Mutex::new(queue));
+        for _ in 0..threads {
+            let mut worker = Worker { task, bad: &bad, unexpected: &unexpected, printer: Printer::new(brief) };
+            let queue = Arc::clone(&queue);
+            scope.spawn(move || worker.work(&queue));
         }
-        for done in work(&job, &simulators, &block)? {
-            out.write_all(&done.out)?;
-            (total.bad, total.unexpected) = (total.bad + done.bad, total.unexpected + done.unexpected);
-        }
-    }
-    out.flush()?;
+        drop(queue);
+        lines.feed(jobs, 2 * threads, &mut stdout().lock())
+    })?;
     loaded.complain(context.verbose);
-    Ok(finish(&total, expect))
+    Ok(finish(bad.into_inner(), unexpected.into_inner(), expect))
 }
 
-fn finish(total: &Done, expect: Option<Expectation>) -> ExitCode {
-    if total.bad > 0 {
-        eprintln!("porttrace: {} lines of the batch are no packets", total.bad);
+fn finish(bad: u64, unexpected: u64, expect: Option<Expectation>) -> ExitCode {
+    if bad > 0 {
+        eprintln!("porttrace: {bad} lines of the batch are no packets");
         return ExitCode::FAILURE;
     }
-    if let Some(expect) = expect.filter(|_| total.unexpected > 0) {
-        eprintln!("porttrace: expected {expect}, but {} packets do otherwise", total.unexpected);
+    if let Some(expect) = expect.filter(|_| unexpected > 0) {
+        eprintln!("porttrace: expected {expect}, but {unexpected} packets do otherwise");
         return ExitCode::from(UNEXPECTED);
     }
     ExitCode::SUCCESS
 }
 
-/// Cuts a block into one piece for each thread; the answers come back in order.
-fn work(job: &Job<'_>, simulators: &[Simulator], block: &[(u64, Vec<u8>)]) -> anyhow::Result<Vec<Done>> {
-    let piece = block.len().div_ceil(simulators.len()).max(1);
-    std::thread::scope(|scope| {
-        let pieces = block.chunks(piece).zip(simulators);
-        let threads: Vec<_> =
-            pieces.map(|(piece, simulator)| scope.spawn(move || answer_all(job, simulator, piece))).collect();
-        let join = |thread: std::thread::ScopedJoinHandle<'_, Done>| {
-            thread.join().map_err(|_| anyhow::anyhow!("a thread of the batch broke off"))
-        };
-        threads.into_iter().map(join).collect()
-    })
+/// Numbered lines, and where their answers go piece by piece.
+struct Job {
+    lines: Vec<(u64, Vec<u8>)>,
+    answers: SyncSender<Vec<u8>>,
 }
 
-fn answer_all(job: &Job<'_>, simulator: &Simulator, piece: &[(u64, Vec<u8>)]) -> Done {
-    let mut done = Done::default();
-    for (number, line) in piece {
-        if let Err(error) = answer(job, simulator, *number, line, &mut done) {
-            done.bad += 1;
-            if job.json {
-                let _ = serde_json::to_writer(&mut done.out, &json::BadLine::new(*number, &error));
-                done.out.push(b'\n');
-            } else {
-                let _ = writeln!(done.out, "line {number}: {error}");
+/// One thread. What traces share with their simulator is counted, so that each does better with one of its own.
+struct Worker<'a> {
+    task: Task<'a>,
+    bad: &'a AtomicU64,
+    unexpected: &'a AtomicU64,
+    printer: Printer,
+}
+
+impl Worker<'_> {
+    fn work(&mut self, queue: &Mutex<Receiver<Job>>) {
+        let simulator = Simulator::new(&self.task.loaded.state);
+        loop {
+            let next = queue.lock().map_or(None, |queue| queue.recv().ok());
+            let Some(job) = next else { return };
+            // An error means that nobody reads any more: the writer has said why.
+            if self.answer_all(&simulator, &job).is_err() {
+                return;
             }
         }
     }
-    done
-}
 
-fn answer(job: &Job<'_>, simulator: &Simulator, number: u64, line: &[u8], done: &mut Done) -> Result<(), String> {
-    let packet = parse(line, job)?;
-    let mut trace = simulator.trace(&packet);
-    trace.assumptions.extend(job.loaded.missing_for(packet.tuple.family()));
-    done.unexpected += u64::from(job.expect.is_some_and(|expect| !expect.holds(&trace)));
-    if job.json {
-        serde_json::to_writer(&mut done.out, &json::Answer::new(&trace, Some(number)))
-            .map_err(|error| error.to_string())?;
-        done.out.push(b'\n');
-    } else {
-        done.out.extend_from_slice(trace::headline(&trace, job.context).as_bytes());
+    fn answer_all(&mut self, simulator: &Simulator, job: &Job) -> Result<(), SendError<Vec<u8>>> {
+        let mut out = Vec::with_capacity(PIECE);
+        for (number, line) in &job.lines {
+            if let Err(error) = self.answer(simulator, *number, line, &mut out) {
+                self.bad.fetch_add(1, Ordering::Relaxed);
+                if self.task.json {
+                    let _ = serde_json::to_writer(&mut out, &json::BadLine::new(*number, &error));
+                    out.push(b'\n');
+                } else {
+                    let _ = writeln!(out, "line {number}: {error}");
+                }
+            }
+            if out.len() >= PIECE {
+                job.answers.send(std::mem::replace(&mut out, Vec::with_capacity(PIECE)))?;
+            }
+        }
+        job.answers.send(out)
     }
-    Ok(())
+
+    fn answer(&mut self, simulator: &Simulator, number: u64, line: &[u8], out: &mut Vec<u8>) -> Result<(), String> {
+        let Task { loaded, context, json, expect, .. } = self.task;
+        let packet = parse(line, loaded)?;
+        let mut trace = simulator.trace(&packet);
+        trace.assumptions.extend(loaded.missing_for(packet.tuple.family()));
+        if expect.is_some_and(|expect| !expect.holds(&trace)) {
+            self.unexpected.fetch_add(1, Ordering::Relaxed);
+        }
+        if json {
+            return self.printer.answer(&trace, Some(number), out).map_err(|error| error.to_string());
+        }
+        out.extend_from_slice(trace::headline(&trace, context).as_bytes());
+        Ok(())
+    }
 }
 
-fn parse(line: &[u8], job: &Job<'_>) -> Result<Packet, String> {
+fn parse(line: &[u8], loaded: &Loaded) -> Result<Packet, String> {
     if line.len() > LONGEST {
         return Err(format!("longer than {} KiB: no packet", LONGEST >> 10));
     }
     let Line { src, sport, dst, dport, proto, input, mark, mac, uid, gid } =
-        serde_json::from_slice(line).map_err(|error| error.to_string())?;
+        serde_json::from_slice(line).map_err(|error| error.to_string().replace(" at line 1 column ", " at column "))?;
     let tuple = match (proto.has_ports(), sport, dport) {
         (true, Some(sport), Some(dport)) => Tuple { proto, src, sport, dst, dport },
         (true, ..) => return Err(format!("{proto} needs sport and dport")),
         (false, None | Some(0), None | Some(0)) => Tuple { proto, src, sport: 0, dst, dport: 0 },
         (false, ..) => return Err(format!("{proto} has no ports")),
     };
-    packet::check(&tuple, input.as_deref(), &job.loaded.state)?;
+    packet::check(&tuple, input.as_deref(), &loaded.state)?;
     let mut packet = Packet::first_of(tuple, input.map(Into::into));
     packet.mark = mark;
     let mac = mac.map(|text| words::mac(&text).ok_or_else(|| format!("{text:?} is no MAC address"))).transpose()?;
@@ -176,11 +200,36 @@ fn parse(line: &[u8], job: &Job<'_>) -> Result<Packet, String> {
 
 /// Numbered lines of a file or of standard input; empty ones are passed over.
 struct Lines {
+    name: String,
     input: Box<dyn BufRead>,
     number: u64,
 }
 
 impl Lines {
+    /// Hands out all lines, `ahead` chunks at a time, and writes the answers in their order.
+    fn feed(&mut self, jobs: Sender<Job>, ahead: usize, out: &mut impl Write) -> anyhow::Result<()> {
+        let mut waiting: VecDeque<Receiver<Vec<u8>>> = VecDeque::new();
+        let mut jobs = Some(jobs);
+        loop {
+            while let (Some(queue), true) = (&jobs, waiting.len() < ahead) {
+                let lines = self.block(CHUNK).with_context(|| format!("cannot read {}", self.name))?;
+                if lines.is_empty() {
+                    jobs = None;
+                    break;
+                }
+                let (answers, receiver) = sync_channel(PIECES);
+                queue.send(Job { lines, answers }).map_err(|_| anyhow!("the threads of the batch broke off"))?;
+                waiting.push_back(receiver);
+            }
+            let Some(first) = waiting.pop_front() else { break };
+            // Ends when the thread that has this chunk is done with it.
+            for piece in first {
+                out.write_all(&piece)?;
+            }
+        }
+        Ok(out.flush()?)
+    }
+
     fn open(path: &Path) -> anyhow::Result<Self> {
         let input: Box<dyn BufRead> = if path == Path::new("-") {
             Box::new(stdin().lock())
@@ -188,7 +237,7 @@ impl Lines {
             let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
             Box::new(BufReader::with_capacity(1 << 20, file))
         };
-        Ok(Self { input, number: 0 })
+        Ok(Self { name: path.display().to_string(), input, number: 0 })
     }
 
     /// Up to `count` lines; none at the end.

@@ -277,7 +277,7 @@ fn predicted(flow: &Flow, branch: &Branch, interfaces: &Interfaces, all: bool) -
     let mut at: Option<(Hook, Name)> = None;
     for hop in &branch.hops {
         match hop {
-            Hop::Rule { hook, rule, action, because, text } => {
+            Hop::Rule { hook, rule, action, text } => {
                 let place = (*hook, rule.table.clone());
                 if at.as_ref() != Some(&place) {
                     stack.clear();
@@ -288,7 +288,12 @@ fn predicted(flow: &Flow, branch: &Branch, interfaces: &Interfaces, all: bool) -
                     Action::Jump { chain } | Action::Goto { chain } => Some(chain.clone()),
                     _ => None,
                 };
-                stack.push(RuleStep { rule: rule.clone(), because: because.clone(), text: text.clone(), leads_to });
+                stack.push(RuleStep {
+                    rule: rule.clone(),
+                    because: Because(text.clone()),
+                    text: text.clone(),
+                    leads_to,
+                });
                 if acts(action, rule) || all {
                     let path = RulePath {
                         hook: *hook,

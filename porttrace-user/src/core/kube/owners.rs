@@ -4,7 +4,7 @@ use super::hash;
 use crate::core::model::flow::{Family, Proto};
 use crate::core::model::rules::{Chain, MatchKind, NatRange, Net, PortSide, Rule, Ruleset, Table, Target};
 use crate::core::model::state::NodeState;
-use crate::core::model::trace::RuleRef;
+use crate::core::model::trace::{ChainRef, RuleRef};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -232,13 +232,13 @@ impl Reader<'_> {
     }
 
     fn reference(&self, chain: &Chain, number: u32) -> RuleRef {
-        RuleRef {
+        let place = ChainRef {
             flavour: self.ruleset.flavour,
             family: self.ruleset.family,
             table: self.table.name.as_str().into(),
             chain: (*chain.name).into(),
-            number: Some(number),
-        }
+        };
+        RuleRef::new(place, Some(number))
     }
 }
 

@@ -4,8 +4,11 @@ use super::flow::{Family, Proto, Tuple};
 use super::hops::Hops;
 use super::name::{Name, Text};
 use serde::Serialize;
+use serde::ser::{SerializeStruct, Serializer};
 use std::fmt;
 use std::net::IpAddr;
+use std::ops::Deref;
+use std::sync::Arc;
 
 /// Version of the serialised form of [`Trace`].
 pub const TRACE_SCHEMA: u32 = 1;
@@ -48,15 +51,48 @@ pub enum Flavour {
     Nftables,
 }
 
-/// A rule's place: enough to find it again with `iptables -t TABLE -L CHAIN --line-numbers`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
-pub struct RuleRef {
+/// Where a chain is.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ChainRef {
     pub flavour: Flavour,
     pub family: Family,
     pub table: Name,
     pub chain: Name,
+}
+
+/// A rule's place: enough to find it again with `iptables -t TABLE -L CHAIN --line-numbers`. Its chain's fields are read as if
+/// they were its own; rules of one chain share them.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RuleRef {
+    place: Arc<ChainRef>,
     /// 1-based position in the chain, as iptables counts; `None` for the chain's policy.
     pub number: Option<u32>,
+}
+
+impl RuleRef {
+    pub fn new(place: impl Into<Arc<ChainRef>>, number: Option<u32>) -> Self {
+        Self { place: place.into(), number }
+    }
+}
+
+impl Deref for RuleRef {
+    type Target = ChainRef;
+
+    fn deref(&self) -> &ChainRef {
+        &self.place
+    }
+}
+
+impl Serialize for RuleRef {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut rule = serializer.serialize_struct("RuleRef", 5)?;
+        rule.serialize_field("flavour", &self.flavour)?;
+        rule.serialize_field("family", &self.family)?;
+        rule.serialize_field("table", &self.table)?;
+        rule.serialize_field("chain", &self.chain)?;
+        rule.serialize_field("number", &self.number)?;
+        rule.end()
+    }
 }
 
 /// What a matching rule did.
@@ -117,7 +153,7 @@ impl fmt::Display for Because {
 }
 
 impl Serialize for Because {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
     }
 }
@@ -132,8 +168,9 @@ pub enum Hop {
     LocalSend { tuple: Tuple },
     /// Conntrack's view when the packet passes it (`NEW`, `ESTABLISHED`, `RELATED`, `INVALID`, `UNTRACKED`).
     Conntrack { state: &'static str, entry: Option<String> },
-    /// A rule matched (`because` = the matches that decided, as iptables writes them) or a policy ended a base chain.
-    Rule { hook: Hook, rule: RuleRef, action: Action, because: Because, text: Text },
+    /// A rule matched or a policy ended a base chain. Serialised with `because`: the matches that decided ([`Because`]).
+    #[serde(serialize_with = "rule_hop")]
+    Rule { hook: Hook, rule: RuleRef, action: Action, text: Text },
     /// The destination or source really changed. `by` is the rule, or `None` for a conntrack entry or null binding.
     Rewrite { hook: Hook, what: Manip, before: Tuple, after: Tuple, by: Option<RuleRef> },
     /// The routing decision.
@@ -146,6 +183,22 @@ pub enum Hop {
     ReplyRewrite { before: Tuple, after: Tuple },
     /// Something worth a line: rp_filter, route_localnet, bridge-nf, hairpin.
     Note { text: String },
+}
+
+fn rule_hop<S: Serializer>(
+    hook: &Hook,
+    rule: &RuleRef,
+    action: &Action,
+    text: &Text,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    let mut hop = serializer.serialize_struct("Rule", 5)?;
+    hop.serialize_field("hook", hook)?;
+    hop.serialize_field("rule", rule)?;
+    hop.serialize_field("action", action)?;
+    hop.serialize_field("because", &Because(text.clone()))?;
+    hop.serialize_field("text", text)?;
+    hop.end()
 }
 
 /// Which half of a connection a rewrite changed.
@@ -293,7 +346,7 @@ impl fmt::Display for Fraction {
 }
 
 impl Serialize for Fraction {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
     }
 }

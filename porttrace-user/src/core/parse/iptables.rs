@@ -8,6 +8,7 @@ use crate::core::model::name::{Name, Text};
 use crate::core::model::rules::{Chain, Policy, Rule, Ruleset, Table, Target};
 use crate::core::model::state::Diagnostic;
 use crate::core::model::trace::Flavour;
+use memchr::memchr_iter;
 use std::collections::HashMap;
 
 /// Diagnostics of one dump are listed up to this number; the rest is counted.
@@ -23,11 +24,15 @@ pub fn parse(text: &str, source: &str, flavour: Flavour, family: Family) -> (Rul
         problems.add(0, "larger than 4 GiB: not read".into());
         Name::default()
     };
-    let mut dump = Dump { text: &whole, family, problems: &mut problems, tables: Vec::new(), open: None };
+    let conditions = Conditions::new(family);
+    let mut dump = Dump { text: &whole, conditions, problems: &mut problems, tables: Vec::new(), open: None };
     let mut start = 0;
-    for (number, line) in whole.split_inclusive('\n').enumerate() {
-        dump.line(number + 1, start, line);
-        start += line.len();
+    let ends = memchr_iter(b'\n', whole.as_bytes()).map(|end| end + 1).chain([whole.len()]);
+    for (number, end) in ends.enumerate() {
+        if let Some(line) = whole.get(start..end) {
+            dump.line(number + 1, start, line);
+        }
+        start = end;
     }
     dump.close(false);
     let tables = dump.tables;
@@ -61,7 +66,7 @@ impl Problems<'_> {
 
 struct Dump<'t, 'p, 's> {
     text: &'t Name,
-    family: Family,
+    conditions: Conditions<'t>,
     problems: &'p mut Problems<'s>,
     tables: Vec<Table>,
     open: Option<OpenTable<'t>>,
@@ -71,8 +76,9 @@ struct Dump<'t, 'p, 's> {
 struct OpenTable<'t> {
     table: Table,
     index: HashMap<&'t str, u32>,
-    /// The chain of the last rule: rules of one chain stand together.
+    /// The chain of the last rule and its rules so far: rules of one chain stand together.
     last: Option<(&'t str, u32)>,
+    pending: Vec<Rule>,
     /// Jumps to names that were not declared when they were read: chain, rule, line.
     dangling: Vec<(u32, u32, usize)>,
     implicit: bool,
@@ -104,7 +110,14 @@ impl<'t> Dump<'t, '_, '_> {
                 .add(number, format!("table {name} appears a second time: both are kept, the first runs first"));
         }
         let table = Table { name: name.into(), chains: Vec::new() };
-        self.open = Some(OpenTable { table, index: HashMap::new(), last: None, dangling: Vec::new(), implicit });
+        self.open = Some(OpenTable {
+            table,
+            index: HashMap::new(),
+            last: None,
+            pending: Vec::new(),
+            dangling: Vec::new(),
+            implicit,
+        });
     }
 
     fn declare(&mut self, number: usize, content: &'t str) {
@@ -137,6 +150,7 @@ impl<'t> Dump<'t, '_, '_> {
             table: filter(),
             index: HashMap::new(),
             last: None,
+            pending: Vec::new(),
             dangling: Vec::new(),
             implicit: true,
         })
@@ -172,8 +186,7 @@ impl<'t> Dump<'t, '_, '_> {
         counters: Option<(u64, u64)>,
         text: Text,
     ) {
-        let mut conditions = Conditions::new(self.family, line);
-        let rest = conditions.read(words);
+        let rest = self.conditions.read(line, words);
         let target = match rest {
             Some(rest) => {
                 let open = self.table_for(number);
@@ -181,7 +194,7 @@ impl<'t> Dump<'t, '_, '_> {
             }
             None => Ok(Target::None),
         };
-        let (matches, complaints) = conditions.finish();
+        let (matches, complaints) = self.conditions.take();
         for complaint in complaints {
             self.problems.add(number, complaint);
         }
@@ -198,6 +211,7 @@ impl<'t> Dump<'t, '_, '_> {
 
     fn close(&mut self, committed: bool) {
         let Some(mut open) = self.open.take() else { return };
+        open.flush();
         if !committed && !open.implicit {
             let message =
                 format!("table {} has no COMMIT: the dump is torn or mixed, what was read is kept", open.table.name);
@@ -218,6 +232,7 @@ impl<'t> Dump<'t, '_, '_> {
 
 impl<'t> OpenTable<'t> {
     fn chain(&mut self, name: &'t str) -> (bool, &mut Chain) {
+        self.flush();
         let next = self.table.chains.len() as u32;
         let (index, fresh) = match self.index.get(name) {
             Some(&index) => (index, false),
@@ -240,14 +255,23 @@ impl<'t> OpenTable<'t> {
                 (self.last.map_or(0, |(_, index)| index), fresh)
             }
         };
-        let dangling = matches!(rule.target, Target::Missing(_));
-        if let Some(chain) = self.table.chains.get_mut(index as usize) {
-            chain.rules.push(rule);
-            if dangling {
-                self.dangling.push((index, chain.rules.len() as u32 - 1, number));
-            }
+        if matches!(rule.target, Target::Missing(_)) {
+            let before = self.table.chains.get(index as usize).map_or(0, |chain| chain.rules.len());
+            self.dangling.push((index, (before + self.pending.len()) as u32, number));
         }
+        self.pending.push(rule);
         fresh
+    }
+
+    /// Hands the pending rules to their chain, which then holds no more memory than they need.
+    fn flush(&mut self) {
+        let Some((_, index)) = self.last else { return };
+        if let Some(chain) = self.table.chains.get_mut(index as usize) {
+            if chain.rules.is_empty() {
+                chain.rules.reserve_exact(self.pending.len());
+            }
+            chain.rules.append(&mut self.pending);
+        }
     }
 
     /// A jump to a chain that was declared later finds it now; otherwise its name is returned.
@@ -263,6 +287,9 @@ impl<'t> OpenTable<'t> {
 
 /// `[packets:bytes]` at the start of a line and how many bytes it takes; `None` when it is torn.
 fn counters(content: &str) -> Option<(Option<(u64, u64)>, usize)> {
+    if content.starts_with("[0:0] -") {
+        return Some((Some((0, 0)), 6));
+    }
     let Some(inner) = content.strip_prefix('[') else { return Some((None, 0)) };
     let end = inner.find(']')?;
     let (packets, bytes) = inner[..end].split_once(':')?;

@@ -6,8 +6,10 @@ use super::words::unquote;
 use crate::core::model::flow::Family;
 use crate::core::model::rules::{IfaceLimit, MatchKind, Recent, RecentOp, RpFilter, SetMatch, SocketMatch};
 
-/// Blocks whose options belong together.
-pub(super) const WHOLE: [&str; 7] = ["addrtype", "recent", "statistic", "set", "rpfilter", "limit", "socket"];
+/// Whether the options of a block belong together.
+pub(super) fn is_whole(module: &str) -> bool {
+    matches!(module, "addrtype" | "recent" | "statistic" | "set" | "rpfilter" | "limit" | "socket")
+}
 
 /// A block whose options belong together.
 pub(super) fn whole(module: &str, words: &[Word<'_>], family: Family) -> Option<Parsed> {

@@ -8,37 +8,49 @@ use super::words::Words;
 use crate::core::model::flow::{Family, Proto};
 use crate::core::model::rules::{Match, MatchKind};
 
-/// Collects the matches of one rule.
+/// Collects the matches of one rule after the other.
 pub(super) struct Conditions<'a> {
     pub(super) family: Family,
     line: &'a str,
     matches: Vec<Match>,
     complaints: Vec<String>,
     protocol: &'a str,
+    /// Words of the present block.
+    block: Vec<Word<'a>>,
 }
 
 impl<'a> Conditions<'a> {
-    pub(super) fn new(family: Family, line: &'a str) -> Self {
-        Self { family, line, matches: Vec::with_capacity(6), complaints: Vec::new(), protocol: "" }
+    pub(super) const fn new(family: Family) -> Self {
+        Self { family, line: "", matches: Vec::new(), complaints: Vec::new(), protocol: "", block: Vec::new() }
     }
 
-    pub(super) fn finish(self) -> (Box<[Match]>, Vec<String>) {
-        (self.matches.into_boxed_slice(), self.complaints)
+    /// The matches read so far, and what there is to say about them.
+    pub(super) fn take(&mut self) -> (Box<[Match]>, Vec<String>) {
+        (self.matches.drain(..).collect(), std::mem::take(&mut self.complaints))
     }
 
-    /// Reads up to the target; what is left stands behind the returned `-j` or `-g`.
-    pub(super) fn read(&mut self, mut words: Words<'a>) -> Option<(&'a str, Words<'a>)> {
+    /// Reads the words of a rule up to the target; what is left stands behind the returned `-j` or `-g`.
+    pub(super) fn read(&mut self, line: &'a str, words: Words<'a>) -> Option<(&'a str, Words<'a>)> {
+        (self.line, self.protocol) = (line, "");
+        let mut block = std::mem::take(&mut self.block);
+        let rest = self.read_into(&mut block, words);
+        block.clear();
+        self.block = block;
+        rest
+    }
+
+    fn read_into(&mut self, block: &mut Vec<Word<'a>>, mut words: Words<'a>) -> Option<(&'a str, Words<'a>)> {
         let mut module = "";
-        let mut block: Vec<Word<'a>> = Vec::with_capacity(8);
         while let Some(text) = words.next() {
             let word = Word { text, start: words.last.0, end: words.last.1 };
             match text {
+                _ if !text.starts_with('-') => block.push(word),
                 "-j" | "-g" | "--jump" | "--goto" => {
-                    self.block(module, &block);
+                    self.block(module, block);
                     return Some((text, words));
                 }
                 "-m" | "--match" => {
-                    self.block(module, &block);
+                    self.block(module, block);
                     block.clear();
                     module = words.next().unwrap_or("");
                 }
@@ -48,7 +60,7 @@ impl<'a> Conditions<'a> {
                 "-s" | "-d" | "-p" | "-i" | "-o" | "-f" | "--source" | "--destination" | "--protocol"
                 | "--in-interface" | "--out-interface" | "--fragment" => {
                     let bang = block.pop_if(|word| word.text == "!");
-                    self.block(module, &block);
+                    self.block(module, block);
                     block.clear();
                     module = "";
                     self.general(word, bang, &mut words);
@@ -56,7 +68,7 @@ impl<'a> Conditions<'a> {
                 _ => block.push(word),
             }
         }
-        self.block(module, &block);
+        self.block(module, block);
         None
     }
 
@@ -99,7 +111,10 @@ impl<'a> Conditions<'a> {
             return;
         };
         let (start, end) = (first.start, words.last().map_or(first.end, |word| word.end));
-        if blocks::WHOLE.contains(&module) {
+        if module == "comment" && words.len() == 2 {
+            return;
+        }
+        if blocks::is_whole(module) {
             match blocks::whole(module, words, self.family) {
                 Some(parsed) => self.add(parsed, start, end),
                 None => self.unknown(start, end),

@@ -2,7 +2,7 @@
 
 use crate::core::model::flow::Family;
 use crate::core::model::rules::Net;
-use std::net::IpAddr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// A word of a rule and its place in the line.
 #[derive(Clone, Copy)]
@@ -73,38 +73,26 @@ impl<'b, 'a> Options<'b, 'a> {
 /// `10.0.0.0/8`, `10.0.0.0/255.0.255.0`, `fd00::/8`, a bare address. `None` for anything else and for the other family.
 pub(super) fn net(text: &str, family: Family) -> Option<Net> {
     let (address, mask) = text.split_once('/').map_or((text, None), |(address, mask)| (address, Some(mask)));
-    let mask = match mask {
-        None => Mask::Prefix(128),
-        Some(mask) => match mask.parse::<u8>() {
-            Ok(prefix) => Mask::Prefix(prefix),
-            Err(_) => Mask::Address(mask.parse().ok()?),
-        },
-    };
-    match (address.parse().ok()?, family) {
-        (IpAddr::V4(address), Family::V4) => {
-            let mask = match mask {
-                Mask::Prefix(128) => u32::MAX,
-                Mask::Prefix(prefix @ 0..=32) => u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0),
-                Mask::Address(IpAddr::V4(mask)) => mask.to_bits(),
-                _ => return None,
-            };
-            Some(Net::V4 { addr: address.to_bits() & mask, mask })
+    match family {
+        Family::V4 => {
+            let address = address.parse::<Ipv4Addr>().ok()?.to_bits();
+            let mask = mask.map_or(Some(u32::MAX), |mask| match mask.parse::<u8>() {
+                Ok(prefix @ 0..=32) => Some(u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0)),
+                Ok(_) => None,
+                Err(_) => mask.parse().ok().map(Ipv4Addr::to_bits),
+            })?;
+            Some(Net::V4 { addr: address & mask, mask })
         }
-        (IpAddr::V6(address), Family::V6) => {
-            let mask = match mask {
-                Mask::Prefix(prefix @ 0..=128) => u128::MAX.checked_shl(128 - u32::from(prefix)).unwrap_or(0),
-                Mask::Address(IpAddr::V6(mask)) => mask.to_bits(),
-                _ => return None,
-            };
-            Some(Net::V6(Box::new((address.to_bits() & mask, mask))))
+        Family::V6 => {
+            let address = address.parse::<Ipv6Addr>().ok()?.to_bits();
+            let mask = mask.map_or(Some(u128::MAX), |mask| match mask.parse::<u8>() {
+                Ok(prefix @ 0..=128) => Some(u128::MAX.checked_shl(128 - u32::from(prefix)).unwrap_or(0)),
+                Ok(_) => None,
+                Err(_) => mask.parse().ok().map(Ipv6Addr::to_bits),
+            })?;
+            Some(Net::V6(Box::new((address & mask, mask))))
         }
-        _ => None,
     }
-}
-
-enum Mask {
-    Prefix(u8),
-    Address(IpAddr),
 }
 
 /// `80`, `80:90`, `:90`, `80:`, and the names that iptables itself would have turned into numbers are not accepted.

@@ -4,6 +4,7 @@ use super::iptables_options::{masked, net, number, range};
 use super::words::{Words, unquote};
 use crate::core::model::flow::Family;
 use crate::core::model::rules::{ConnMarkOp, MarkOp, NatRange, Net, Target, Tproxy, TtlOp};
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::net::IpAddr;
 
@@ -58,14 +59,14 @@ fn nat(to: Option<&str>, options: &[&str]) -> Result<NatRange, String> {
         let (addresses, after) = inner.split_once(']').ok_or_else(bad)?;
         // `[fd00::1]-[fd00::9]:80` and `[fd00::1-fd00::9]:80` both occur.
         match after.strip_prefix("-[").and_then(|more| more.split_once(']')) {
-            Some((last, after)) => (format!("{addresses}-{last}"), after.strip_prefix(':')),
-            None => (addresses.to_owned(), after.strip_prefix(':')),
+            Some((last, after)) => (Cow::from(format!("{addresses}-{last}")), after.strip_prefix(':')),
+            None => (Cow::from(addresses), after.strip_prefix(':')),
         }
-    } else if text.matches(':').count() > 1 {
-        (text.to_owned(), None)
+    } else if text.bytes().filter(|byte| *byte == b':').count() > 1 {
+        (Cow::from(text), None)
     } else {
         let (addresses, ports) = text.split_once(':').map_or((text, None), |(a, p)| (a, Some(p)));
-        (addresses.to_owned(), ports)
+        (Cow::from(addresses), ports)
     };
     let (low, high) = addresses.split_once('-').unwrap_or((&addresses, &addresses));
     let addresses = match addresses.is_empty() {

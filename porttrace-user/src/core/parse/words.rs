@@ -1,5 +1,6 @@
 //! Words of a rule as iptables-save quotes them (`xtables_save_string`: double quotes, backslash before `"`, `\` and `'`).
 
+use memchr::memchr2;
 use std::borrow::Cow;
 
 /// The words of a line, still quoted, in order.
@@ -21,24 +22,43 @@ impl<'a> Iterator for Words<'a> {
 
     fn next(&mut self) -> Option<&'a str> {
         let bytes = self.line.as_bytes();
-        while bytes.get(self.at).is_some_and(u8::is_ascii_whitespace) {
-            self.at += 1;
-        }
-        let start = self.at;
-        let mut quoted = false;
-        while let Some(byte) = bytes.get(self.at) {
-            match byte {
-                b'\\' if quoted => self.at += 1,
-                b'"' => quoted = !quoted,
-                byte if byte.is_ascii_whitespace() && !quoted => break,
-                _ => {}
+        let space = bytes.get(self.at..)?.iter().take_while(|byte| byte.is_ascii_whitespace()).count();
+        let start = self.at + space;
+        let mut end = start;
+        while let Some(rest) = bytes.get(end..) {
+            end += rest.iter().position(|byte| ENDS[usize::from(*byte)]).unwrap_or(rest.len());
+            if bytes.get(end) != Some(&b'"') {
+                break;
             }
-            self.at += 1;
+            end = quoted(bytes, end + 1);
         }
-        self.at = self.at.min(bytes.len());
-        self.last = (start, self.at);
-        self.line.get(start..self.at).filter(|word| !word.is_empty())
+        self.at = end;
+        self.last = (start, end);
+        self.line.get(start..end).filter(|word| !word.is_empty())
     }
+}
+
+/// Whitespace and the double quote.
+const ENDS: [bool; 256] = {
+    let mut ends = [false; 256];
+    let mut at = 0;
+    while at < 256 {
+        ends[at] = at == b'"' as usize || (at as u8).is_ascii_whitespace();
+        at += 1;
+    }
+    ends
+};
+
+/// Behind the closing quote of what begins at `at`, or the end.
+fn quoted(bytes: &[u8], mut at: usize) -> usize {
+    while let Some(found) = bytes.get(at..).and_then(|rest| memchr2(b'"', b'\\', rest)) {
+        at += found + 1;
+        if bytes[at - 1] == b'"' {
+            return at;
+        }
+        at += 1;
+    }
+    bytes.len()
 }
 
 /// A word without its quotes and backslashes.

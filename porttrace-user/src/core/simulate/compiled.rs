@@ -9,7 +9,7 @@ use crate::core::model::flow::Family;
 use crate::core::model::name::{Name, Text};
 use crate::core::model::rules::{Chain, Rule, Ruleset};
 use crate::core::model::state::{NodeState, RecentEntry};
-use crate::core::model::trace::{Flavour, Hook, RuleRef};
+use crate::core::model::trace::{ChainRef, Flavour, Hook, RuleRef};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
@@ -62,7 +62,8 @@ pub(super) struct TableData {
     pub(super) flavour: Flavour,
     pub(super) family: Family,
     pub(super) name: Name,
-    pub(super) chains: Vec<Name>,
+    pub(super) chains: Vec<Arc<ChainRef>>,
+    /// A copy of the ruleset's text.
     text: Name,
     indices: HashMap<u32, Index>,
 }
@@ -77,22 +78,24 @@ impl TableData {
     }
 
     pub(super) fn chain_name(&self, chain: u32) -> Name {
-        self.chains.get(chain as usize).cloned().unwrap_or_default()
+        self.chains.get(chain as usize).map(|chain| chain.chain.clone()).unwrap_or_default()
     }
 
     /// The rule's place; `None` for the chain's policy.
     pub(super) fn reference(&self, chain: u32, rule: Option<u32>) -> RuleRef {
-        RuleRef {
-            flavour: self.flavour,
-            family: self.family,
-            table: self.name.clone(),
-            chain: self.chain_name(chain),
-            number: rule.map(|rule| rule + 1),
+        let number = rule.map(|rule| rule + 1);
+        match self.chains.get(chain as usize) {
+            Some(place) => RuleRef::new(Arc::clone(place), number),
+            None => RuleRef::new(self.place(Name::default()), number),
         }
     }
 
+    fn place(&self, chain: Name) -> ChainRef {
+        ChainRef { flavour: self.flavour, family: self.family, table: self.name.clone(), chain }
+    }
+
     pub(super) fn text(&self, rule: &Rule) -> Text {
-        rule.text.moved_to(&self.text)
+        rule.text.moved(&self.ruleset.text, &self.text)
     }
 }
 
@@ -143,16 +146,19 @@ fn table(ruleset: &Arc<Ruleset>, place: usize, text: &Name) -> TableData {
         other => Name::from(other),
     };
     let long = source.chains.iter().enumerate().filter(|(_, chain)| chain.rules.len() >= LONG);
-    TableData {
+    let mut table = TableData {
         ruleset: Arc::clone(ruleset),
         place,
         flavour: ruleset.flavour,
         family: ruleset.family,
         name,
-        chains: source.chains.iter().map(|chain| Name::from(&*chain.name)).collect(),
+        chains: Vec::new(),
         text: text.clone(),
         indices: long.map(|(at, chain)| (at as u32, Index::new(&chain.rules))).collect(),
-    }
+    };
+    let chains = source.chains.iter().map(|chain| Arc::new(table.place(Name::from(&*chain.name)))).collect();
+    table.chains = chains;
+    table
 }
 
 /// Priority of a table's base chain at a hook, `None` where the table has none (`enum nf_ip_hook_priorities`). iptables-nft
@@ -177,7 +183,7 @@ fn base_chains(tables: &[TableData], family: Family, hook: Hook) -> Vec<(i32, Ba
     let mut found = Vec::new();
     for (at, table) in tables.iter().enumerate().filter(|(_, table)| table.family == family) {
         let Some(priority) = priority(&table.name, table.flavour, hook) else { continue };
-        let named = |name: &Name| **name == *hook.name();
+        let named = |place: &Arc<ChainRef>| *place.chain == *hook.name();
         if let Some(chain) = table.chains.iter().position(named) {
             let reroutes = hook == Hook::Output && *table.name == *"mangle";
             found.push((priority, BaseChain { table: at as u16, chain: chain as u32, reroutes }));

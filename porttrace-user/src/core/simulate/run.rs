@@ -6,7 +6,7 @@ use super::path::dropped;
 use super::walk::{Again, Frame, Walk};
 use crate::core::model::name::Name;
 use crate::core::model::rules::{Policy, Rule, Target};
-use crate::core::model::trace::{Action, Because, Branch, Decision, DropReason, Fraction, Hook, Hop, RuleRef, Verdict};
+use crate::core::model::trace::{Action, Branch, Decision, DropReason, Fraction, Hook, Hop, RuleRef, Verdict};
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 
@@ -174,13 +174,7 @@ impl<'s> Run<'s> {
         let policy = table.chain(frame.chain).and_then(|chain| chain.policy).unwrap_or(Policy::Accept);
         let action = if policy == Policy::Drop { Action::Drop } else { Action::Accept };
         let rule = table.reference(frame.chain, None);
-        let hop = Hop::Rule {
-            hook: walk.stage.hook,
-            rule: rule.clone(),
-            action,
-            because: Because::default(),
-            text: Default::default(),
-        };
+        let hop = Hop::Rule { hook: walk.stage.hook, rule: rule.clone(), action, text: Default::default() };
         walk.hop(hop);
         match policy {
             Policy::Accept => Acted::Accepted,
@@ -344,7 +338,7 @@ fn after_copy(mut original: Walk, copy: &Walk) -> Walk {
 fn record(walk: &mut Walk, table: &TableData, rule: &Rule, place: RuleRef, action: Action) {
     let text = table.text(rule);
     let hook = walk.stage.hook;
-    walk.hop(Hop::Rule { hook, rule: place, action, because: Because(text.clone()), text });
+    walk.hop(Hop::Rule { hook, rule: place, action, text });
 }
 
 /// Goes into another chain; a goto leaves nothing of this one, so that the end of the other returns to the caller's caller.

@@ -2,16 +2,123 @@
 
 use super::words::Outcome;
 use crate::core::model::flow::{Proto, Tuple};
-use crate::core::model::hops::Hops;
+use crate::core::model::name::Text;
 use crate::core::model::trace::{
-    Branch, Decision, DropReason, Fraction, Packet, RuleRef, TRACE_SCHEMA, Trace, Verdict,
+    Action, Branch, Decision, DropReason, Fraction, Hook, Hop, Packet, RuleRef, TRACE_SCHEMA, Trace, Verdict,
 };
 use serde::Serialize;
+use std::collections::HashMap;
 use std::net::IpAddr;
 
-/// One packet's answer.
+/// Writes answers, one after the other, each a line. A rule that many packets meet is put into words only once.
+#[derive(Debug)]
+pub struct Printer {
+    /// Rule hops by the place of their text: hook, action, and the hop as it is written.
+    rules: HashMap<Place, Vec<Known>>,
+    known: usize,
+    brief: bool,
+}
+
+/// Address of the whole dump and where in it the rule begins.
+type Place = (usize, u32);
+
+#[derive(Debug)]
+struct Known {
+    hook: Hook,
+    action: Action,
+    written: Box<[u8]>,
+    /// Keeps the dump alive, so that no other one takes its address.
+    _text: Text,
+}
+
+/// So many rule hops are kept, some 20 MB of them.
+const KNOWN: usize = 40_000;
+
+impl Printer {
+    /// `brief`: leave the hops out.
+    pub fn new(brief: bool) -> Self {
+        Self { rules: HashMap::new(), known: 0, brief }
+    }
+
+    /// Appends the answer to one packet; `line` is the 1-based line of a batch.
+    ///
+    /// # Errors
+    /// Never in practice: `out` takes all, and every member can be written.
+    pub fn answer(&mut self, trace: &Trace, line: Option<u64>, out: &mut Vec<u8>) -> serde_json::Result<()> {
+        let head = Head {
+            schema: TRACE_SCHEMA,
+            kind: "trace",
+            line,
+            packet: Sent::new(&trace.packet),
+            outcome: overall(&trace.branches),
+        };
+        serde_json::to_writer(&mut *out, &head)?;
+        reopen(out, b",\"branches\":[");
+        for (at, branch) in trace.branches.iter().enumerate() {
+            if at > 0 {
+                out.push(b',');
+            }
+            serde_json::to_writer(&mut *out, &Way::new(branch))?;
+            if !self.brief {
+                self.hops(branch, out)?;
+            }
+        }
+        out.extend_from_slice(b"],\"assumptions\":");
+        serde_json::to_writer(&mut *out, &trace.assumptions)?;
+        out.extend_from_slice(b"}\n");
+        Ok(())
+    }
+
+    fn hops(&mut self, branch: &Branch, out: &mut Vec<u8>) -> serde_json::Result<()> {
+        reopen(out, b",\"hops\":[");
+        for (at, hop) in branch.hops.iter().enumerate() {
+            if at > 0 {
+                out.push(b',');
+            }
+            match hop {
+                Hop::Rule { hook, action, text, .. } if !text.is_empty() => {
+                    self.rule(hop, (*hook, action, text), out)?
+                }
+                _ => serde_json::to_writer(&mut *out, hop)?,
+            }
+        }
+        out.extend_from_slice(b"]}");
+        Ok(())
+    }
+
+    fn rule(
+        &mut self,
+        hop: &Hop,
+        (hook, action, text): (Hook, &Action, &Text),
+        out: &mut Vec<u8>,
+    ) -> serde_json::Result<()> {
+        let place = text.place();
+        let mut known = self.rules.get(&place).into_iter().flatten();
+        if let Some(known) = known.find(|known| known.hook == hook && known.action == *action) {
+            out.extend_from_slice(&known.written);
+            return Ok(());
+        }
+        let start = out.len();
+        serde_json::to_writer(&mut *out, hop)?;
+        if self.known < KNOWN {
+            self.known += 1;
+            let written = out[start..].into();
+            let known = Known { hook, action: action.clone(), written, _text: text.clone() };
+            self.rules.entry(place).or_default().push(known);
+        }
+        Ok(())
+    }
+}
+
+/// Takes the closing brace of an object back and goes on inside.
+fn reopen(out: &mut Vec<u8>, more: &[u8]) {
+    out.pop();
+    out.extend_from_slice(more);
+}
+
+/// What stands before the branches.
 #[derive(Debug, Serialize)]
-pub struct Answer<'a> {
+struct Head<'a> {
     schema: u32,
     kind: &'static str,
     /// The line of a batch.
@@ -20,23 +127,6 @@ pub struct Answer<'a> {
     packet: Sent<'a>,
     /// The outcome that all branches share, or `mixed`.
     outcome: &'static str,
-    branches: Vec<Way<'a>>,
-    assumptions: &'a [String],
-}
-
-impl<'a> Answer<'a> {
-    /// `line` is the 1-based line of a batch.
-    pub fn new(trace: &'a Trace, line: Option<u64>) -> Self {
-        Self {
-            schema: TRACE_SCHEMA,
-            kind: "trace",
-            line,
-            packet: Sent::new(&trace.packet),
-            outcome: overall(&trace.branches),
-            branches: trace.branches.iter().map(Way::new).collect(),
-            assumptions: &trace.assumptions,
-        }
-    }
 }
 
 /// The outcome that all branches share, or `mixed`.
@@ -109,7 +199,6 @@ struct Way<'a> {
     masquerade: bool,
     sport_chosen: bool,
     decisions: &'a [Decision],
-    hops: &'a Hops,
 }
 
 /// What a verdict says beyond its name; absent where it does not apply.
@@ -157,7 +246,6 @@ impl<'a> Way<'a> {
             masquerade: branch.masquerade,
             sport_chosen: branch.sport_chosen,
             decisions: &branch.decisions,
-            hops: &branch.hops,
         }
     }
 }
@@ -174,5 +262,43 @@ fn drop_reason(reason: &DropReason) -> &str {
         DropReason::Ttl => "ttl",
         DropReason::TooBig => "too_big",
         DropReason::Other { text } => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::model::flow::Family;
+    use crate::core::model::name::Name;
+    use crate::core::model::trace::{ChainRef, Flavour};
+
+    fn jump(dump: &Name, start: usize, hook: Hook, chain: &str) -> Hop {
+        let text = Text::of(dump, start, 8);
+        let place =
+            ChainRef { flavour: Flavour::IptablesNft, family: Family::V4, table: "nat".into(), chain: "A".into() };
+        Hop::Rule { hook, rule: RuleRef::new(place, Some(1)), action: Action::Jump { chain: chain.into() }, text }
+    }
+
+    #[test]
+    fn a_hop_written_again_is_the_same_and_no_other_one() {
+        let (one, two) = (Name::from("-A A -j B\n-A A -j C"), Name::from("-A D -j E\n"));
+        let hops = [
+            jump(&one, 0, Hook::Prerouting, "B"),
+            jump(&one, 0, Hook::Output, "B"),
+            jump(&one, 10, Hook::Prerouting, "C"),
+            jump(&two, 0, Hook::Prerouting, "E"),
+            jump(&one, 0, Hook::Prerouting, "other"),
+            Hop::Note { text: "\"".into() },
+        ];
+        let mut printer = Printer::new(false);
+        for hop in hops.iter().chain(&hops) {
+            let mut out = Vec::new();
+            match hop {
+                Hop::Rule { hook, action, text, .. } => printer.rule(hop, (*hook, action, text), &mut out).unwrap(),
+                _ => serde_json::to_writer(&mut out, hop).unwrap(),
+            }
+            assert_eq!(out, serde_json::to_vec(hop).unwrap());
+        }
+        assert_eq!(printer.known, 5);
     }
 }

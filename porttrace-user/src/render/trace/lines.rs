@@ -5,7 +5,7 @@ use super::fold::{self, Shown};
 use super::tree::{Child, End, Node};
 use super::words::{self, clean};
 use crate::core::model::flow::Tuple;
-use crate::core::model::trace::{Action, Decision, Fraction, Hook, Hop, Manip, Route};
+use crate::core::model::trace::{Action, Because, Decision, Fraction, Hook, Hop, Manip, Route};
 use crate::render::style::{Style, columns, wrap};
 use crate::render::watch::words::{Mood, comment};
 use std::fmt::Write;
@@ -204,7 +204,7 @@ impl Printer<'_, '_> {
     }
 
     fn rule_hop(&mut self, hop: &Hop, dead_end: bool) {
-        let Hop::Rule { hook, rule, action: done, because, text } = hop else { return };
+        let Hop::Rule { hook, rule, action: done, text } = hop else { return };
         let done = words::done(done);
         let place = match (rule.chain.strip_prefix('?'), rule.number) {
             // Nobody pasted this jump.
@@ -217,7 +217,7 @@ impl Printer<'_, '_> {
         if dead_end {
             self.passed(&line);
         } else {
-            self.rule(&line, &words::conditions(&because.to_string()));
+            self.rule(&line, &words::conditions(&Because(text.clone()).to_string()));
         }
     }
 
