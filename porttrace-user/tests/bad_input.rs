@@ -1,12 +1,17 @@
 //! Whatever stands in a node's files or in an archive: nothing panics, nothing hangs, and the other files still count.
 
+mod damage;
+
+use damage::damage;
 use porttrace_user::collect::snapshot;
 use porttrace_user::core::model::state::NodeState;
 use porttrace_user::core::parse::{self, Files};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::OnceLock;
 
 const IPSET: &str = "create a hash:ip family inet hashsize 1024 maxelem 65536 netmask 24\nadd a 1.2.3.0\n\
@@ -50,81 +55,6 @@ fn sample_and_state() -> &'static (Files, NodeState) {
         let state = parse::state(&files);
         (files, state)
     })
-}
-
-/// One way to spoil bytes; positions are fractions of the length.
-#[derive(Clone, Debug)]
-enum Damage {
-    Delete(f64, usize),
-    Insert(f64, Vec<u8>),
-    Overwrite(f64, u8),
-    Cut(f64),
-    Repeat(f64, usize),
-}
-
-impl Damage {
-    fn apply(&self, bytes: &mut Vec<u8>) {
-        let at = |place: &f64| ((bytes.len() as f64) * place) as usize;
-        match self {
-            Self::Delete(place, length) => {
-                let start = at(place);
-                bytes.drain(start..(start + length).min(bytes.len()));
-            }
-            Self::Insert(place, new) => {
-                let start = at(place);
-                bytes.splice(start..start, new.iter().copied());
-            }
-            Self::Overwrite(place, byte) => {
-                let start = at(place);
-                if let Some(old) = bytes.get_mut(start) {
-                    *old = *byte;
-                }
-            }
-            Self::Cut(place) => bytes.truncate(at(place)),
-            Self::Repeat(place, length) => {
-                let start = at(place);
-                let piece = bytes[start..(start + length).min(bytes.len())].to_vec();
-                bytes.splice(start..start, piece);
-            }
-        }
-    }
-}
-
-fn damage() -> impl Strategy<Value = Vec<Damage>> {
-    let words = prop::sample::select(vec![
-        "\"",
-        "-1",
-        "99999999999999999999",
-        "\r\n",
-        "\0",
-        "\u{fffd}",
-        "[[[[",
-        "{}",
-        "null",
-        "-A",
-        " --",
-        "!",
-        "=",
-        "/",
-        ":",
-        "0x",
-        "255.255.255.256",
-        "::",
-        "%",
-        ",",
-        "[UNREPLIED]",
-        "src=",
-        "é",
-    ]);
-    let new = prop_oneof![vec(any::<u8>(), 0..8), words.prop_map(|word| word.as_bytes().to_vec())];
-    let one = prop_oneof![
-        (0.0..1.0, 0usize..40).prop_map(|(place, length)| Damage::Delete(place, length)),
-        (0.0..1.0, new).prop_map(|(place, new)| Damage::Insert(place, new)),
-        (0.0..1.0, any::<u8>()).prop_map(|(place, byte)| Damage::Overwrite(place, byte)),
-        (0.0..1.0).prop_map(Damage::Cut),
-        (0.0..1.0, 0usize..200).prop_map(|(place, length)| Damage::Repeat(place, length)),
-    ];
-    vec(one, 1..6)
 }
 
 #[test]
@@ -177,5 +107,102 @@ proptest! {
             Ok(_) => {}
             Err(error) => prop_assert_eq!(error.to_string().lines().count(), 1),
         }
+    }
+}
+
+/// Runs `porttrace simulate`: exit code, standard output, standard error.
+fn simulate(arguments: &[&str], snapshot: &Path) -> (i32, String, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_porttrace"));
+    let output = command.arg("simulate").args(arguments).arg("--snapshot").arg(snapshot).output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+/// A copy of the recorded node with some files changed.
+fn changed(change: impl Fn(&str, Vec<u8>) -> Vec<u8>) -> tempfile::TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    for (name, bytes) in snapshot::read_files(&case()).unwrap() {
+        let path = directory.path().join(&name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, change(&name, bytes)).unwrap();
+    }
+    directory
+}
+
+#[test]
+fn lines_that_end_as_windows_ends_them_change_nothing() {
+    let asked = ["172.18.0.3:9088", "--from", "172.18.0.4", "--json"];
+    let node = changed(|_, bytes| String::from_utf8(bytes).unwrap().replace('\n', "\r\n").into_bytes());
+    let (code, out, _) = simulate(&asked, node.path());
+    assert_eq!((code, out), (0, simulate(&asked, &case()).1));
+}
+
+#[test]
+fn rules_in_the_file_of_the_other_family_are_taken_by_their_header() {
+    let asked = ["172.18.0.3:9088", "--from", "172.18.0.4", "--json"];
+    let files = snapshot::read_files(&case()).unwrap();
+    let node = changed(|name, bytes| match name {
+        "iptables-save.txt" => files["ip6tables-save.txt"].clone(),
+        "ip6tables-save.txt" => files["iptables-save.txt"].clone(),
+        _ => bytes,
+    });
+    let (code, out, said) = simulate(&asked, node.path());
+    assert_eq!((code, out), (0, simulate(&asked, &case()).1));
+    assert!(said.contains("iptables-save.txt: its header says that ip6tables-save wrote it"), "{said}");
+}
+
+#[test]
+fn addresses_of_the_other_family_are_said_and_decide_nothing() {
+    let node = changed(|name, bytes| match name {
+        "iptables-save.txt" => String::from_utf8(bytes).unwrap().replace("172.18.0.3", "fc00::3").into_bytes(),
+        _ => bytes,
+    });
+    let (code, out, said) = simulate(&["172.18.0.3:30080", "--from", "172.18.0.4"], node.path());
+    assert!(code == 0 && !out.is_empty(), "{code} {out}");
+    assert!(said.lines().any(|line| line.contains("iptables-save.txt:") && line.contains("fc00::3")), "{said}");
+}
+
+#[test]
+fn contradictions_and_nothing_end_in_one_sentence() {
+    let asked = ["172.18.0.3:80", "--from", "172.18.0.4", "--in", "eth0"];
+    for (more, says) in [
+        (&["--local"][..], "'--in <INTERFACE>' cannot be used with '--local'"),
+        (&["--pod", "10.244.1.9"], "'--in <INTERFACE>' cannot be used with '--pod <POD>'"),
+        (&["--batch", "-"], "cannot be used with"),
+    ] {
+        let (code, out, said) = simulate(&[&asked[..], more].concat(), &case());
+        assert!(code == 2 && out.is_empty() && said.contains(says), "{code} {said}");
+    }
+    let nothing = tempfile::NamedTempFile::new().unwrap();
+    let (code, out, said) = simulate(&asked, nothing.path());
+    assert!(code == 1 && out.is_empty() && said.lines().count() == 1, "{code} {said}");
+    assert!(said.contains("is neither a directory nor a tar archive"), "{said}");
+}
+
+#[test]
+fn bad_lines_of_a_batch_are_told_by_their_number() {
+    let good = r#"{"src":"172.18.0.4","sport":1,"dst":"172.18.0.3","dport":9088,"in":"eth0"}"#;
+    let bad = [
+        (r#"{"src":1}"#.to_owned(), "expected IP address"),
+        ("\"x\"".to_owned(), "expected an object with src"),
+        ("\u{0}\u{1}".to_owned(), "expected value"),
+        (good.replace("9088", "99999"), "expected u16"),
+        (good.replace("\"eth0\"", "5"), "expected a string"),
+        (good.replace("sport", "port"), "unknown field `port`"),
+        (good.replace("172.18.0.3", "fc00::3"), "not of the same family"),
+        ("[".repeat(50_000), "invalid"),
+    ];
+    let mut batch = tempfile::NamedTempFile::new().unwrap();
+    for (line, _) in &bad {
+        writeln!(batch, "{good}\n{line}").unwrap();
+    }
+    let path = batch.path().to_str().unwrap();
+    let (code, out, said) = simulate(&["--batch", path], &case());
+    assert!(code == 1 && said.contains("8 lines of the batch are no packets"), "{said}");
+    assert_eq!(out.lines().filter(|line| line.starts_with('✓')).count(), bad.len());
+    for (number, (line, says)) in bad.iter().enumerate() {
+        let begins = format!("line {}: ", 2 * number + 2);
+        let told = out.lines().find(|line| line.starts_with(&begins)).unwrap();
+        assert!(told.contains(says) && !told.contains("struct"), "{line}: {told}");
     }
 }
