@@ -14,7 +14,7 @@ pub struct Args {
     #[arg(long)]
     no_vm: bool,
     /// Kernels to boot in the virtual machine.
-    #[arg(long, value_enum, value_name = "SERIES", default_values = ["6.1"])]
+    #[arg(long, value_enum, value_name = "SERIES", default_values = ["6.1", "6.12"])]
     kernel: Vec<vm::Kernel>,
 }
 
