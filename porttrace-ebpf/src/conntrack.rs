@@ -1,12 +1,12 @@
 //! Conntrack: entries of watched connections, as NETFILTER programs or kprobes see them.
 
-use crate::emit::{body, describe_packet, reserve};
+use crate::emit::{body, describe_packet, reserve, submit};
 use crate::flow::is_watched;
-use crate::maps::{TRACKED, netns, offset, track};
+use crate::maps::{TRACKED, is_seen, netns, offset, set_seen, track};
 use crate::packet::{NO_TUPLE, Packet};
 use crate::skb::{
-    CONFIRMED, DST_NAT, DYING, SRC_NAT, conntrack_netns, conntrack_of, copy_tuple, describe_conntrack, id_of,
-    ifindex_of, original_ports, packet_of, peek, status_of,
+    Access as _, CONFIRMED, DST_NAT, DYING, SRC_NAT, Typed, Untyped, conntrack_netns, conntrack_of, copy_tuple,
+    describe_conntrack, id_of, ifindex_of, may_open, original_ports, packet_of, peek, status_of,
 };
 use core::ffi::c_void;
 use porttrace_ebpf::{Kind, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY, WireTuple};
@@ -30,7 +30,7 @@ struct NfContext {
 pub fn hook(ctx: *mut c_void, kind: Kind) {
     // SAFETY: the kernel hands over a `struct bpf_nf_ctx`.
     let NfContext { state, skb } = unsafe { ctx.cast::<NfContext>().read() };
-    let (ct, info) = conntrack_of(skb);
+    let (ct, info) = conntrack_of::<Typed>(skb);
     // Only the first look at a connection cares for replies: it may have begun before the probe did.
     let first_look = matches!(kind, Kind::AfterConntrack);
     if ct == 0 || (info >= REPLY && !first_look) {
@@ -38,7 +38,7 @@ pub fn hook(ctx: *mut c_void, kind: Kind) {
     }
     let ports = original_ports(ct);
     if is_watched(ports.dport, ports.proto) {
-        watched(&NfContext { state, skb }, ct, info, kind);
+        watched(&NfContext { state, skb }, ct, info, ports.proto, kind);
     } else if first_look && info == NEW && is_watched(ports.sport, ports.proto) {
         remember(ct, ROLE_IGNORED, 0, 0);
     }
@@ -46,26 +46,33 @@ pub fn hook(ctx: *mut c_void, kind: Kind) {
 
 /// A packet of a watched entry: worth an event when it makes the entry, opens a connection, or is the first one seen.
 #[inline(always)]
-fn watched(at: &NfContext, ct: u64, info: u64, kind: Kind) {
-    let first_look = matches!(kind, Kind::AfterConntrack);
-    let is_new = status_of(ct) & CONFIRMED == 0;
-    let mut packet = Packet::ZERO;
-    if !packet_of(at.skb, &mut packet) {
-        return;
-    }
+fn watched(at: &NfContext, ct: u64, info: u64, proto: u8, kind: Kind) {
     // An ICMP error about the connection carries its entry too.
     if info == RELATED || info == RELATED + REPLY {
         return;
     }
+    let first_look = matches!(kind, Kind::AfterConntrack);
+    let is_new = status_of(ct) & CONFIRMED == 0;
+    let id = id_of(ct);
+    if !is_new && (!first_look || is_seen(id)) && !may_open(at.skb, proto) {
+        return;
+    }
+    let mut packet = Packet::ZERO;
+    if !packet_of::<Typed>(at.skb, &mut packet) {
+        return;
+    }
     let late = !is_new && !packet.opens();
-    if late && !(first_look && is_unknown(&packet.tuple, id_of(ct))) {
+    if late && !(first_look && is_unknown(&packet.tuple, id)) {
+        if first_look {
+            set_seen(id);
+        }
         return;
     }
     emit_hook(at, ct, info, kind, &packet);
-    track(&packet.tuple, if info >= REPLY { ROLE_REPLY } else { ROLE_OPENING }, id_of(ct));
+    track(&packet.tuple, if info >= REPLY { ROLE_REPLY } else { ROLE_OPENING }, id);
     if late {
-        remember(ct, ROLE_OPENING, 0, id_of(ct));
-        remember(ct, ROLE_REPLY, 1, id_of(ct));
+        remember(ct, ROLE_OPENING, 0, id);
+        remember(ct, ROLE_REPLY, 1, id);
     }
 }
 
@@ -87,7 +94,7 @@ pub fn nat_setup(ct: u64, maniptype: u32) {
 /// `__nf_conntrack_confirm` begins: both halves of NAT are done.
 #[inline(always)]
 pub fn confirm(skb: u64) {
-    let (ct, info) = conntrack_of(skb);
+    let (ct, info) = conntrack_of::<Untyped>(skb);
     if info >= REPLY {
         return;
     }
@@ -127,7 +134,7 @@ pub fn destroy(ct: u64) {
             (event.orig_bytes, event.reply_bytes) = (counters[1], counters[3]);
         }
     }
-    entry.submit(0);
+    submit(entry);
 }
 
 /// Whether the entry is of a watched port and of this namespace.
@@ -169,11 +176,11 @@ fn emit_hook(at: &NfContext, ct: u64, info: u64, kind: Kind, packet: &Packet) {
     let event = body(&mut entry);
     describe_packet(event, packet);
     describe_conntrack(event, ct, info);
-    event.mark = peek(skb + offset!(skb_mark));
-    event.hook = peek(state + offset!(state_hook));
-    event.ifindex = ifindex_of(peek(state + offset!(state_in)));
-    event.out_ifindex = ifindex_of(peek(state + offset!(state_out)));
-    entry.submit(0);
+    event.mark = Typed::read(skb + offset!(skb_mark));
+    event.hook = Typed::read(state + offset!(state_hook));
+    event.ifindex = ifindex_of::<Typed>(Typed::read(state + offset!(state_in)));
+    event.out_ifindex = ifindex_of::<Typed>(Typed::read(state + offset!(state_out)));
+    submit(entry);
 }
 
 /// An event of a kprobe; `skb` is 0 where the function has none.
@@ -185,10 +192,10 @@ fn emit_entry(kind: Kind, ct: u64, skb: u64, reason: u32) {
     event.reason = reason;
     if skb != 0 {
         let mut packet = Packet::ZERO;
-        if packet_of(skb, &mut packet) {
+        if packet_of::<Untyped>(skb, &mut packet) {
             describe_packet(event, &packet);
         }
         event.mark = peek(skb + offset!(skb_mark));
     }
-    entry.submit(0);
+    submit(entry);
 }

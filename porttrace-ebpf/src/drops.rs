@@ -1,11 +1,11 @@
 //! Drops and resets. The tracepoints fire for the whole kernel: only packets of this namespace count.
 
 use crate::conntrack::is_watched_here;
-use crate::emit::{body, describe_packet, reserve};
+use crate::emit::{body, describe_packet, reserve, submit};
 use crate::flow::is_watched;
 use crate::maps::{TRACKED, netns, offset, port_bits, reset_has_reason};
 use crate::packet::Packet;
-use crate::skb::{conntrack_of, describe_conntrack, packet_of, peek, place_of};
+use crate::skb::{Access as _, Typed, conntrack_of, describe_conntrack, packet_of, place_of};
 use aya_ebpf::programs::BtfTracePointContext;
 use porttrace_ebpf::{CT_REPLY, Kind, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY};
 
@@ -35,10 +35,10 @@ fn report(kind: Kind, skb: u64, reason: u32) {
         return;
     }
     let mut packet = Packet::ZERO;
-    if !packet_of(skb, &mut packet) {
+    if !packet_of::<Typed>(skb, &mut packet) {
         return;
     }
-    let (ct, info) = conntrack_of(skb);
+    let (ct, info) = conntrack_of::<Typed>(skb);
     let role = role_of(&packet, ct, info);
     if role == ROLE_IGNORED {
         return;
@@ -53,9 +53,9 @@ fn report(kind: Kind, skb: u64, reason: u32) {
         event.flags |= CT_REPLY;
     }
     event.ifindex = ifindex;
-    event.mark = peek(skb + offset!(skb_mark));
+    event.mark = Typed::read(skb + offset!(skb_mark));
     event.reason = reason;
-    entry.submit(0);
+    submit(entry);
 }
 
 /// Role of a watched packet, `ROLE_IGNORED` for all others.

@@ -1,10 +1,14 @@
 //! Ring-buffer records.
 
-use crate::maps::{EVENTS, count, netns};
+use crate::maps::{EVENTS, count, netns, wake_bytes};
 use crate::packet::Packet;
+use aya_ebpf::bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP};
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::maps::ring_buf::RingBufEntry;
 use porttrace_ebpf::{Event, HAS_PACKET, Kind, STAT_EMITTED, STAT_LOST_RING, WIRE_VERSION};
+
+/// What an event takes in the ring buffer, its header included.
+const RECORD: u64 = size_of::<Event>() as u64 + 8;
 
 /// A zeroed record with kind, time and namespace set; what does not fit is counted.
 #[inline(always)]
@@ -24,6 +28,15 @@ pub fn reserve(kind: Kind) -> Option<RingBufEntry<Event>> {
     event.version = WIRE_VERSION;
     event.netns = netns();
     Some(entry)
+}
+
+/// Hands a record over. The reader looks by itself every few milliseconds, and waking it costs more than all the rest of an
+/// event: it is woken only when the buffer fills.
+#[inline(always)]
+pub fn submit(entry: RingBufEntry<Event>) {
+    let waiting = EVENTS.query(u64::from(BPF_RB_AVAIL_DATA));
+    let passed = waiting & u64::from(wake_bytes().wrapping_sub(1)) < RECORD;
+    entry.submit(u64::from(if passed { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP }));
 }
 
 #[inline(always)]

@@ -1,8 +1,8 @@
 //! TC: which packets belong to a watched connection, and which of those are worth an event.
 
-use crate::emit::{body, describe_packet, reserve};
-use crate::maps::{SCRATCH, TRACKED, add, port_bits, track};
-use crate::packet::{Bytes, ICMP, ICMPV6, Packet, SCTP, TCP, UDP, inverted, parse};
+use crate::emit::{body, describe_packet, reserve, submit};
+use crate::maps::{SCRATCH, TRACKED, add, port_bits, shows_data, track};
+use crate::packet::{Bytes, ICMP, ICMPV6, Packet, SCTP, SYN, TCP, UDP, inverted, parse};
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
 use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_skb_load_bytes_relative};
@@ -41,6 +41,9 @@ impl Bytes for FromNetwork {
 #[inline(always)]
 pub fn sighting(ctx: &TcContext, side: Kind) {
     let bytes = FromNetwork { skb: ctx.as_ptr() };
+    if !is_candidate(ctx, &bytes) {
+        return;
+    }
     let Some(base) = ip_header(ctx, &bytes, side) else { return };
     let Some(scratch) = SCRATCH.get_ptr_mut(0) else { return };
     // SAFETY: see `SCRATCH`.
@@ -51,6 +54,39 @@ pub fn sighting(ctx: &TcContext, side: Kind) {
     match packet.tuple.proto {
         ICMP | ICMPV6 => icmp(ctx, &bytes, packet, quoted, side),
         _ => flow(ctx, packet, side),
+    }
+}
+
+/// Whether a packet is worth parsing, for one look into it: it has a port that is watched, or is an ICMP error, or is
+/// something that is not common enough to be told here.
+#[inline(always)]
+fn is_candidate(ctx: &TcContext, bytes: &FromNetwork) -> bool {
+    match ctx.skb.protocol() {
+        IPV4 => {
+            let Some(header) = crate::packet::read::<[u32; 6], _>(bytes, 0) else { return false };
+            let options = header[0].to_ne_bytes()[0] != 0x45;
+            options || is_candidate_l4(header[2].to_ne_bytes()[1], header[5].to_ne_bytes())
+        }
+        IPV6 => {
+            let Some(header) = crate::packet::read::<[u32; 11], _>(bytes, 0) else { return false };
+            match header[1].to_ne_bytes()[2] {
+                next @ (TCP | UDP | SCTP) => is_candidate_l4(next, header[10].to_ne_bytes()),
+                // Errors are the types below 128 (RFC 4443).
+                ICMPV6 => header[10].to_ne_bytes()[0] < 128,
+                _ => true,
+            }
+        }
+        _ => true,
+    }
+}
+
+/// `head`: the first bytes behind the IP header.
+#[inline(always)]
+fn is_candidate_l4(proto: u8, head: [u8; 4]) -> bool {
+    match proto {
+        TCP | UDP | SCTP => port_bits([head[0], head[1]]) | port_bits([head[2], head[3]]) != 0,
+        ICMP => matches!(head[0], 3 | 4 | 11 | 12),
+        _ => false,
     }
 }
 
@@ -90,7 +126,7 @@ fn flow(ctx: &TcContext, packet: &Packet, side: Kind) {
         Some(known) => opens && unsafe { (*known).role } != ROLE_OPENING,
         None => opens || packet.tuple.proto == UDP && is_watched(packet.tuple.dport, UDP),
     };
-    if begins {
+    let known = if begins {
         track(&packet.tuple, ROLE_OPENING, 0);
         debug!(
             ctx,
@@ -98,8 +134,11 @@ fn flow(ctx: &TcContext, packet: &Packet, side: Kind) {
             packet.tuple.proto,
             u16::from_be_bytes(packet.tuple.dport)
         );
-    }
-    let Some(known) = TRACKED.get_ptr_mut(&packet.tuple) else { return };
+        TRACKED.get_ptr_mut(&packet.tuple)
+    } else {
+        known
+    };
+    let Some(known) = known else { return };
     let known = unsafe { &mut *known };
     if known.role == ROLE_IGNORED {
         return;
@@ -150,7 +189,8 @@ fn is_shown(known: &mut Track, packet: &Packet) -> bool {
     if packet.is_milestone() {
         return true;
     }
-    if (packet.payload == 0 && packet.tuple.proto != UDP) || known.shown >= SHOWN {
+    let data = packet.payload != 0 && (shows_data() || packet.tuple.proto != TCP);
+    if !(data || packet.tuple.proto == UDP) || known.shown >= SHOWN {
         return false;
     }
     known.shown += 1;
@@ -159,7 +199,11 @@ fn is_shown(known: &mut Track, packet: &Packet) -> bool {
 
 #[inline(always)]
 fn show(ctx: &TcContext, packet: &Packet, known: &Track, side: Kind) {
-    let back = TRACKED.get_ptr(inverted(&packet.tuple)).map_or(0, |back| unsafe { (*back).bytes });
+    // Only the end of a connection tells sums; the handshake, which is most of what is shown, has none.
+    let back = match packet.tuple.proto == TCP && packet.l4_flags & SYN != 0 {
+        true => 0,
+        false => TRACKED.get_ptr(inverted(&packet.tuple)).map_or(0, |back| unsafe { (*back).bytes }),
+    };
     let Some(mut entry) = reserve(side) else { return };
     let event = body(&mut entry);
     describe_packet(event, packet);
@@ -173,7 +217,7 @@ fn show(ctx: &TcContext, packet: &Packet, known: &Track, side: Kind) {
     } else {
         (event.orig_bytes, event.reply_bytes) = (known.bytes, back);
     }
-    entry.submit(0);
+    submit(entry);
 }
 
 /// ICMP errors quote the packet that they are about: is that one of ours?
@@ -210,5 +254,5 @@ fn icmp(ctx: &TcContext, bytes: &FromNetwork, outer: &Packet, inner: &mut Packet
     if role == ROLE_REPLY {
         event.flags |= CT_REPLY;
     }
-    entry.submit(0);
+    submit(entry);
 }

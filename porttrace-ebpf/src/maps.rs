@@ -25,6 +25,13 @@ static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(STAT_COUNT, 0);
 #[map]
 pub static SCRATCH: PerCpuArray<[Packet; 2]> = PerCpuArray::with_max_entries(1, 0);
 
+/// Identities of conntrack entries that are known to TC, at places that follow from them: a packet of an entry that stands
+/// here needs no closer look. Another entry may take the place, and then the look is taken once more.
+#[map]
+static SEEN: Array<u64> = Array::with_max_entries(SEEN_PLACES, 0);
+
+const SEEN_PLACES: u32 = 1 << 13;
+
 #[unsafe(no_mangle)]
 static OFFSETS: Offsets = Offsets::ZERO;
 
@@ -35,6 +42,14 @@ static NETNS: u32 = 0;
 /// 1 where the tracepoint `tcp_send_reset` has a third argument, the reason (Linux 6.11).
 #[unsafe(no_mangle)]
 static RESET_HAS_REASON: u32 = 0;
+
+/// The reader is woken when so many more bytes (a power of two) wait for it.
+#[unsafe(no_mangle)]
+static WAKE_BYTES: u32 = 0;
+
+/// 1: packets with payload of open TCP connections are shown too, the first few of each.
+#[unsafe(no_mangle)]
+static SHOW_DATA: u32 = 1;
 
 /// The offset of one member, a constant to the verifier because the section is frozen before programs are loaded.
 macro_rules! offset {
@@ -58,6 +73,35 @@ pub fn load(word: *const u32) -> u32 {
 #[inline(always)]
 pub fn netns() -> u32 {
     load(&raw const NETNS)
+}
+
+#[inline(always)]
+pub fn wake_bytes() -> u32 {
+    load(&raw const WAKE_BYTES)
+}
+
+#[inline(always)]
+pub fn shows_data() -> bool {
+    load(&raw const SHOW_DATA) != 0
+}
+
+/// Whether this entry stands in [`SEEN`].
+#[inline(always)]
+pub fn is_seen(ct_id: u64) -> bool {
+    SEEN.get(seen_place(ct_id)) == Some(&ct_id)
+}
+
+#[inline(always)]
+pub fn set_seen(ct_id: u64) {
+    if let Some(seen) = SEEN.get_ptr_mut(seen_place(ct_id)) {
+        unsafe { *seen = ct_id };
+    }
+}
+
+/// The upper bits: identities are products, their lower bits are alike.
+#[inline(always)]
+fn seen_place(ct_id: u64) -> u32 {
+    (ct_id >> (64 - SEEN_PLACES.ilog2())) as u32
 }
 
 #[inline(always)]

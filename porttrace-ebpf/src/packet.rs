@@ -10,9 +10,9 @@ pub const ICMP: u8 = 1;
 pub const ICMPV6: u8 = 58;
 
 const FIN: u8 = 1;
-const SYN: u8 = 2;
+pub const SYN: u8 = 2;
 const RST: u8 = 4;
-const ACK: u8 = 16;
+pub const ACK: u8 = 16;
 
 /// Extension headers that are followed before a packet counts as unreadable.
 const EXTENSION_HEADERS: u32 = 6;

@@ -1,7 +1,7 @@
 //! Reading `sk_buff` and `nf_conn` through offsets, where no direct access exists.
 
 use crate::maps::offset;
-use crate::packet::{Bytes, Packet, parse};
+use crate::packet::{ACK, Bytes, Packet, SCTP, SYN, TCP, parse};
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
 use porttrace_ebpf::{CT_NEW, CT_REPLY, Event, HAS_CONNTRACK, WireTuple};
 
@@ -10,6 +10,32 @@ pub const CONFIRMED: u32 = 1 << 3;
 pub const SRC_NAT: u32 = 1 << 4;
 pub const DST_NAT: u32 = 1 << 5;
 pub const DYING: u32 = 1 << 9;
+
+/// How the members of a structure are read that the kernel hands to a program.
+pub trait Access {
+    fn read<T>(address: u64) -> T;
+}
+
+/// The address is a pointer whose type the verifier knows (NETFILTER, `tp_btf`): a plain load.
+pub struct Typed;
+
+impl Access for Typed {
+    #[inline(always)]
+    fn read<T>(address: u64) -> T {
+        // SAFETY: the verifier checks that the member is there and of this size.
+        unsafe { core::ptr::read_volatile(address as *const T) }
+    }
+}
+
+/// The address is a number (kprobes).
+pub struct Untyped;
+
+impl Access for Untyped {
+    #[inline(always)]
+    fn read<T>(address: u64) -> T {
+        peek(address)
+    }
+}
 
 /// A value in kernel memory; zero when the address cannot be read.
 #[inline(always)]
@@ -29,12 +55,12 @@ pub struct Linear {
 
 impl Linear {
     #[inline(always)]
-    pub fn of(skb: u64) -> Self {
-        let head: u64 = peek(skb + offset!(skb_head));
-        let data: u64 = peek(skb + offset!(skb_data));
-        let length: u32 = peek(skb + offset!(skb_len));
-        let paged: u32 = peek(skb + offset!(skb_data_len));
-        let network: u16 = peek(skb + offset!(skb_network_header));
+    pub fn of<A: Access>(skb: u64) -> Self {
+        let head: u64 = A::read(skb + offset!(skb_head));
+        let data: u64 = A::read(skb + offset!(skb_data));
+        let length: u32 = A::read(skb + offset!(skb_len));
+        let paged: u32 = A::read(skb + offset!(skb_data_len));
+        let network: u16 = A::read(skb + offset!(skb_network_header));
         let start = head + u64::from(network);
         let end = data + u64::from(length.wrapping_sub(paged));
         Self { start, length: if end > start { (end - start) as u32 } else { 0 } }
@@ -52,14 +78,27 @@ impl Bytes for Linear {
 }
 
 #[inline(always)]
-pub fn packet_of(skb: u64, packet: &mut Packet) -> bool {
-    parse(&Linear::of(skb), 0, false, packet)
+pub fn packet_of<A: Access>(skb: u64, packet: &mut Packet) -> bool {
+    parse(&Linear::of::<A>(skb), 0, false, packet)
+}
+
+/// Whether the packet may be a SYN without ACK or an SCTP INIT, for little: when in doubt, yes.
+#[inline(always)]
+pub fn may_open(skb: u64, proto: u8) -> bool {
+    if proto != TCP {
+        return proto == SCTP;
+    }
+    let head: u64 = Typed::read(skb + offset!(skb_head));
+    let network: u16 = Typed::read(skb + offset!(skb_network_header));
+    // Up to the flags of a TCP header behind an IPv4 header without options.
+    let header: [u8; 34] = peek(head + u64::from(network));
+    header[0] != 0x45 || header[33] & (SYN | ACK) == SYN
 }
 
 /// `skb->_nfct`: address of the `nf_conn` (0: none) and `enum ip_conntrack_info`.
 #[inline(always)]
-pub fn conntrack_of(skb: u64) -> (u64, u64) {
-    let nfct: u64 = peek(skb + offset!(skb_nfct));
+pub fn conntrack_of<A: Access>(skb: u64) -> (u64, u64) {
+    let nfct: u64 = A::read(skb + offset!(skb_nfct));
     (nfct & !7, nfct & 7)
 }
 
@@ -119,39 +158,39 @@ pub fn id_of(ct: u64) -> u64 {
 
 /// Network namespace of a `possible_net_t` at `address`.
 #[inline(always)]
-fn net_inum(address: u64) -> u32 {
-    let net: u64 = peek(address);
-    if net == 0 { 0 } else { peek(net + offset!(net_inum)) }
+fn net_inum<A: Access>(address: u64) -> u32 {
+    let net: u64 = A::read(address);
+    if net == 0 { 0 } else { A::read(net + offset!(net_inum)) }
 }
 
 #[inline(always)]
 pub fn conntrack_netns(ct: u64) -> u32 {
-    net_inum(ct + offset!(ct_net))
+    net_inum::<Untyped>(ct + offset!(ct_net))
 }
 
-/// Network namespace and interface of a packet; a packet that a socket of this host sends has no device before routing is
-/// done, so the socket and the route are asked too.
+/// Network namespace and interface of a packet in a `tp_btf` program; a packet that a socket of this host sends has no device
+/// before routing is done, so the socket and the route are asked too.
 #[inline(always)]
 pub fn place_of(skb: u64) -> (u32, u32) {
-    let dev: u64 = peek(skb + offset!(skb_dev));
+    let dev: u64 = Typed::read(skb + offset!(skb_dev));
     if dev != 0 {
-        return (net_inum(dev + offset!(dev_net)), peek(dev + offset!(dev_ifindex)));
+        return (net_inum::<Typed>(dev + offset!(dev_net)), Typed::read(dev + offset!(dev_ifindex)));
     }
-    let sk: u64 = peek(skb + offset!(skb_sk));
+    let sk: u64 = Typed::read(skb + offset!(skb_sk));
     if sk != 0 {
-        return (net_inum(sk + offset!(sock_net)), 0);
+        return (net_inum::<Untyped>(sk + offset!(sock_net)), 0);
     }
-    let dst: u64 = peek::<u64>(skb + offset!(skb_refdst)) & !1;
+    let dst: u64 = Typed::read::<u64>(skb + offset!(skb_refdst)) & !1;
     if dst == 0 {
         return (0, 0);
     }
     let dev: u64 = peek(dst + offset!(dst_dev));
-    if dev == 0 { (0, 0) } else { (net_inum(dev + offset!(dev_net)), 0) }
+    if dev == 0 { (0, 0) } else { (net_inum::<Untyped>(dev + offset!(dev_net)), 0) }
 }
 
 #[inline(always)]
-pub fn ifindex_of(dev: u64) -> u32 {
-    if dev == 0 { 0 } else { peek(dev + offset!(dev_ifindex)) }
+pub fn ifindex_of<A: Access>(dev: u64) -> u32 {
+    if dev == 0 { 0 } else { A::read(dev + offset!(dev_ifindex)) }
 }
 
 /// Fills in the entry's half of an event.

@@ -1,7 +1,8 @@
 //! The steps of attaching, each with what it costs when it fails.
 
 use super::config::{Backend, ConntrackBackend, ProbeConfig, ProbeError};
-use super::object::Kernel;
+use super::object::{Kernel, NETFILTER_PROGRAMS, ProgramType};
+use super::offsets::KernelTypes;
 use super::tc::Attachments;
 use super::{map_error, missing_map};
 use aya::maps::Array;
@@ -64,19 +65,31 @@ pub fn attach_tracepoints(
     without_types: Option<&str>,
     degradations: &mut Vec<String>,
 ) -> (bool, bool) {
-    let types = kernel.types().clone();
-    let mut attach = |name: &str, loss: &str, id: Option<u32>| {
-        let outcome = match (without_types, id) {
+    let there = tracepoints(kernel.types()).map(|(name, id)| (name, id.is_some()));
+    let losses = ["drops are not reported with their reason", "resets of this node's TCP are seen only as packets"];
+    let mut attach = |(name, is_there): (&str, bool), loss: &str| {
+        let outcome = match (without_types, is_there) {
             (Some(why), _) => Err(why.to_owned()),
-            (None, None) => Err("this kernel has no such tracepoint".to_owned()),
-            (None, Some(id)) => kernel.attach_tracepoint(name, id),
+            (None, false) => Err("this kernel has no such tracepoint".to_owned()),
+            (None, true) => kernel.attach_tracepoint(name),
         };
         outcome.map_err(|why| degradations.push(format!("{loss}: {why}"))).is_ok()
     };
-    let kfree_skb = types.kfree_skb.filter(|_| types.drop_has_reason);
-    let drops = attach("tp_drop", "drops are not reported with their reason", kfree_skb);
-    let resets = attach("tp_reset", "resets of this node's TCP are seen only as packets", types.tcp_send_reset);
-    (drops, resets)
+    (attach(there[0], losses[0]), attach(there[1], losses[1]))
+}
+
+/// The `tp_btf` programs, and the BTF id of their tracepoints where this kernel has them.
+fn tracepoints(types: &KernelTypes) -> [(&'static str, Option<u32>); 2] {
+    [("tp_drop", types.kfree_skb.filter(|_| types.drop_has_reason)), ("tp_reset", types.tcp_send_reset)]
+}
+
+/// The programs that aya has no type for and that are wanted here.
+pub fn programs_by_hand(types: &KernelTypes, wanted: Backend) -> Vec<(&'static str, ProgramType)> {
+    let netfilter = if matches!(wanted, Backend::Auto | Backend::Netfilter) { &NETFILTER_PROGRAMS[..] } else { &[] };
+    let tracepoints = tracepoints(types)
+        .into_iter()
+        .filter_map(|(name, id)| Some((name, ProgramType::RawTracepoint { attach_btf_id: id? })));
+    netfilter.iter().map(|name| (*name, ProgramType::Netfilter)).chain(tracepoints).collect()
 }
 
 /// Writes the port filter.

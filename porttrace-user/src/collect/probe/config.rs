@@ -99,6 +99,8 @@ pub struct ProbeConfig {
     pub ring_bytes: u32,
     /// Tuples that the kernel side remembers at once (four to six a connection; the least recently seen goes first).
     pub tracked: u32,
+    /// Show packets with payload of open TCP connections too, the first few of each; otherwise they are only counted.
+    pub data: bool,
     /// The kernel side's own log lines, for debugging; see [`Probe::kernel_log`].
     pub kernel_log: bool,
 }
@@ -112,6 +114,7 @@ impl ProbeConfig {
             tc: None,
             ring_bytes: RING_BYTES,
             tracked: TRACKED,
+            data: true,
             kernel_log: false,
         }
     }

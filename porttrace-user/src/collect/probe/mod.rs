@@ -24,7 +24,8 @@ pub use trials::{capabilities, trials};
 use super::links::{LinkChange, LinkWatcher};
 use crate::core::model::event::{DecodeError, Event};
 use crate::core::model::flow::{Proto, Tuple};
-use attach::{attach_conntrack, attach_interface, attach_tracepoints, watch_ports};
+use attach::{attach_conntrack, attach_interface, attach_tracepoints, programs_by_hand, watch_ports};
+use aya::EbpfLoader;
 use aya::maps::{HashMap, MapData, PerCpuArray, RingBuf};
 use kernel_log::KernelLog;
 use object::{Kernel, chain};
@@ -34,11 +35,15 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 use tc::Attachments;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::time::{Interval, MissedTickBehavior, interval};
 
+/// How often the ring buffer is looked into: the kernel side wakes nobody for a single event.
+const LOOK: Duration = Duration::from_millis(10);
 /// Events handed out by one call of [`Probe::read`], at most.
 const BATCH: usize = 4096;
 
@@ -46,6 +51,9 @@ const BATCH: usize = 4096;
 pub struct Probe {
     info: ProbeInfo,
     ring: AsyncFd<RingBuf<MapData>>,
+    looks: Interval,
+    /// The last call of `read` left something.
+    has_more: bool,
     stats: PerCpuArray<MapData, u64>,
     tracked: HashMap<MapData, TrackKey, TrackValue>,
     links: LinkWatcher,
@@ -66,14 +74,18 @@ impl Probe {
         }
         rights::check()?;
         let mut degradations = Vec::new();
-        let types = kernel_types().map_err(|error| chain(&error));
+        // aya reads all of the kernel's BTF for itself when a loader is made.
+        let (types, loader) = thread::scope(|scope| {
+            let loader = scope.spawn(EbpfLoader::new);
+            (kernel_types().map_err(|error| chain(&error)), loader.join().unwrap_or_default())
+        });
         let netns = own_netns()?;
         let empty = KernelTypes::default();
         let known = types.as_ref().unwrap_or(&empty);
-        let mut kernel = Kernel::load(known, netns, config.ring_bytes, config.tracked, config.kernel_log)?;
+        let mut kernel = Kernel::load(loader, known, netns, config)?;
         watch_ports(&mut kernel, config)?;
-        kernel.load_classifier("tc_ingress")?;
-        kernel.load_classifier("tc_egress")?;
+        let by_hand = if types.is_ok() { programs_by_hand(known, config.backend) } else { Vec::new() };
+        kernel.load_programs(&by_hand)?;
         let attaching = Instant::now();
         let without_types = types.as_ref().err().map(String::as_str);
         let conntrack_backend = attach_conntrack(&mut kernel, config.backend, without_types, &mut degradations)?;
@@ -109,8 +121,8 @@ impl Probe {
         &self.info
     }
 
-    /// Waits until there are events (or an interface came or went, which is taken care of here), appends up to some thousand
-    /// to `out` and returns how many; may be 0. Safe to cancel.
+    /// Waits until there may be events (or an interface came or went, which is taken care of here), appends up to some
+    /// thousand to `out` and returns how many; may be 0. Safe to cancel.
     pub async fn read(&mut self, out: &mut Vec<Event>) -> Result<usize, ProbeError> {
         tokio::select! {
             biased;
@@ -118,17 +130,17 @@ impl Probe {
                 let changes = changes?;
                 self.follow(&changes);
                 self.changes.extend(changes);
-                Ok(0)
+                return Ok(0);
             }
-            guard = self.ring.readable_mut() => {
-                let mut guard = guard.map_err(|error| ProbeError::Io { what: "waiting for events", error })?;
-                let before = out.len();
-                if drain(guard.get_inner_mut(), out)? {
-                    guard.clear_ready();
-                }
-                Ok(out.len() - before)
+            () = std::future::ready(()), if self.has_more => {}
+            guard = self.ring.readable() => {
+                guard.map_err(|error| ProbeError::Io { what: "waiting for events", error })?.clear_ready();
             }
+            _ = self.looks.tick() => {}
         }
+        let before = out.len();
+        self.has_more = !drain(self.ring.get_mut(), out)?;
+        Ok(out.len() - before)
     }
 
     /// What is in the ring buffer now, without waiting; for the last look before the end.
@@ -204,7 +216,23 @@ impl Probe {
         let stats = PerCpuArray::try_from(take(&mut kernel, "STATS")?).map_err(|error| map_error("STATS", &error))?;
         let tracked = HashMap::try_from(take(&mut kernel, "TRACKED")?).map_err(|error| map_error("TRACKED", &error))?;
         let clock_offset_ns = clock_offset()?;
-        Ok(Self { info, ring, stats, tracked, links, attachments, changes: Vec::new(), kernel, log, clock_offset_ns })
+        let mut looks = interval(LOOK);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let has_more = false;
+        Ok(Self {
+            info,
+            ring,
+            looks,
+            has_more,
+            stats,
+            tracked,
+            links,
+            attachments,
+            changes: Vec::new(),
+            kernel,
+            log,
+            clock_offset_ns,
+        })
     }
 
     /// An interface that refuses our programs costs its sightings, not the whole watch.

@@ -1,17 +1,23 @@
 //! The compiled kernel side: loading it with aya, and the programs that aya has no type for by hand.
 
-use super::ProbeError;
 use super::offsets::KernelTypes;
-use super::sys::{self, NetfilterHook, ProgramType};
+pub use super::sys::ProgramType;
+use super::sys::{self, NetfilterHook};
+use super::{ProbeConfig, ProbeError};
 use aya::maps::{Map, MapData};
 use aya::programs::{KProbe, SchedClassifier};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use aya_obj::Object;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 
 static BYTES: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/porttrace.bpf.o"));
+
+/// How often the reader is woken while the ring buffer fills.
+const WAKE_UPS: u32 = 4;
 
 const PRE_ROUTING: u32 = 0;
 const LOCAL_IN: u32 = 1;
@@ -29,6 +35,9 @@ const NETFILTER: [(&str, u32, i32); 7] = [
     ("nf_after_snat", LOCAL_IN, 101),
     ("nf_after_snat", POST_ROUTING, 101),
 ];
+/// The programs of [`NETFILTER`], the one that takes the verifier longest first.
+pub const NETFILTER_PROGRAMS: [&str; 4] = ["nf_after_conntrack", "nf_after_dnat", "nf_after_snat", "nf_local_in"];
+
 /// Room for other porttraces between a hook's priority and the next one that matters (-199 to mangle's -150).
 const PRIORITIES: i32 = 40;
 const FAMILIES: [u32; 2] = [libc::NFPROTO_IPV4 as u32, libc::NFPROTO_IPV6 as u32];
@@ -41,32 +50,69 @@ const KPROBES: [(&str, &str); 3] =
 pub struct Kernel {
     pub ebpf: Ebpf,
     types: KernelTypes,
-    /// Created the first time a program must be loaded by hand.
-    relocated: Option<Object>,
+    /// What [`Self::load_programs`] made of the programs that aya has no type for.
+    by_hand: BTreeMap<&'static str, Result<OwnedFd, String>>,
     links: Vec<OwnedFd>,
 }
 
 impl Kernel {
     /// Creates the maps, with `netns` (inode number) as the one namespace that counts.
-    pub fn load(types: &KernelTypes, netns: u32, ring_bytes: u32, tracked: u32, log: bool) -> Result<Self, ProbeError> {
+    pub fn load(
+        loader: EbpfLoader<'static>,
+        types: &KernelTypes,
+        netns: u32,
+        config: &ProbeConfig,
+    ) -> Result<Self, ProbeError> {
         let offsets = types.offsets.words();
         let reset_has_reason = u32::from(types.reset_has_reason);
-        let log_level = if log { u8::MAX } else { 0 };
-        let ebpf = EbpfLoader::new()
+        let log_level = if config.kernel_log { u8::MAX } else { 0 };
+        // The kernel wants a power of two of pages; aya makes it one in the same way.
+        let ring_bytes = config.ring_bytes.next_power_of_two().max(4096);
+        let wake_bytes = ring_bytes / WAKE_UPS;
+        let show_data = u32::from(config.data);
+        // It borrows the values above for a shorter time than it could.
+        let mut loader: EbpfLoader<'_> = loader;
+        let ebpf = loader
             .verifier_log_level(VerifierLogLevel::STATS)
             .override_global("OFFSETS", &offsets[..], true)
             .override_global("NETNS", &netns, true)
             .override_global("RESET_HAS_REASON", &reset_has_reason, true)
+            .override_global("WAKE_BYTES", &wake_bytes, true)
+            .override_global("SHOW_DATA", &show_data, true)
             .override_global("AYA_LOG_LEVEL", &log_level, false)
             .map_max_entries("EVENTS", ring_bytes)
-            .map_max_entries("TRACKED", tracked)
+            .map_max_entries("TRACKED", config.tracked)
             .load(BYTES)
             .map_err(|error| ProbeError::Load { what: "the maps".into(), why: chain(&error) })?;
-        Ok(Self { ebpf, types: types.clone(), relocated: None, links: Vec::new() })
+        Ok(Self { ebpf, types: types.clone(), by_hand: BTreeMap::new(), links: Vec::new() })
     }
 
-    /// Loads a TC program (`tc_ingress`, `tc_egress`).
-    pub fn load_classifier(&mut self, name: &str) -> Result<(), ProbeError> {
+    /// Loads the TC programs and those `by_hand`, on two threads: the verifier takes most of the start. A program that cannot
+    /// be loaded by hand is an error only when it is attached.
+    pub fn load_programs(&mut self, by_hand: &[(&'static str, ProgramType)]) -> Result<(), ProbeError> {
+        let object = if by_hand.is_empty() { None } else { Some(relocate(&self.ebpf)) };
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let mut done = Vec::new();
+            while let (Some(object), Some((name, kind))) = (&object, by_hand.get(next.fetch_add(1, Ordering::Relaxed)))
+            {
+                let loaded = object.as_ref().map_err(String::clone).and_then(|object| load(object, name, *kind));
+                done.push((*name, loaded));
+            }
+            done
+        };
+        thread::scope(|scope| {
+            let other = scope.spawn(work);
+            let classifiers = ["tc_ingress", "tc_egress"].into_iter().try_for_each(|name| self.load_classifier(name));
+            self.by_hand.extend(work());
+            if let Ok(done) = other.join() {
+                self.by_hand.extend(done);
+            }
+            classifiers
+        })
+    }
+
+    fn load_classifier(&mut self, name: &str) -> Result<(), ProbeError> {
         let failed = |why| ProbeError::Load { what: format!("the TC program {name}"), why };
         let program: &mut SchedClassifier = self
             .ebpf
@@ -91,7 +137,7 @@ impl Kernel {
         for (name, hook, priority) in NETFILTER {
             let program = match loaded.take() {
                 Some((last, program)) if last == name => program,
-                _ => self.load_by_hand(name, ProgramType::Netfilter)?,
+                _ => self.loaded(name)?,
             };
             for pf in FAMILIES {
                 let link = link_near(program.as_fd(), NetfilterHook { pf, hook, priority })
@@ -127,8 +173,8 @@ impl Kernel {
     }
 
     /// Attaches a `tp_btf` program to its tracepoint.
-    pub fn attach_tracepoint(&mut self, name: &str, attach_btf_id: u32) -> Result<(), String> {
-        let program = self.load_by_hand(name, ProgramType::RawTracepoint { attach_btf_id })?;
+    pub fn attach_tracepoint(&mut self, name: &str) -> Result<(), String> {
+        let program = self.loaded(name)?;
         let link = sys::open_raw_tracepoint(program.as_fd()).map_err(|error| format!("attaching {name}: {error}"))?;
         self.links.push(link);
         Ok(())
@@ -138,19 +184,19 @@ impl Kernel {
         &self.types
     }
 
-    fn load_by_hand(&mut self, name: &str, kind: ProgramType) -> Result<OwnedFd, String> {
-        if self.relocated.is_none() {
-            self.relocated = Some(relocate(&self.ebpf)?);
-        }
-        let object = self.relocated.as_ref().ok_or("the object is gone")?;
-        let program = object.programs.get(name).ok_or_else(|| format!("{name} is not in the object"))?;
-        let function =
-            object.functions.get(&program.function_key()).ok_or_else(|| format!("{name} has no instructions"))?;
-        sys::load(name, kind, &function.instructions, &program.license).map_err(|(error, log)| {
-            let log = if log.is_empty() { String::new() } else { format!("\n{log}") };
-            format!("loading {name}: {error}{log}")
-        })
+    fn loaded(&mut self, name: &str) -> Result<OwnedFd, String> {
+        self.by_hand.remove(name).unwrap_or_else(|| Err(format!("{name} was not loaded")))
     }
+}
+
+fn load(object: &Object, name: &str, kind: ProgramType) -> Result<OwnedFd, String> {
+    let program = object.programs.get(name).ok_or_else(|| format!("{name} is not in the object"))?;
+    let function =
+        object.functions.get(&program.function_key()).ok_or_else(|| format!("{name} has no instructions"))?;
+    sys::load(name, kind, &function.instructions, &program.license).map_err(|(error, log)| {
+        let log = if log.is_empty() { String::new() } else { format!("\n{log}") };
+        format!("loading {name}: {error}{log}")
+    })
 }
 
 /// Links at the priority or soon after it: the kernel takes one BPF program for each priority of a hook (EBUSY,

@@ -1,12 +1,14 @@
 //! The probe's own programs, loaded and attached for a moment where they meet no packet: what a kernel allows is found out by
 //! trying, not by its version.
 
-use super::config::{Protos, TcMode};
+use super::attach::programs_by_hand;
+use super::config::{Backend, Protos, TcMode};
 use super::object::{Kernel, chain};
 use super::offsets::{KernelTypes, kernel_types};
 use super::tc::Attachments;
 use super::{ProbeConfig, own_netns, rights};
 use crate::core::doctor::facts::{Rights, Trial, Trials};
+use aya::EbpfLoader;
 use nix::sched::{CloneFlags, unshare};
 use std::path::Path;
 use std::thread;
@@ -69,7 +71,7 @@ fn attempt() -> Trials {
     let config = ProbeConfig { protos: Protos::ALL, ..ProbeConfig::new([]) };
     let known = types.clone().unwrap_or_default();
     let netns = own_netns().unwrap_or_default();
-    let mut kernel = match Kernel::load(&known, netns, config.ring_bytes, config.tracked, false) {
+    let mut kernel = match Kernel::load(EbpfLoader::new(), &known, netns, &config) {
         Ok(kernel) => kernel,
         Err(error) => {
             trials.maps = Trial::Fails(chain(&error));
@@ -77,8 +79,8 @@ fn attempt() -> Trials {
         }
     };
     trials.maps = Trial::Works(format!("ring buffer of {} MiB, {} tuples", config.ring_bytes >> 20, config.tracked));
-    let loaded = ["tc_ingress", "tc_egress"].into_iter().try_for_each(|name| kernel.load_classifier(name));
-    trials.tc = trial(loaded.map_err(|error| chain(&error)), "they load");
+    let by_hand = if types.is_ok() { programs_by_hand(&known, Backend::Auto) } else { Vec::new() };
+    trials.tc = trial(kernel.load_programs(&by_hand).map_err(|error| chain(&error)), "they load");
     if trials.tc.works() {
         trials.tcx = interface(&kernel, TcMode::Tcx);
         trials.clsact = interface(&kernel, TcMode::Clsact);
@@ -107,7 +109,7 @@ fn hooks(kernel: &mut Kernel, types: &KernelTypes, trials: &mut Trials) {
     trials.netfilter = trial(kernel.attach_netfilter(), "they load, and attach to all hooks");
     trials.kprobe = trial(kernel.attach_kprobes(), "they load and attach");
     let mut tracepoint = |name: &str, id: Option<u32>| match id {
-        Some(id) => trial(kernel.attach_tracepoint(name, id), ""),
+        Some(_) => trial(kernel.attach_tracepoint(name), ""),
         None => Trial::Fails("this kernel has no such tracepoint".to_owned()),
     };
     trials.drops = match (types.kfree_skb, types.drop_has_reason) {

@@ -357,6 +357,8 @@ fn probe_config(args: &Args) -> ProbeConfig {
         protos,
         backend,
         ring_bytes: args.buffer,
+        // Only the whole story shows them.
+        data: args.verbose > 0,
         kernel_log: args.verbose > 1,
         ..ProbeConfig::new(args.ports.iter().copied())
     }
