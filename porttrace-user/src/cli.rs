@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::commands::{completions, doctor, simulate, snapshot, watch};
+use crate::commands::{completions, doctor, explain, matrix, ports, simulate, snapshot, watch};
 use clap::{Parser, Subcommand};
 
 /// Why a packet to a Kubernetes port does or does not arrive.
@@ -19,6 +19,12 @@ pub enum Command {
     Simulate(Box<simulate::Args>),
     /// Say what this node offers for watching, what each lack costs, and what to do about it
     Doctor(doctor::Args),
+    /// Say what a port, a Service or a pod is on this node, what is wrong with it, and what to change
+    Explain(explain::Args),
+    /// List every claim to a port of this node, and who wins
+    Ports(ports::Args),
+    /// Show who can reach a port, a Service or a pod, by which of the ways
+    Matrix(matrix::Args),
     /// Print a completion script for your shell
     Completions(completions::Args),
     /// Write all that decides a packet's path on this node into one file, to look at elsewhere

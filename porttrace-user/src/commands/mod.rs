@@ -2,7 +2,11 @@
 
 pub mod completions;
 pub mod doctor;
+pub mod explain;
+pub mod facts;
+pub mod matrix;
 pub mod output;
+pub mod ports;
 pub mod simulate;
 pub mod snapshot;
 pub mod watch;
@@ -26,6 +30,9 @@ pub fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Doctor(args) => doctor::run(&args),
         Command::Completions(args) => completions::run(&args),
         Command::Snapshot(args) => snapshot::run(&args),
+        Command::Explain(args) => explain::run(&args),
+        Command::Ports(args) => ports::run(&args),
+        Command::Matrix(args) => matrix::run(&args),
         Command::Simulate(args) => simulate::run(&args),
     }
 }

@@ -14,6 +14,16 @@ pub fn endpoint_suffix(service: &str, protocol: &str, endpoint: &str) -> String 
     suffix(&[service, protocol, endpoint])
 }
 
+/// The name of portmap's chain for a sandbox: `CNI-DN-` and 21 hexadecimal digits (utils/utils.go, `FormatChainName`).
+pub fn portmap_chain(network: &str, sandbox: &str) -> String {
+    let mut hash = sha2::Sha512::new();
+    hash.update(network.as_bytes());
+    hash.update(sandbox.as_bytes());
+    let mut text = data_encoding::HEXLOWER.encode(&hash.finalize());
+    text.truncate(21);
+    format!("CNI-DN-{text}")
+}
+
 fn suffix(parts: &[&str]) -> String {
     let mut hash = Sha256::new();
     for part in parts {

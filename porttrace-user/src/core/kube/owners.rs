@@ -78,6 +78,18 @@ impl Owners {
         self.claims.iter().filter(move |claim| claim.port == port)
     }
 
+    /// All claims, rules before sockets, in the order of the rules.
+    pub fn all(&self) -> &[Claim] {
+        &self.claims
+    }
+
+    /// The endpoints that the rules give a Service's port (`default/frontend:http`), as far as kube-proxy's comments tell
+    /// (it leaves them out above 1,000 endpoints).
+    pub fn endpoints_of(&self, proto: Proto, service: &str) -> BTreeSet<SocketAddr> {
+        let of_service = self.endpoints.iter().filter(|((of, _), services)| *of == proto && services.contains(service));
+        of_service.map(|((_, at), _)| *at).collect()
+    }
+
     /// A name for an endpoint: the Service that it serves (`default/frontend:http`), the first of several.
     pub fn name_of(&self, proto: Proto, address: SocketAddr) -> Option<String> {
         let services = self.endpoints.get(&(proto, address))?;
@@ -286,4 +298,9 @@ fn portmap_comment(comment: &str) -> (Option<String>, Option<String>) {
         value.get(..end).map(str::to_owned)
     };
     (quoted("name:"), quoted("id:"))
+}
+
+/// The one address that a rule asks for as destination.
+pub fn destination_of(rule: &Rule) -> Option<IpAddr> {
+    asked(rule).destination
 }

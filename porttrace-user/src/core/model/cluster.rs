@@ -127,6 +127,18 @@ pub struct Service {
     pub publish_not_ready: bool,
 }
 
+impl Service {
+    /// Clients from outside are meant to reach it.
+    pub fn is_external(&self) -> bool {
+        !self.node_ports_none() || !self.external_ips.is_empty() || !self.ingress.is_empty()
+    }
+
+    /// None of its ports has a NodePort.
+    pub fn node_ports_none(&self) -> bool {
+        self.ports.iter().all(|port| port.node_port.is_none())
+    }
+}
+
 /// An address of `status.loadBalancer.ingress`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ingress {
@@ -187,6 +199,9 @@ pub struct Endpoint {
     pub ready: bool,
     pub serving: bool,
     pub terminating: bool,
+    /// It carries topology hints: kube-proxy may leave it out on this node.
+    #[serde(default)]
+    pub hinted: bool,
     pub node: Option<String>,
     pub pod: Option<ObjectName>,
 }

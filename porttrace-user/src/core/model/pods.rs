@@ -19,6 +19,16 @@ impl PodSockets {
         }
     }
 
+    /// The addresses of all namespaces, sorted.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.by_address.keys().copied()
+    }
+
+    /// All sockets of the namespace with this address; `None`: none was found.
+    pub fn sockets(&self, address: IpAddr) -> Option<&[Socket]> {
+        self.by_address.get(&address).map(Vec::as_slice)
+    }
+
     /// Whether a process takes connections to this address and port; `None`: no namespace with the address was found.
     pub fn listens(&self, proto: Proto, address: IpAddr, port: u16) -> Option<bool> {
         let sockets = self.by_address.get(&address)?;

@@ -231,6 +231,7 @@ struct Endpoint {
     #[serde(deserialize_with = "lenient")]
     conditions: Conditions,
     node_name: Option<String>,
+    hints: Option<Value>,
     target_ref: Option<TargetRef>,
 }
 
@@ -282,6 +283,7 @@ fn endpoint(wire: Endpoint) -> Result<model::Endpoint, String> {
         ready,
         serving: wire.conditions.serving.unwrap_or(ready),
         terminating: wire.conditions.terminating.unwrap_or(false),
+        hinted: wire.hints.is_some_and(|hints| !hints.is_null()),
         node: wire.node_name,
         pod: pod.map(|target| ObjectName { namespace: target.namespace, name: target.name }),
     })

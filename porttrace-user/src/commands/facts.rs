@@ -1,0 +1,160 @@
+//! Where facts come from: this node, or a snapshot; and Kubernetes objects from files beside them.
+
+use super::Usage;
+use anyhow::{Context, bail};
+use porttrace_user::collect::{live, pods, snapshot};
+use porttrace_user::core::model::cluster::{ObjectName, Part};
+use porttrace_user::core::model::facts::Facts;
+use porttrace_user::core::parse::{self, Files};
+use std::fs::File;
+use std::io::{Read, stdin};
+use std::path::{Path, PathBuf};
+
+/// Objects from files may be this large together with the rest; those of a large cluster take some ten MB.
+const LARGEST: u64 = 256 << 20;
+
+/// `--snapshot`, `--objects`.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Facts")]
+pub struct Source {
+    /// A snapshot: a tar (.tar, .tar.zst, .tar.gz) or a directory; no root and no node needed
+    #[arg(long, value_name = "PATH")]
+    snapshot: Option<PathBuf>,
+
+    /// Kubernetes objects, as `kubectl get svc,endpointslices,pods,nodes -A -o json` (or yaml) prints them; - for standard
+    /// input
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    objects: Vec<PathBuf>,
+}
+
+impl Source {
+    /// Loads the facts.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn load(&self) -> anyhow::Result<Facts> {
+        let mut files = match &self.snapshot {
+            Some(path) => snapshot::read_files(path)?,
+            None => live::collect(live::Options { processes: true, conntrack: true, report: true }).files,
+        };
+        self.add_objects(&mut files)?;
+        let mut facts = parse::facts(&files);
+        if self.snapshot.is_none() {
+            look_into_pods(&mut facts);
+            // `nft` is asked only where there are native rules.
+            if facts.native.known().is_none() && nix::unistd::geteuid().is_root() {
+                facts.native = Part::Known(Vec::new());
+            }
+        }
+        name_node(&mut facts);
+        Ok(facts)
+    }
+
+    fn add_objects(&self, files: &mut Files) -> anyhow::Result<()> {
+        if !self.objects.is_empty() {
+            // What is named on the command line is what counts.
+            files.retain(|name, _| name != "cluster.json" && !name.starts_with("objects/"));
+        }
+        for (index, path) in self.objects.iter().enumerate() {
+            let bytes = read(path)?;
+            let name = path.file_name().map_or_else(|| "stdin".to_owned(), |name| name.to_string_lossy().into_owned());
+            files.insert(format!("objects/{index:03}-{name}"), bytes);
+        }
+        Ok(())
+    }
+}
+
+fn look_into_pods(facts: &mut Facts) {
+    facts.listeners = if nix::unistd::geteuid().is_root() {
+        Part::Known(pods::read())
+    } else {
+        Part::Missing("only root may look into the pods' network namespaces".to_owned())
+    };
+}
+
+/// The node's name in Kubernetes: NODE_NAME, else the Node with this name, else the one with this node's addresses.
+fn name_node(facts: &mut Facts) {
+    let known = |name: &str| facts.cluster.nodes.iter().any(|node| node.name == name);
+    if facts.state.name.as_deref().is_some_and(known) {
+        return;
+    }
+    let by_address = facts
+        .cluster
+        .nodes
+        .iter()
+        .find(|node| node.addresses.iter().any(|address| facts.is_own(*address) == Some(true)))
+        .map(|node| node.name.clone());
+    facts.state.name = by_address.or_else(|| facts.state.name.take());
+}
+
+fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
+    let (name, reader): (String, Box<dyn Read>) = if path == Path::new("-") {
+        ("standard input".to_owned(), Box::new(stdin().lock()))
+    } else {
+        let name = path.display().to_string();
+        let file = File::open(path).with_context(|| format!("cannot read {name}"))?;
+        (name, Box::new(file))
+    };
+    let mut bytes = Vec::new();
+    let size = reader.take(LARGEST + 1).read_to_end(&mut bytes).with_context(|| format!("cannot read {name}"))?;
+    if size as u64 > LARGEST {
+        bail!("{name} is larger than {} MiB; give fewer objects", LARGEST >> 20);
+    }
+    Ok(bytes)
+}
+
+/// Parts of the facts that are missing, a sentence each.
+pub fn missing(facts: &Facts) -> Vec<String> {
+    let cluster = &facts.cluster;
+    let parts = [
+        cluster.services.get().err(),
+        cluster.slices.get().err(),
+        cluster.pods.get().err(),
+        cluster.nodes.get().err(),
+        facts.listeners.get().err(),
+        facts.sandboxes.get().err(),
+    ];
+    let mut sentences: Vec<String> = parts.into_iter().flatten().map(str::to_owned).collect();
+    if facts.state.rulesets.is_empty() {
+        sentences.push("no iptables rules: nothing that kube-proxy or portmap claims is known".to_owned());
+    }
+    if facts.state.sockets.is_none() {
+        sentences.push("the node's own sockets are not known".to_owned());
+    }
+    sentences.dedup();
+    sentences
+}
+
+/// What is asked about: `9088`, `9088/udp`, `svc/NAME`, `pod/NAME`.
+///
+/// # Errors
+/// A [`Usage`] that says what can be asked.
+pub fn subject(text: &str, namespace: &str) -> Result<porttrace_user::core::explain::Subject, Usage> {
+    use porttrace_user::core::explain::Subject;
+    use porttrace_user::core::model::flow::Proto;
+    let object = |name: &str| match name.split_once('/') {
+        Some((namespace, name)) => ObjectName { namespace: namespace.to_owned(), name: name.to_owned() },
+        None => ObjectName { namespace: namespace.to_owned(), name: name.to_owned() },
+    };
+    let asked = |rest: &str| Some(object(rest)).filter(|name| !name.name.is_empty() && !name.name.contains('/'));
+    let (kind, rest) = text.split_once('/').unwrap_or((text, ""));
+    let wrong = || {
+        Usage(format!(
+            "{text:?} is neither a port (9088, 53/udp) nor an object (svc/NAME, pod/NAME, with -n NAMESPACE): say one of them"
+        ))
+    };
+    match kind {
+        "svc" | "service" | "services" => asked(rest).map(Subject::Service).ok_or_else(wrong),
+        "po" | "pod" | "pods" => asked(rest).map(Subject::Pod).ok_or_else(wrong),
+        number => {
+            let port: u16 = number.parse().ok().filter(|port| *port != 0).ok_or_else(wrong)?;
+            let proto = match rest {
+                "" => None,
+                name => Some(
+                    Proto::from_name(&name.to_ascii_lowercase()).filter(|proto| proto.has_ports()).ok_or_else(wrong)?,
+                ),
+            };
+            Ok(Subject::Port { port, proto })
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! `porttrace matrix PORT | svc/NAME | pod/NAME`: who can reach it, by which of the ways.
+
+use super::facts::{self, Source};
+use super::output::Colour;
+use anyhow::anyhow;
+use porttrace_user::core::matrix;
+use porttrace_user::core::world::World;
+use porttrace_user::render::matrix::{self as printed, Answer};
+use porttrace_user::render::ports::SCHEMA;
+use std::io::Write;
+use std::net::IpAddr;
+use std::process::ExitCode;
+
+#[derive(Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  sudo porttrace matrix 9088
+  porttrace matrix svc/frontend --snapshot node.tar.zst
+
+Clients are examples of their kind: another node, a pod of this node, a pod elsewhere, a client outside (--from names it).
+What the client's own node decides first is marked ?, unless that is this node.")]
+pub struct Args {
+    /// A port (9088, 53/udp), or an object (svc/NAME, pod/NAME)
+    #[arg(value_name = "WHAT")]
+    what: String,
+
+    /// Namespace of the object
+    #[arg(short, long, default_value = "default", value_name = "NAMESPACE")]
+    namespace: String,
+
+    /// The client outside [default: an address for documentation, 192.0.2.1 or 2001:db8::1]
+    #[arg(long, value_name = "ADDRESS")]
+    from: Option<IpAddr>,
+
+    #[command(flatten)]
+    source: Source,
+
+    /// Print JSON (schema in docs/explain-json.md)
+    #[arg(long, help_heading = "Output")]
+    json: bool,
+
+    #[command(flatten)]
+    colour: Colour,
+}
+
+/// Runs it.
+///
+/// # Errors
+/// A [`super::Usage`] for something that cannot be asked; otherwise what could not be read or is not known.
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let subject = facts::subject(&args.what, &args.namespace)?;
+    let facts = args.source.load()?;
+    let world = World::new(&facts);
+    let matrix = matrix::matrix(&world, subject, args.from).map_err(|why| anyhow!(why))?;
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        serde_json::to_writer(&mut out, &Answer { schema: SCHEMA, kind: "matrix", matrix: &matrix })?;
+        out.write_all(b"\n")?;
+    } else {
+        out.write_all(printed::text(&matrix, args.colour.style()).as_bytes())?;
+    }
+    out.flush()?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,62 @@
+//! A port that nobody claims on the node: often it is a number of the right workload, of the wrong kind.
+
+use super::Line;
+use crate::core::model::flow::Proto;
+use crate::core::reach::Outcome;
+use crate::core::world::World;
+use std::collections::BTreeSet;
+
+/// What the number may be instead.
+pub(super) fn unclaimed(world: &World<'_>, port: u16, node: &str) -> Vec<Line> {
+    let sockets = if world.facts.state.sockets.is_some() { ", and no process of the node listens on it" } else { "" };
+    let sentence = format!("nobody claims port {port} on {node}: it is no NodePort and no hostPort{sockets}");
+    let mut lines = vec![Line { outcome: Outcome::Refused, sentence, change: None }];
+    let mut said: BTreeSet<String> = as_service_port(world, port).into_iter().chain(as_pod_port(world, port)).collect();
+    said.extend(as_loopback(world, port));
+    lines.extend(said.into_iter().take(6).map(|sentence| Line { outcome: Outcome::Unknown, sentence, change: None }));
+    lines
+}
+
+/// `8088 is the port of Service default/frontend, on its ClusterIP 10.96.48.151; on nodes it is 30080`.
+fn as_service_port(world: &World<'_>, port: u16) -> Vec<String> {
+    let mut said = Vec::new();
+    for service in &world.facts.cluster.services {
+        for one in service.ports.iter().filter(|one| one.port == port) {
+            let addresses: Vec<String> = service.cluster_ips.iter().map(ToString::to_string).collect();
+            let on_nodes = match one.node_port {
+                Some(number) => format!("on nodes it is NodePort {number}"),
+                None => "it has no NodePort".to_owned(),
+            };
+            said.push(format!(
+                "{port} is the port of Service {}, on its ClusterIP {}; {on_nodes}",
+                service.name,
+                addresses.join(", ")
+            ));
+        }
+    }
+    said
+}
+
+/// `80 is what pod default/frontend-a listens on; on this node it is hostPort 9088`.
+fn as_pod_port(world: &World<'_>, port: u16) -> Vec<String> {
+    let here = world.facts.state.name.as_ref();
+    let mut said = Vec::new();
+    for pod in world.facts.cluster.pods.iter().filter(|pod| pod.node.as_ref() == here && !pod.host_network) {
+        for one in pod.containers.iter().flat_map(|container| &container.ports).filter(|one| one.port == port) {
+            if let Some(host) = one.host_port {
+                said.push(format!("{port} is a containerPort of pod {}; on this node it is hostPort {host}", pod.name));
+            }
+        }
+    }
+    said
+}
+
+fn as_loopback(world: &World<'_>, port: u16) -> Option<String> {
+    let sockets = world.facts.state.sockets.iter().flatten();
+    let on = sockets.filter(|socket| socket.port == port && socket.address.is_loopback() && socket.proto == Proto::Tcp);
+    on.map(|socket| {
+        let who = socket.process.as_deref().unwrap_or("a process");
+        format!("{who} listens on {}:{port}, for this node alone", socket.address)
+    })
+    .next()
+}

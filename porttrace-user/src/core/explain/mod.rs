@@ -1,0 +1,313 @@
+//! What a port, a Service or a pod is on this node: who claims it, which number is which, where packets go, what is wrong.
+
+mod hints;
+mod live;
+mod map;
+
+use super::diagnose::{self, Finding, Report, Severity};
+use super::model::cluster::{ObjectName, Pod, Service};
+use super::model::flow::{Family, Proto};
+use super::model::trace::Trace;
+use super::ports::{self, Kind, Port, PortClaim, Wins};
+use super::reach::{self, Outcome, Reach};
+use super::world::World;
+use serde::Serialize;
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+pub use map::{PortMap, Word};
+
+/// What is asked about.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase", tag = "kind")]
+pub enum Subject {
+    Port { port: u16, proto: Option<Proto> },
+    Service(ObjectName),
+    Pod(ObjectName),
+}
+
+/// The answer.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Explanation {
+    pub subject: Subject,
+    pub node: Option<String>,
+    /// The verdict, a line for each thing that the subject is.
+    pub verdict: Vec<Line>,
+    /// Claims to the port, or to the NodePorts and hostPorts of the Service or pod.
+    pub ports: Vec<Port>,
+    pub maps: Vec<PortMap>,
+    pub paths: Vec<Path>,
+    /// What connections that exist and counters of rules say, a sentence each.
+    pub live: Vec<String>,
+    #[serde(flatten)]
+    pub report: Report,
+}
+
+/// A sentence, and how things stand by it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Line {
+    pub outcome: Outcome,
+    pub sentence: String,
+    /// What to change, from the worst finding that concerns it.
+    pub change: Option<String>,
+}
+
+/// A predicted path.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Path {
+    /// `from outside to 172.18.0.3:9088`.
+    pub title: String,
+    pub reach: Reach,
+    #[serde(skip)]
+    pub trace: Trace,
+}
+
+/// What a subject touches: which findings concern it.
+#[derive(Clone, Debug, Default)]
+struct Scope {
+    ports: BTreeSet<(Proto, u16)>,
+    services: BTreeSet<ObjectName>,
+    pods: BTreeSet<ObjectName>,
+    addresses: BTreeSet<IpAddr>,
+}
+
+/// Explains a subject.
+///
+/// # Errors
+/// One sentence when the facts do not know the Service or the pod.
+pub fn explain(world: &World<'_>, subject: Subject, client: Option<IpAddr>) -> Result<Explanation, String> {
+    let report = diagnose::diagnose(world, client);
+    let all = ports::ports(world);
+    let (scope, ports) = match &subject {
+        Subject::Port { port, proto } => {
+            let fits = |one: &Port| one.port == *port && proto.is_none_or(|proto| proto == one.proto);
+            let ports: Vec<Port> = all.into_iter().filter(fits).collect();
+            (scope_of_ports(world, &ports, *port), ports)
+        }
+        Subject::Service(name) => {
+            let service = find_service(world, name)?;
+            let scope = scope_of_service(world, service);
+            let ours = |claim: &PortClaim| {
+                diagnose::service_of(claim.who.split(' ').next().unwrap_or_default()).as_ref() == Some(name)
+            };
+            (scope, all.into_iter().filter(|one| one.claims.iter().any(ours)).collect())
+        }
+        Subject::Pod(name) => {
+            let pod = find_pod(world, name)?;
+            let ours = |claim: &PortClaim| claim.to.is_some_and(|to| pod.ips.contains(&to.ip()));
+            (scope_of_pod(world, pod), all.into_iter().filter(|one| one.claims.iter().any(ours)).collect())
+        }
+    };
+    let findings: Vec<Finding> = report.findings.into_iter().filter(|finding| scope.concerns(finding)).collect();
+    let report = Report { findings, unchecked: report.unchecked };
+    let maps = map::maps(world, &subject, &ports);
+    Ok(Explanation {
+        verdict: verdict(world, &subject, &ports, &maps, &report),
+        live: live::live(world, &ports, &scope.addresses),
+        paths: paths(world, &subject, &ports, client),
+        node: world.facts.state.name.clone(),
+        maps,
+        ports,
+        report,
+        subject,
+    })
+}
+
+impl Scope {
+    fn concerns(&self, finding: &Finding) -> bool {
+        let about = &finding.about;
+        about.node
+            || about.ports.iter().any(|port| self.ports.contains(port))
+            || about.services.iter().any(|name| self.services.contains(name))
+            || about.pods.iter().any(|name| self.pods.contains(name))
+            || about.addresses.iter().any(|address| self.addresses.contains(address))
+    }
+}
+
+fn scope_of_ports(world: &World<'_>, ports: &[Port], port: u16) -> Scope {
+    let mut scope = Scope::default();
+    for one in ports {
+        scope.ports.insert((one.proto, port));
+        for claim in &one.claims {
+            if claim.kind != Kind::HostPort && claim.kind != Kind::Listener {
+                let name = claim.who.split(' ').next().unwrap_or_default();
+                scope.services.extend(diagnose::service_of(name));
+            }
+            if let Some(to) = claim.to {
+                scope.addresses.insert(to.ip());
+                scope.pods.extend(world.facts.pod_at(to.ip()).map(|pod| pod.name.clone()));
+            }
+        }
+    }
+    scope
+}
+
+fn scope_of_service(world: &World<'_>, service: &Service) -> Scope {
+    let mut scope = Scope::default();
+    scope.services.insert(service.name.clone());
+    for port in &service.ports {
+        scope.ports.extend(port.node_port.map(|number| (port.proto, number)));
+        for (at, endpoint) in diagnose::endpoints(world, service, port) {
+            if endpoint.node == world.facts.state.name {
+                scope.addresses.insert(at.ip());
+            }
+        }
+    }
+    scope
+}
+
+fn scope_of_pod(world: &World<'_>, pod: &Pod) -> Scope {
+    let mut scope = Scope { addresses: pod.ips.iter().copied().collect(), ..Scope::default() };
+    scope.pods.insert(pod.name.clone());
+    scope.services.extend(map::services_of(world, &pod.ips).into_iter().map(|(service, _, _)| service.name.clone()));
+    for port in pod.containers.iter().flat_map(|container| &container.ports) {
+        scope.ports.extend(port.host_port.map(|number| (port.proto, number)));
+    }
+    scope
+}
+
+fn find_service<'f>(world: &World<'f>, name: &ObjectName) -> Result<&'f Service, String> {
+    let services = world.facts.cluster.services.get().map_err(|why| format!("cannot explain Service {name}: {why}"))?;
+    services.iter().find(|service| service.name == *name).ok_or_else(|| {
+        let mut near: Vec<String> = services
+            .iter()
+            .filter(|service| service.name.name == name.name)
+            .map(|service| service.name.to_string())
+            .collect();
+        near.sort();
+        match near.first() {
+            Some(near) => {
+                format!("there is no Service {name}, but {near} (-n {})", near.split('/').next().unwrap_or_default())
+            }
+            None => format!("there is no Service {name} among the {} that are known", services.len()),
+        }
+    })
+}
+
+fn find_pod<'f>(world: &World<'f>, name: &ObjectName) -> Result<&'f Pod, String> {
+    let pods = world.facts.cluster.pods.get().map_err(|why| format!("cannot explain pod {name}: {why}"))?;
+    pods.iter().find(|pod| pod.name == *name).ok_or_else(|| {
+        let here = world.facts.cluster.pods_of.as_deref();
+        let of_node = here.map_or_else(String::new, |node| format!(" of node {node}"));
+        format!("there is no pod {name} among the {}{of_node} that are known", pods.len())
+    })
+}
+
+fn verdict(world: &World<'_>, subject: &Subject, ports: &[Port], maps: &[PortMap], report: &Report) -> Vec<Line> {
+    let node = world.facts.state.name.as_deref().unwrap_or("this node");
+    let mut lines: Vec<Line> = ports.iter().map(|port| line(port, node, report)).collect();
+    match subject {
+        Subject::Port { port, .. } if lines.is_empty() => lines = hints::unclaimed(world, *port, node),
+        Subject::Service(name) if lines.is_empty() => {
+            lines.push(plain(report, format!("Service {name} has no port on {node} itself")))
+        }
+        Subject::Pod(name) if lines.is_empty() => {
+            let count = maps.first().map_or(0, |map| map.words.len());
+            lines.push(plain(
+                report,
+                format!("pod {name} has no port on {node} itself; {count} facts of its ports are below"),
+            ));
+        }
+        _ => {}
+    }
+    lines
+}
+
+fn plain(report: &Report, sentence: String) -> Line {
+    let worst = report.findings.iter().find(|finding| finding.severity == Severity::Error && !finding.about.node);
+    let outcome = if worst.is_some() { Outcome::Depends } else { Outcome::Unknown };
+    let sentence = worst.map_or_else(|| sentence.clone(), |finding| format!("{sentence}; {}", finding.sentence));
+    Line { outcome, sentence, change: worst.map(|finding| finding.change.clone()) }
+}
+
+/// `tcp 9088 on worker3 is hostPort of pod default/frontend-a, and …`.
+fn line(port: &Port, node: &str, report: &Report) -> Line {
+    let place = match port.address {
+        Some(address) => format!("{address}:{}/{}", port.port, port.proto),
+        None => format!("{} {} on {node}", port.proto, port.port),
+    };
+    let owners: Vec<String> = port.claims.iter().map(claim).collect();
+    let owners = owners.join(", and ");
+    let concerns = |finding: &&Finding| {
+        finding.severity != Severity::Note && finding.about.ports.contains(&(port.proto, port.port))
+    };
+    let worst = report.findings.iter().find(concerns);
+    let broken = worst.filter(|finding| {
+        matches!(finding.id, "no-listener" | "listens-on-loopback-only") && port.outside.outcome == Outcome::Refused
+    });
+    let sentence = match broken {
+        // The finding says it all: who leads where, and what listens instead.
+        Some(finding) => format!("{place} is {owners}: {}", finding.sentence),
+        None => format!("{place} is {owners}: {}", port.outside.reason),
+    };
+    let change = worst
+        .filter(|_| port.outside.outcome != Outcome::Works || port.claims.len() > 1)
+        .map(|finding| finding.change.clone());
+    Line { outcome: port.outside.outcome, sentence, change }
+}
+
+fn claim(claim: &PortClaim) -> String {
+    let only = claim.only.map_or_else(String::new, |only| format!(" (on {only} only)"));
+    match claim.kind {
+        Kind::HostPort => format!("hostPort of {}{only}", claim.who),
+        Kind::NodePort => format!("NodePort of Service {}", claim.who),
+        Kind::ExternalIp => format!("externalIP of Service {}", claim.who),
+        Kind::LoadBalancer => format!("load balancer's address of Service {}", claim.who),
+        Kind::Refused => format!("refused by kube-proxy ({})", claim.who),
+        Kind::Listener => format!("listened on by {}{only}", claim.who),
+    }
+}
+
+/// Predicted paths: from outside to each port; for a Service without one, from this node to its ClusterIP.
+fn paths(world: &World<'_>, subject: &Subject, ports: &[Port], client: Option<IpAddr>) -> Vec<Path> {
+    let mut paths = Vec::new();
+    let mut add = |title: String, proto, src, dst, port| {
+        let trace = world.trace(proto, src, dst, port);
+        paths.push(Path { title, reach: reach::of_trace(world, &trace), trace });
+    };
+    for port in ports.iter().take(4) {
+        let family = port.claims.iter().flat_map(|claim| claim.families.first()).min().copied().unwrap_or(Family::V4);
+        let only = port.claims.first().and_then(|claim| claim.only).filter(|_| port.claims.len() == 1);
+        let Some(dst) = port.address.or(only).or_else(|| world.node_address(family)) else { continue };
+        if dst.is_loopback() {
+            add(
+                format!("from this node to {}", std::net::SocketAddr::new(dst, port.port)),
+                port.proto,
+                dst,
+                dst,
+                port.port,
+            );
+            continue;
+        }
+        let src = client
+            .filter(|client| Family::of(*client) == Family::of(dst))
+            .unwrap_or_else(|| World::outsider(Family::of(dst)));
+        let who = if client == Some(src) { src.to_string() } else { "outside".to_owned() };
+        add(format!("from {who} to {}", std::net::SocketAddr::new(dst, port.port)), port.proto, src, dst, port.port);
+    }
+    if let (Subject::Service(name), true) = (subject, ports.is_empty())
+        && let Ok(service) = find_service(world, name)
+    {
+        for (address, port) in service.cluster_ips.iter().zip(service.ports.iter().cycle()).take(2) {
+            let Some(src) = world.node_address(Family::of(*address)) else { continue };
+            add(
+                format!("from this node to {}", std::net::SocketAddr::new(*address, port.port)),
+                port.proto,
+                src,
+                *address,
+                port.port,
+            );
+        }
+    }
+    paths
+}
+
+/// Whether a claim gets the connections, in a word.
+pub const fn wins(wins: Wins) -> &'static str {
+    match wins {
+        Wins::Yes => "wins",
+        Wins::No => "loses",
+        Wins::Partly => "wins in part",
+        Wins::Unasked => "",
+    }
+}

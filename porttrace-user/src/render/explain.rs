@@ -1,0 +1,201 @@
+//! An explanation as text: verdict, claims, port map, path, traces of connections, findings.
+
+use super::ports::{self, mark};
+use super::style::{Style, columns, wrap};
+use super::trace::words::clean;
+use super::trace::{self, Context};
+use crate::core::diagnose::{Finding, Report, Severity, Unchecked, place};
+use crate::core::explain::{Explanation, Line, PortMap, Word, wins};
+use crate::core::reach::Outcome;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+/// `porttrace explain --json`.
+#[derive(Debug, Serialize)]
+pub struct Answer<'a> {
+    pub schema: u32,
+    pub kind: &'static str,
+    #[serde(flatten)]
+    pub explanation: &'a Explanation,
+}
+
+/// So much evidence of a finding is printed without `-v`.
+const EVIDENCE: usize = 4;
+
+/// The whole explanation.
+pub fn text(explanation: &Explanation, context: &Context<'_>) -> String {
+    let style = context.style;
+    let mut out = String::new();
+    explanation.verdict.iter().for_each(|line| verdict(line, style, &mut out));
+    claims(explanation, style, &mut out);
+    explanation.maps.iter().for_each(|map| port_map(map, style, &mut out));
+    paths(explanation, context, &mut out);
+    if !explanation.live.is_empty() {
+        heading("live evidence", style, &mut out);
+        explanation.live.iter().for_each(|line| paragraph(&mut out, style, "  - ", "    ", line));
+    }
+    findings(&explanation.report, context, &mut out);
+    out
+}
+
+fn heading(text: &str, style: Style, out: &mut String) {
+    let _ = writeln!(out, "\n{}", style.bold(clean(text)));
+}
+
+/// Wraps a text behind a lead; further lines start with the indent.
+fn paragraph(out: &mut String, style: Style, lead: &str, indent: &str, text: &str) {
+    for (i, line) in wrap(&clean(text), style.width.saturating_sub(columns(indent)).max(30)).iter().enumerate() {
+        let _ = writeln!(out, "{}{line}", if i == 0 { lead } else { indent });
+    }
+}
+
+fn verdict(line: &Line, style: Style, out: &mut String) {
+    let room = style.width.saturating_sub(2);
+    for (i, text) in wrap(&clean(&line.sentence), room).iter().enumerate() {
+        let lead = if i == 0 { mark(style, line.outcome) } else { " ".to_owned() };
+        let text = match line.outcome {
+            Outcome::Works => style.good(text),
+            Outcome::Refused | Outcome::Silent => style.bad(text),
+            Outcome::Depends => style.warn(text),
+            Outcome::Unknown => text.clone(),
+        };
+        let _ = writeln!(out, "{lead} {text}");
+    }
+    if let Some(change) = &line.change {
+        for (i, text) in wrap(&clean(change), room.saturating_sub(2)).iter().enumerate() {
+            let _ = writeln!(out, "  {} {}", if i == 0 { "→" } else { " " }, style.bold(text));
+        }
+    }
+}
+
+fn claims(explanation: &Explanation, style: Style, out: &mut String) {
+    if explanation.ports.is_empty() {
+        return;
+    }
+    heading("who claims it", style, out);
+    for port in &explanation.ports {
+        let at = port.address.map_or_else(String::new, |address| format!("{address}:"));
+        let several = port.claims.len() > 1;
+        for claim in &port.claims {
+            let state = if several { format!("  {}", style.bold(wins(claim.wins))) } else { String::new() };
+            let what = format!("{} {at}{}/{}", claim.kind.name(), port.port, port.proto);
+            let _ = writeln!(out, "  {what:<20}  {}{state}", ports::claim(claim));
+            if let Some(rule) = &claim.rule {
+                let _ = writeln!(out, "  {:<20}  {}", "", style.dim(clean(&place(rule))));
+            }
+        }
+    }
+}
+
+const WORD: usize = 15;
+const VALUE: usize = 14;
+
+fn port_map(map: &PortMap, style: Style, out: &mut String) {
+    heading(&format!("port map of {}", map.title), style, out);
+    map.words.iter().for_each(|row| word(row, style, out));
+}
+
+fn word(word: &Word, style: Style, out: &mut String) {
+    let state = match word.agrees {
+        Some(true) => style.good("✓"),
+        Some(false) => style.bad("✗"),
+        None => " ".to_owned(),
+    };
+    let note = match (word.agrees, word.note.as_str()) {
+        (_, "") => String::new(),
+        (Some(false), note) => format!("{note}; "),
+        (_, note) => format!("{note}; "),
+    };
+    let value = clean(&word.value);
+    let start = 2 + WORD + 1 + VALUE + 3;
+    let lines = wrap(&clean(&format!("{note}{}", word.source)), style.width.saturating_sub(start).max(24));
+    for (i, line) in lines.iter().enumerate() {
+        if i > 0 {
+            let _ = writeln!(out, "{}{}", " ".repeat(start), style.dim(line));
+        } else if columns(&value) > VALUE {
+            let _ = writeln!(
+                out,
+                "  {:<WORD$} {}\n{}{state} {}",
+                word.word,
+                style.bold(&value),
+                " ".repeat(start - 2),
+                style.dim(line)
+            );
+        } else {
+            let pad = " ".repeat(VALUE - columns(&value));
+            let _ = writeln!(out, "  {:<WORD$} {}{pad} {state} {}", word.word, style.bold(&value), style.dim(line));
+        }
+    }
+}
+
+/// The first path in full, the others by their verdict (all in full with `-v`).
+fn paths(explanation: &Explanation, context: &Context<'_>, out: &mut String) {
+    let style = context.style;
+    for (i, path) in explanation.paths.iter().enumerate() {
+        if i > 0 && context.verbose == 0 {
+            let lead = format!("{} {}: ", mark(style, path.reach.outcome), clean(&path.title));
+            paragraph(out, style, &lead, "    ", &path.reach.reason);
+            continue;
+        }
+        heading(&format!("predicted path, {}", path.title), style, out);
+        // The printer of `simulate`, two columns further in.
+        let narrow = Context { style: Style { width: style.width.saturating_sub(2), ..style }, ..*context };
+        for line in trace::text(&path.trace, &narrow).lines() {
+            let _ = writeln!(out, "{}", if line.is_empty() { String::new() } else { format!("  {line}") });
+        }
+    }
+}
+
+/// Findings with their evidence, then what could not be checked.
+pub fn findings(report: &Report, context: &Context<'_>, out: &mut String) {
+    let style = context.style;
+    let title = match report.findings.len() {
+        0 => "findings: none that concerns it".to_owned(),
+        1 => "1 finding".to_owned(),
+        count => format!("{count} findings"),
+    };
+    heading(&title, style, out);
+    report.findings.iter().for_each(|one| finding(one, context, out));
+    unchecked(&report.unchecked, context, out);
+}
+
+fn finding(finding: &Finding, context: &Context<'_>, out: &mut String) {
+    let style = context.style;
+    let (lead, id) = match finding.severity {
+        Severity::Error => (style.bad("✗"), style.bad(finding.id)),
+        Severity::Warning => (style.warn("!"), style.warn(finding.id)),
+        Severity::Note => ("i".to_owned(), finding.id.to_owned()),
+    };
+    let _ = writeln!(out, "  {lead} {id}");
+    paragraph(out, style, "    ", "    ", &finding.sentence);
+    let most = if context.verbose > 0 { usize::MAX } else { EVIDENCE };
+    for evidence in finding.evidence.iter().take(most) {
+        let text = format!("{} {}: {}", evidence.kind, evidence.place, evidence.text);
+        for (i, line) in wrap(&clean(&text), style.width.saturating_sub(8)).iter().enumerate() {
+            let _ = writeln!(out, "{}{}", if i == 0 { "      " } else { "        " }, style.dim(line));
+        }
+    }
+    if finding.evidence.len() > most {
+        let _ =
+            writeln!(out, "      {}", style.dim(format!("and {} more (-v shows all)", finding.evidence.len() - most)));
+    }
+    for (i, line) in wrap(&clean(&finding.change), style.width.saturating_sub(6)).iter().enumerate() {
+        let _ = writeln!(out, "    {} {line}", if i == 0 { "→" } else { " " });
+    }
+}
+
+fn unchecked(unchecked: &[Unchecked], context: &Context<'_>, out: &mut String) {
+    if unchecked.is_empty() {
+        return;
+    }
+    let style = context.style;
+    let mut by_reason: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for one in unchecked {
+        by_reason.entry(&one.why).or_default().push(one.id);
+    }
+    heading("not checked", style, out);
+    for (why, ids) in by_reason {
+        paragraph(out, style, "  - ", "    ", &format!("{why}: {}", ids.join(", ")));
+    }
+}
