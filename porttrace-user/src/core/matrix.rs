@@ -152,8 +152,12 @@ pub fn cell(world: &World<'_>, client: &Client, way: &Way) -> Option<Cell> {
     if loopback && client.kind != ClientKind::ThisNode {
         return None;
     }
-    // The kernel gives a packet to 127.0.0.1 that source itself.
-    let src = if loopback { to.ip() } else { client.address };
+    // The route to 127.0.0.0/8 has 127.0.0.1 as preferred source.
+    let src = match to.ip() {
+        IpAddr::V4(dst) if dst.is_loopback() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(dst) if dst.is_loopback() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        _ => client.address,
+    };
     let reach =
         elsewhere(world, client, way).unwrap_or_else(|| reach::reach(world, way.proto, src, to.ip(), to.port()));
     Some(Cell { reach, tried: None })
@@ -163,26 +167,44 @@ pub fn cell(world: &World<'_>, client: &Client, way: &Way) -> Option<Cell> {
 fn elsewhere(world: &World<'_>, client: &Client, way: &Way) -> Option<Reach> {
     let unknown = |reason: String| Some(Reach { outcome: Outcome::Unknown, reason, rule: None, ends: Vec::new() });
     let here = world.facts.is_own(way.to.ip()) == Some(true);
+    // What a pod sends to its own address never leaves it.
+    if client.address == way.to.ip() && client.kind == ClientKind::PodItself {
+        let whom = reach::whom(world, client.address);
+        let known = reach::listening(world, way.proto, way.to.ip(), way.to.port(), &whom);
+        let (outcome, reason) =
+            known.unwrap_or_else(|| (Outcome::Unknown, format!("what listens in {whom} is not known")));
+        return Some(Reach { outcome, reason, rule: None, ends: vec![way.to] });
+    }
     match (client.kind, way.kind) {
         (kind, WayKind::ClusterIp) if !kind.is_here() && kind != ClientKind::Outside => {
             unknown("the rules of the client's own node decide: ask there".to_owned())
         }
         (ClientKind::Outside, WayKind::ClusterIp | WayKind::Pod) => {
             let reach = reach::reach(world, way.proto, client.address, way.to.ip(), way.to.port());
-            match reach.outcome {
-                Outcome::Works | Outcome::Depends => unknown(format!(
-                    "needs a route to {} by this node, which is not known; then {}",
-                    way.to.ip(),
-                    reach.reason
-                )),
-                _ => None,
-            }
+            let why = "whether its packets come to this node at all is a matter of routes elsewhere";
+            unknown(format!("{why}; if they do: {}", reach.reason))
         }
+        (ClientKind::PodElsewhere, _) if here => masqueraded(world, client, way),
         (kind, WayKind::External) if !kind.is_here() && kind != ClientKind::Outside && !here => {
             unknown("the rules of the client's own node decide: ask there".to_owned())
         }
         _ => None,
     }
+}
+
+/// A pod elsewhere may come with its own address or, where its node masquerades, with its node's.
+fn masqueraded(world: &World<'_>, client: &Client, way: &Way) -> Option<Reach> {
+    let (node, _) = world.other_node(Family::of(client.address))?;
+    let direct = reach::reach(world, way.proto, client.address, way.to.ip(), way.to.port());
+    let behind = reach::reach(world, way.proto, node, way.to.ip(), way.to.port());
+    if direct.outcome == behind.outcome {
+        return Some(direct);
+    }
+    // Its node is taken to do what this one does with its own pods' packets to other nodes.
+    let pod = world.local_pods(Family::of(client.address)).into_iter().next()?;
+    let trace = world.trace(way.proto, pod.address, node, way.to.port());
+    let like = if trace.branches.iter().all(|branch| branch.masquerade) { behind } else { direct };
+    Some(Reach { reason: format!("{} (if its node treats its pods' packets as this one does)", like.reason), ..like })
 }
 
 /// All ways to a subject.

@@ -147,32 +147,71 @@ fn one(world: &World<'_>, proto: Proto, port: u16, address: Option<IpAddr>, clai
     let mut traces: BTreeMap<(Family, Option<IpAddr>), Trace> = BTreeMap::new();
     let mut found: Vec<PortClaim> = Vec::new();
     for claim in claims {
-        let shown = shown(world, claim);
-        let families: Vec<Family> = families(claim);
-        let mut wins = Wins::Unasked;
-        for family in &families {
-            let dst = shown.only.filter(|only| !only.is_loopback()).or(address).or_else(|| world.node_address(*family));
-            let asked = dst.filter(|_| shown.only.is_none_or(|only| !only.is_loopback()));
-            if let Some(dst) = asked.filter(|dst| Family::of(*dst) == *family) {
-                let key = (*family, Some(dst));
-                let trace =
-                    traces.entry(key).or_insert_with(|| world.trace(proto, World::outsider(*family), dst, port));
-                wins = join(wins, winner(claim, trace));
+        for family in families(claim) {
+            let mut shown = PortClaim { families: vec![family], ..shown(world, claim) };
+            let loopback = shown.only.is_some_and(|only| only.is_loopback());
+            let dst = shown.only.or(address).or_else(|| world.node_address(family));
+            if let Some(dst) = dst.filter(|dst| !loopback && Family::of(*dst) == family) {
+                let trace = traces
+                    .entry((family, Some(dst)))
+                    .or_insert_with(|| world.trace(proto, World::outsider(family), dst, port));
+                shown.wins = winner(claim, trace);
             }
-        }
-        let same = |old: &&mut PortClaim| (old.kind, &old.who, old.only) == (shown.kind, &shown.who, shown.only);
-        match found.iter_mut().find(same) {
-            Some(old) => {
-                old.wins = join(old.wins, wins);
-                old.families.extend(families);
-                old.families.sort_unstable();
-                old.families.dedup();
-            }
-            None => found.push(PortClaim { families, wins, ..shown }),
+            add(&mut found, shown);
         }
     }
     let outside = outside(world, &traces);
-    Port { proto, port, address, claims: found, outside }
+    Port { proto, port, address, claims: merged(found), outside }
+}
+
+/// Of several rules for one claim (kube-proxy writes another for 127.0.0.1) the one that packets meet counts.
+fn add(found: &mut Vec<PortClaim>, claim: PortClaim) {
+    let same = |old: &&mut PortClaim| {
+        (old.kind, &old.who, old.only, &old.families) == (claim.kind, &claim.who, claim.only, &claim.families)
+    };
+    match found.iter_mut().find(same) {
+        Some(old) if old.wins == Wins::No && claim.wins != Wins::No => *old = claim,
+        Some(_) => {}
+        None => found.push(claim),
+    }
+}
+
+/// One claim for both families where both come to the same.
+fn merged(found: Vec<PortClaim>) -> Vec<PortClaim> {
+    let mut merged: Vec<PortClaim> = Vec::new();
+    for claim in found {
+        let same = |old: &&mut PortClaim| {
+            (old.kind, &old.who, old.only, old.wins) == (claim.kind, &claim.who, claim.only, claim.wins)
+        };
+        match merged.iter_mut().find(same) {
+            Some(old) => {
+                old.families.extend(claim.families);
+                old.families.sort_unstable();
+                old.families.dedup();
+            }
+            None => merged.push(claim),
+        }
+    }
+    merged
+}
+
+impl Port {
+    /// Whether claims of different owners meet on it.
+    pub fn is_contested(&self) -> bool {
+        let meet = |one: &PortClaim, other: &PortClaim| {
+            one.owner() != other.owner()
+                && one.only.is_none_or(|only| other.only.is_none_or(|other| only == other))
+                && one.families.iter().any(|family| other.families.contains(family))
+        };
+        self.claims.iter().enumerate().any(|(at, one)| self.claims[at + 1..].iter().any(|other| meet(one, other)))
+    }
+}
+
+impl PortClaim {
+    /// The Service, pod or process behind it, without what kube-proxy's comments say of it.
+    pub fn owner(&self) -> &str {
+        self.who.split(' ').next().unwrap_or_default()
+    }
 }
 
 /// What an outsider meets: by IPv4 where there is such a claim.
@@ -241,15 +280,5 @@ fn comes_to(claim: &Claim, branch: &Branch) -> bool {
     match &claim.rule {
         Some(of) => branch.hops.iter().any(|hop| matches!(hop, Hop::Rule { rule, .. } if rule == of)),
         None => matches!(&branch.verdict, Verdict::Delivered { to, listening: Some(true) } if to.dport == claim.port),
-    }
-}
-
-const fn join(one: Wins, other: Wins) -> Wins {
-    match (one, other) {
-        (Wins::Unasked, other) => other,
-        (one, Wins::Unasked) => one,
-        (Wins::Yes, Wins::Yes) => Wins::Yes,
-        (Wins::No, Wins::No) => Wins::No,
-        _ => Wins::Partly,
     }
 }

@@ -83,7 +83,7 @@ fn of_branch(world: &World<'_>, trace: &Trace, branch: &Branch) -> Reach {
     let end = |outcome, reason: String| Reach { outcome, reason, rule: rule.clone(), ends: Vec::new() };
     match &branch.verdict {
         Verdict::Delivered { to, listening } => {
-            Reach { ends: vec![to.destination()], ..delivered(world, branch, to, *listening, rule) }
+            Reach { ends: vec![to.destination()], ..delivered(branch, to, *listening, rule) }
         }
         Verdict::Forwarded { to, next_hop, interface } => {
             let (outcome, reason) = forwarded(world, trace, branch, to, *next_hop, interface);
@@ -129,15 +129,17 @@ fn drop_reason(reason: &DropReason) -> String {
     }
 }
 
-fn delivered(world: &World<'_>, branch: &Branch, to: &Tuple, listening: Option<bool>, rule: Option<RuleRef>) -> Reach {
+fn delivered(branch: &Branch, to: &Tuple, listening: Option<bool>, rule: Option<RuleRef>) -> Reach {
     let listener = branch.hops.iter().find_map(|hop| match hop {
         Hop::Deliver { listener, .. } => listener.as_deref(),
         _ => None,
     });
     let (outcome, reason) = match listening {
         Some(true) => {
+            // Without its process the simulator names a socket by its address.
+            let process = listener.filter(|name| name.contains('/'));
             let name =
-                listener.map_or_else(|| "a process of this node".to_owned(), |name| format!("{name} of this node"));
+                process.map_or_else(|| "a process of this node".to_owned(), |name| format!("{name} of this node"));
             (Outcome::Works, format!("{name} listens on {}", to.destination()))
         }
         Some(false) => (Outcome::Refused, format!("nothing on this node listens on {} {}", to.proto, to.destination())),
@@ -145,7 +147,6 @@ fn delivered(world: &World<'_>, branch: &Branch, to: &Tuple, listening: Option<b
             (Outcome::Unknown, format!("it ends at this node's {}; what listens there is not known", to.destination()))
         }
     };
-    let _ = world;
     Reach { outcome, reason, rule, ends: Vec::new() }
 }
 

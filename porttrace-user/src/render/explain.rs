@@ -5,7 +5,8 @@ use super::style::{Style, columns, wrap};
 use super::trace::words::clean;
 use super::trace::{self, Context};
 use crate::core::diagnose::{Finding, Report, Severity, Unchecked, place};
-use crate::core::explain::{Explanation, Line, PortMap, Word, wins};
+use crate::core::explain::{Explanation, Line, Path, PortMap, Word, wins};
+use crate::core::model::trace::{Branch, Hop, Manip, Verdict};
 use crate::core::reach::Outcome;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -76,11 +77,11 @@ fn claims(explanation: &Explanation, style: Style, out: &mut String) {
     heading("who claims it", style, out);
     for port in &explanation.ports {
         let at = port.address.map_or_else(String::new, |address| format!("{address}:"));
-        let several = port.claims.len() > 1;
+        let several = port.is_contested();
         for claim in &port.claims {
             let state = if several { format!("  {}", style.bold(wins(claim.wins))) } else { String::new() };
             let what = format!("{} {at}{}/{}", claim.kind.name(), port.port, port.proto);
-            let _ = writeln!(out, "  {what:<20}  {}{state}", ports::claim(claim));
+            let _ = writeln!(out, "  {what:<20}  {}{state}", ports::claim(port, claim));
             if let Some(rule) = &claim.rule {
                 let _ = writeln!(out, "  {:<20}  {}", "", style.dim(clean(&place(rule))));
             }
@@ -129,21 +130,72 @@ fn word(word: &Word, style: Style, out: &mut String) {
     }
 }
 
-/// The first path in full, the others by their verdict (all in full with `-v`).
+/// The paths in a few steps each; every rule of the first, and then of all, with `-v`.
 fn paths(explanation: &Explanation, context: &Context<'_>, out: &mut String) {
     let style = context.style;
-    for (i, path) in explanation.paths.iter().enumerate() {
-        if i > 0 && context.verbose == 0 {
-            let lead = format!("{} {}: ", mark(style, path.reach.outcome), clean(&path.title));
-            paragraph(out, style, &lead, "    ", &path.reach.reason);
+    for path in &explanation.paths {
+        heading(&format!("predicted path, {}", path.title), style, out);
+        if context.verbose == 0 {
+            steps(path, style, out);
             continue;
         }
-        heading(&format!("predicted path, {}", path.title), style, out);
         // The printer of `simulate`, two columns further in.
         let narrow = Context { style: Style { width: style.width.saturating_sub(2), ..style }, ..*context };
         for line in trace::text(&path.trace, &narrow).lines() {
             let _ = writeln!(out, "{}", if line.is_empty() { String::new() } else { format!("  {line}") });
         }
+    }
+    if context.verbose == 0 && !explanation.paths.is_empty() {
+        let _ = writeln!(out, "  {}", style.dim("(-v shows every rule on the way)"));
+    }
+}
+
+/// So many branches are told.
+const BRANCHES: usize = 4;
+
+/// What decided in each branch: the rules that rewrote, and the end.
+fn steps(path: &Path, style: Style, out: &mut String) {
+    let branches = &path.trace.branches;
+    for branch in branches.iter().take(BRANCHES) {
+        let chance = if branches.len() > 1 {
+            format!("{}: ", trace::words::fraction(branch.probability))
+        } else {
+            String::new()
+        };
+        let mut steps: Vec<String> = Vec::new();
+        for hop in &branch.hops {
+            match hop {
+                Hop::Rewrite { what: Manip::Dnat, after, by, .. } => {
+                    let by = by.as_ref().map_or_else(|| "conntrack".to_owned(), place);
+                    steps.push(format!("DNAT to {} by {by}", after.destination()));
+                }
+                Hop::Rewrite { what: Manip::Snat, after, by, .. } => {
+                    let by = by.as_ref().map_or_else(|| "conntrack".to_owned(), place);
+                    steps.push(format!("source becomes {} by {by}", after.src));
+                }
+                _ => {}
+            }
+        }
+        steps.push(end(branch));
+        paragraph(out, style, "  - ", "    ", &format!("{chance}{}", steps.join(", ")));
+    }
+    if branches.len() > BRANCHES {
+        let _ = writeln!(out, "  - and {} more ways like these", branches.len() - BRANCHES);
+    }
+    let lead = format!("  {} ", mark(style, path.reach.outcome));
+    paragraph(out, style, &lead, "    ", &path.reach.reason);
+}
+
+fn end(branch: &Branch) -> String {
+    match &branch.verdict {
+        Verdict::Delivered { to, .. } => format!("delivered to this node's {}", to.destination()),
+        Verdict::Forwarded { interface, next_hop, to } if *next_hop == to.dst => format!("leaves by {interface}"),
+        Verdict::Forwarded { interface, next_hop, .. } => format!("leaves by {interface} through {next_hop}"),
+        Verdict::Dropped { by: Some(by), .. } => format!("dropped by {}", place(by)),
+        Verdict::Dropped { .. } => "dropped".to_owned(),
+        Verdict::Rejected { by: Some(by), .. } => format!("rejected by {}", place(by)),
+        Verdict::Rejected { .. } => "rejected by this node's kernel".to_owned(),
+        Verdict::Unknown { .. } => "unknown from here on".to_owned(),
     }
 }
 

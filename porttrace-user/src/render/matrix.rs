@@ -4,7 +4,7 @@ use super::ports::mark;
 use super::style::{Style, columns, shorten, wrap};
 use super::trace::words::clean;
 use crate::core::diagnose::place;
-use crate::core::matrix::{Cell, Matrix, Way};
+use crate::core::matrix::{Cell, Matrix};
 use crate::core::reach::Outcome;
 use serde::Serialize;
 use std::fmt::Write;
@@ -19,7 +19,7 @@ pub struct Answer<'a> {
 }
 
 /// Columns that a client's name takes.
-const CLIENT: usize = 28;
+const CLIENT: usize = 27;
 
 /// The table, its legend, and the reasons, each once.
 pub fn text(matrix: &Matrix, style: Style) -> String {
@@ -34,18 +34,21 @@ pub fn text(matrix: &Matrix, style: Style) -> String {
     out.push('\n');
     let mut reasons: Vec<(String, String, Outcome)> = Vec::new();
     for row in &matrix.rows {
-        let name = row.client.name.as_deref().map_or_else(
-            || row.client.kind.name().to_owned(),
-            |name| format!("{} {}", row.client.kind.name(), clean(name)),
-        );
-        let _ = write!(out, "{:<CLIENT$}", shorten(&name, CLIENT - 1));
-        for (i, cell) in row.cells.iter().enumerate() {
-            let (shown, plain) = cell
-                .as_ref()
-                .map_or_else(|| (style.dim("·"), 1), |cell| symbol(cell, style, &mut reasons, i, &matrix.ways));
+        let _ = write!(out, "{:<CLIENT$}", row.client.kind.name());
+        for cell in &row.cells {
+            let (shown, plain) =
+                cell.as_ref().map_or_else(|| (style.dim("·"), 1), |cell| symbol(cell, style, &mut reasons));
             let _ = write!(out, "{shown}{}", " ".repeat(width.saturating_sub(plain)));
         }
-        out.push('\n');
+        let used = CLIENT + width * row.cells.len();
+        let example = row
+            .client
+            .name
+            .as_deref()
+            .map_or_else(|| row.client.address.to_string(), |name| format!("{} {}", row.client.address, clean(name)));
+        let room = style.width.saturating_sub(used + 1);
+        let shown = if room >= 12 { style.dim(shorten(&example, room)) } else { String::new() };
+        let _ = writeln!(out, "{shown}");
     }
     let _ = writeln!(out, "\n{}", style.dim("✓ works  ✗ fails  ~ works at times  ? not known  · makes no sense"));
     if probed {
@@ -86,13 +89,7 @@ fn letter(index: usize) -> String {
 }
 
 /// `✗1`: the mark and the number of its reason; and how many columns it takes.
-fn symbol(
-    cell: &Cell,
-    style: Style,
-    reasons: &mut Vec<(String, String, Outcome)>,
-    column: usize,
-    ways: &[Way],
-) -> (String, usize) {
+fn symbol(cell: &Cell, style: Style, reasons: &mut Vec<(String, String, Outcome)>) -> (String, usize) {
     let reach = &cell.reach;
     let rule = reach.rule.as_ref().map_or_else(String::new, |rule| format!(" ({})", place(rule)));
     let mut text = mark(style, reach.outcome);
@@ -114,6 +111,5 @@ fn symbol(
     let number = (number + 1).to_string();
     width += columns(&number);
     let _ = write!(text, "{}", style.dim(&number));
-    let _ = (column, ways);
     (text, width)
 }

@@ -37,7 +37,7 @@ pub fn mark(style: Style, outcome: Outcome) -> String {
 pub fn text(node: Option<&str>, ports: &[Port], missing: &[String], style: Style) -> String {
     let mut out = String::new();
     let node = node.unwrap_or("this node");
-    let several = ports.iter().filter(|port| port.claims.len() > 1).count();
+    let several = ports.iter().filter(|port| port.is_contested()).count();
     let mut heading = format!("{} ports are claimed on {}", ports.len(), clean(node));
     if several > 0 {
         let _ = write!(heading, ", {several} of them more than once");
@@ -69,7 +69,7 @@ fn one(port: &Port, style: Style, out: &mut String) {
         Some(address) => format!("{address}:{}/{}", port.port, port.proto),
         None => format!("{}/{}", port.port, port.proto),
     };
-    let several = port.claims.len() > 1;
+    let several = port.is_contested();
     for (i, claim) in port.claims.iter().enumerate() {
         let lead = if i == 0 {
             format!("{} {}", mark(style, port.outside.outcome), style.bold(format!("{place:<11}")))
@@ -78,7 +78,7 @@ fn one(port: &Port, style: Style, out: &mut String) {
         };
         let state = if several { format!("  {}", styled_wins(style, claim.wins)) } else { String::new() };
         let long = if i == 0 && columns(&place) > 11 { format!("\n{}", " ".repeat(13)) } else { String::new() };
-        let _ = writeln!(out, "{lead}{long} {:<12} {}{state}", claim.kind.name(), self::claim(claim));
+        let _ = writeln!(out, "{lead}{long} {:<12} {}{state}", claim.kind.name(), self::claim(port, claim));
     }
     if port.outside.outcome != Outcome::Works && !port.outside.reason.is_empty() {
         for line in wrap(&clean(&port.outside.reason), style.width.saturating_sub(14)) {
@@ -96,7 +96,7 @@ fn styled_wins(style: Style, state: Wins) -> String {
 }
 
 /// `default/frontend-a → 10.244.1.9:8081, on 127.0.0.1 only`.
-pub fn claim(claim: &PortClaim) -> String {
+pub fn claim(port: &Port, claim: &PortClaim) -> String {
     let mut text = clean(&claim.who);
     if let Some(to) = claim.to {
         let _ = write!(text, " → {to}");
@@ -107,8 +107,11 @@ pub fn claim(claim: &PortClaim) -> String {
     if let Some(only) = claim.only {
         let _ = write!(text, ", on {only} only");
     }
-    if claim.families == [Family::V6] {
-        text.push_str(", IPv6 only");
+    match claim.families.as_slice() {
+        [Family::V6] => text.push_str(", IPv6"),
+        // Worth a word only where the other family comes to something else.
+        [Family::V4] if port.claims.iter().any(|other| other.families == [Family::V6]) => text.push_str(", IPv4"),
+        _ => {}
     }
     text
 }

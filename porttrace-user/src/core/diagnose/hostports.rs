@@ -19,7 +19,7 @@ pub(super) fn stale(scene: &Scene<'_, '_>) -> Checked {
     let mut found: BTreeMap<(String, Proto, u16, SocketAddr), Finding> = BTreeMap::new();
     for claim in world.owners.all() {
         let ClaimKind::HostPort { to, network, sandbox, chain, .. } = &claim.kind else { continue };
-        let Some(proofs) = gone(world, claim, *to, network.as_deref(), sandbox.as_deref(), chain) else { continue };
+        let Some(proofs) = gone(world, *to, network.as_deref(), sandbox.as_deref(), chain) else { continue };
         let shadows = shadowed(scene, claim, *to);
         let shadow = shadows.as_deref().map_or_else(String::new, |who| format!(", and hides that of {who}"));
         let sentence = format!(
@@ -42,7 +42,6 @@ pub(super) fn stale(scene: &Scene<'_, '_>) -> Checked {
 /// Proofs that the pod behind a chain is gone; `None` when something says that it is there, or nothing says anything.
 fn gone(
     world: &World<'_>,
-    claim: &Claim,
     to: SocketAddr,
     network: Option<&str>,
     sandbox: Option<&str>,
@@ -85,7 +84,6 @@ fn gone(
     {
         proofs.push(Evidence::new("route", to.ip().to_string(), format!("leads out by {interface}, not to a pod")));
     }
-    let _ = claim;
     (!proofs.is_empty()).then_some(proofs)
 }
 

@@ -1,5 +1,6 @@
 //! Whether somebody listens where hostPorts and Services lead.
 
+use super::services::endpoints;
 use super::{Checked, Evidence, Finding, Scene, Severity, either};
 use crate::core::model::cluster::{ObjectName, Pod};
 use crate::core::model::flow::Proto;
@@ -12,92 +13,117 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 /// Who sends packets to an endpoint.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum By {
-    HostPort(u16, Option<RuleRef>),
+    HostPort(u16),
     Service { name: ObjectName, port: String, target: String },
 }
 
-type Targets = BTreeMap<(Proto, SocketAddr), Vec<By>>;
+/// What leads where: the endpoints of a hostPort (one a family), or of a port of a Service.
+type Targets = BTreeMap<(Proto, By), (Vec<SocketAddr>, Option<RuleRef>)>;
 
 /// A hostPort or Service leads to a port where nothing listens.
 pub(super) fn no_listener(scene: &Scene<'_, '_>) -> Checked {
     let sockets = scene.world.facts.listeners.get()?;
-    let dead = |proto, at: SocketAddr| {
+    let dead = |proto, at: &SocketAddr| {
         sockets.listens(proto, at.ip(), at.port()) == Some(false)
             && !sockets.only_on_loopback(proto, at.ip(), at.port())
     };
-    let targets = targets(scene);
-    let found = targets.iter().filter(|((proto, at), _)| dead(*proto, *at));
-    Ok(found.map(|((proto, at), by)| silent(scene.world, sockets, *proto, *at, by)).collect())
+    Ok(failing(scene, dead, |proto, by, at, count| silent(scene.world, sockets, proto, by, at, count)))
 }
 
 /// The socket is there, but bound to 127.0.0.1.
 pub(super) fn loopback_only(scene: &Scene<'_, '_>) -> Checked {
-    let sockets = scene.world.facts.listeners.get()?;
-    let targets = targets(scene);
-    let found = targets.iter().filter(|((proto, at), _)| sockets.only_on_loopback(*proto, at.ip(), at.port()));
-    Ok(found
-        .map(|((proto, at), by)| {
-            let whom = whom(scene.world, at.ip());
-            let sentence = format!(
-                "{} leads to {proto} port {} of {whom}, where the process listens on 127.0.0.1 only: nobody outside the pod can reach it",
-                ways(by),
-                at.port()
-            );
-            let change = format!("make the process in {whom} listen on 0.0.0.0 (or ::) instead of 127.0.0.1");
-            let evidence = evidence(scene.world, sockets, *proto, at.ip(), by);
-            about(Finding::new(Severity::Error, sentence, change).with(evidence), scene.world, *proto, *at, by)
-        })
-        .collect())
+    let world = scene.world;
+    let sockets = world.facts.listeners.get()?;
+    let alone = |proto, at: &SocketAddr| sockets.only_on_loopback(proto, at.ip(), at.port());
+    Ok(failing(scene, alone, |proto, by, at, _| {
+        let whom = whom(world, at.ip());
+        let sentence = format!(
+            "{} leads to {proto} port {} of {whom}, where the process listens on 127.0.0.1 only: nobody outside the pod can reach it",
+            way(by),
+            at.port()
+        );
+        let change = format!("make the process in {whom} listen on 0.0.0.0 (or ::) instead of 127.0.0.1");
+        Finding::new(Severity::Error, sentence, change)
+    }))
 }
 
-/// Everything that leads to an endpoint: portmap's rules, and the Services' EndpointSlices or, without them, their rules.
+/// Makes a finding for each hostPort or Service port of which an endpoint fails; `make` gets the first that does, and how
+/// many do.
+fn failing(
+    scene: &Scene<'_, '_>,
+    fails: impl Fn(Proto, &SocketAddr) -> bool,
+    make: impl Fn(Proto, &By, SocketAddr, usize) -> Finding,
+) -> Vec<Finding> {
+    let world = scene.world;
+    let mut found = Vec::new();
+    for ((proto, by), (endpoints, rule)) in targets(scene) {
+        let failing: Vec<SocketAddr> = endpoints.into_iter().filter(|at| fails(proto, at)).collect();
+        // Endpoints of both families are one pod's.
+        let of_one_family =
+            failing.iter().filter(|at| at.is_ipv4()).count().max(failing.iter().filter(|at| at.is_ipv6()).count());
+        let here = failing.iter().find(|at| world.behind(at.ip()).is_some());
+        let Some(first) = here.or_else(|| failing.first()).copied() else { continue };
+        let rule = rule.iter().map(|rule| Evidence::rule(world, rule));
+        let finding = make(proto, &by, first, of_one_family).with(rule).with(evidence(world, proto, first.ip(), &by));
+        let finding = match &by {
+            By::HostPort(port) => finding.port(proto, *port),
+            By::Service { name, .. } => finding.service(name),
+        };
+        let finding = failing.iter().fold(finding, |finding, at| {
+            finding.pod(world.facts.pod_at(at.ip()).map(|pod| &pod.name)).address(at.ip())
+        });
+        found.push(finding);
+    }
+    found
+}
+
+/// Everything that leads to an endpoint: portmap's rules, and the Services' EndpointSlices.
 fn targets(scene: &Scene<'_, '_>) -> Targets {
     let mut targets = Targets::new();
     for port in &scene.samples.ports {
         for claim in port.claims.iter().filter(|claim| claim.kind == Kind::HostPort) {
             if let Some(to) = claim.to {
-                targets.entry((port.proto, to)).or_default().push(By::HostPort(port.port, claim.rule.clone()));
+                let entry = targets.entry((port.proto, By::HostPort(port.port))).or_default();
+                entry.0.push(to);
+                entry.1 = entry.1.take().or_else(|| claim.rule.clone());
             }
         }
     }
-    let cluster = &scene.world.facts.cluster;
-    for slice in &cluster.slices {
-        let Some(service) = slice.service.as_deref() else { continue };
-        let name = ObjectName { namespace: slice.name.namespace.clone(), name: service.to_owned() };
-        let spec = scene.world.facts.service(&name.namespace, &name.name);
-        for port in &slice.ports {
-            let Some(number) = port.port else { continue };
-            let target = spec.and_then(|spec| spec.ports.iter().find(|one| one.name == port.name));
-            let target = target.map_or_else(|| number.to_string(), |one| one.target.to_string());
-            for endpoint in slice.endpoints.iter().filter(|endpoint| endpoint.ready) {
-                for address in &endpoint.addresses {
-                    let by = By::Service { name: name.clone(), port: port.name.clone(), target: target.clone() };
-                    targets.entry((port.proto, SocketAddr::new(*address, number))).or_default().push(by);
-                }
+    for service in &scene.world.facts.cluster.services {
+        for port in &service.ports {
+            let by =
+                By::Service { name: service.name.clone(), port: port.name.clone(), target: port.target.to_string() };
+            let ready = endpoints(scene.world, service, port).into_iter().filter(|(_, endpoint)| endpoint.ready);
+            let ready: Vec<SocketAddr> = ready.map(|(at, _)| at).collect();
+            if !ready.is_empty() {
+                targets.entry((port.proto, by)).or_default().0.extend(ready);
             }
         }
     }
     targets
 }
 
-fn silent(world: &World<'_>, sockets: &PodSockets, proto: Proto, at: SocketAddr, by: &[By]) -> Finding {
+fn silent(world: &World<'_>, sockets: &PodSockets, proto: Proto, by: &By, at: SocketAddr, count: usize) -> Finding {
     let whom = whom(world, at.ip());
     let others: Vec<u16> = sockets.ports(proto, at.ip()).unwrap_or_default().iter().map(|(port, _)| *port).collect();
     let exposed = exposed(world, at.ip(), proto);
     let image = match exposed.as_slice() {
         [] => String::new(),
-        ports => format!(" (the image exposes {})", either(ports)),
+        ports => format!(
+            " (the image exposes {})",
+            ports.iter().map(|port| format!("{port}/{proto}")).collect::<Vec<_>>().join(", ")
+        ),
     };
     let listens = match others.as_slice() {
-        [] => format!("nothing listens on any {proto} port there"),
-        ports => format!("it listens on {}", either(ports)),
+        [] => format!("no process there listens on any {proto} port{image}"),
+        ports => format!("it listens on {}{image}", either(ports)),
     };
+    let more = if count > 1 { format!("; {} more of its endpoints are like this", count - 1) } else { String::new() };
     let sentence =
-        format!("{} leads to {proto} port {} of {whom}, where nothing listens; {listens}{image}", ways(by), at.port());
-    let change = change(world, at, &whom, by, &best(&others, &exposed));
-    let evidence = evidence(world, sockets, proto, at.ip(), by);
-    about(Finding::new(Severity::Error, sentence, change).with(evidence), world, proto, at, by)
+        format!("{} leads to {proto} port {} of {whom}, where nothing listens; {listens}{more}", way(by), at.port());
+    Finding::new(Severity::Error, sentence, change(world, at, &whom, by, &best(&others, &exposed)))
 }
 
 /// The ports that are meant, most likely: those that both listen and are exposed, where there are such.
@@ -106,26 +132,22 @@ fn best(listening: &[u16], exposed: &[u16]) -> Vec<u16> {
     if both.is_empty() { listening.to_vec() } else { both }
 }
 
-fn change(world: &World<'_>, at: SocketAddr, whom: &str, by: &[By], ports: &[u16]) -> String {
+fn change(world: &World<'_>, at: SocketAddr, whom: &str, by: &By, ports: &[u16]) -> String {
     if ports.is_empty() {
         return format!("start the server in {whom}, or make it listen on port {}", at.port());
     }
     let to = either(ports);
-    let each: Vec<String> = by
-        .iter()
-        .map(|by| match by {
-            By::HostPort(port, _) => {
-                let container =
-                    container(world, at, *port).map_or_else(String::new, |name| format!(" of container {name}"));
-                format!("set containerPort (beside hostPort {port}){container} in {whom} to {to}")
-            }
-            By::Service { name, port, .. } => {
-                let port = if port.is_empty() { String::new() } else { format!(" of port {port}") };
-                format!("set targetPort{port} in Service {name} to {to}")
-            }
-        })
-        .collect();
-    format!("{}; or make the process listen on {}", each.join(", and "), at.port())
+    match by {
+        By::HostPort(port) => {
+            let container =
+                container(world, at, *port).map_or_else(String::new, |name| format!(" of container {name}"));
+            format!("set containerPort {} (hostPort {port}){container} in {whom} to {to}", at.port())
+        }
+        By::Service { name, port, .. } => {
+            let port = if port.is_empty() { String::new() } else { format!(" of port {port}") };
+            format!("set targetPort{port} in Service {name} to {to}")
+        }
+    }
 }
 
 /// The container whose port it is.
@@ -154,37 +176,25 @@ fn whom(world: &World<'_>, address: IpAddr) -> String {
     }
 }
 
-/// `hostPort 9088`, `Service default/wrong-target (targetPort 8081)`.
-fn ways(by: &[By]) -> String {
-    let mut each: Vec<String> = by
-        .iter()
-        .map(|by| match by {
-            By::HostPort(port, _) => format!("hostPort {port}"),
-            By::Service { name, port, target } if port.is_empty() => format!("Service {name} (targetPort {target})"),
-            By::Service { name, port, target } => format!("Service {name}:{port} (targetPort {target})"),
-        })
-        .collect();
-    each.sort();
-    each.dedup();
-    each.join(" and ")
+/// `hostPort 9088`, `Service default/wrong-target:p80 (targetPort 8081)`.
+fn way(by: &By) -> String {
+    match by {
+        By::HostPort(port) => format!("hostPort {port}"),
+        By::Service { name, port, target } if port.is_empty() => format!("Service {name} (targetPort {target})"),
+        By::Service { name, port, target } => format!("Service {name}:{port} (targetPort {target})"),
+    }
 }
 
-fn evidence(world: &World<'_>, sockets: &PodSockets, proto: Proto, address: IpAddr, by: &[By]) -> Vec<Evidence> {
+fn evidence(world: &World<'_>, proto: Proto, address: IpAddr, by: &By) -> Vec<Evidence> {
     let mut evidence: Vec<Evidence> = Vec::new();
-    for by in by {
-        match by {
-            By::HostPort(_, Some(rule)) => evidence.push(Evidence::rule(world, rule)),
-            By::HostPort(..) => {}
-            By::Service { name, target, .. } => {
-                evidence.push(Evidence::new("object", format!("Service {name}"), format!("targetPort {target}")));
-            }
-        }
+    if let By::Service { name, target, .. } = by {
+        evidence.push(Evidence::new("object", format!("Service {name}"), format!("targetPort {target}")));
     }
     let whom = whom(world, address);
-    let sockets = sockets.sockets(address).unwrap_or_default().iter().filter(|socket| socket.proto == proto);
-    let before = evidence.len();
-    evidence.extend(sockets.map(|socket| Evidence::new("socket", whom.clone(), written(socket))));
-    if evidence.len() == before {
+    let sockets = world.facts.listeners.known().and_then(|all| all.sockets(address)).unwrap_or_default();
+    let sockets: Vec<&Socket> = sockets.iter().filter(|socket| socket.proto == proto).collect();
+    evidence.extend(sockets.iter().map(|socket| Evidence::new("socket", whom.clone(), written(socket))));
+    if sockets.is_empty() {
         evidence.push(Evidence::new("socket", whom, format!("no {proto} socket waits there")));
     }
     evidence
@@ -199,14 +209,4 @@ pub(crate) fn written(socket: &Socket) -> String {
         IpAddr::V4(address) => address.to_string(),
     };
     format!("{} {address}:{}{process}", socket.proto, socket.port)
-}
-
-fn about(mut finding: Finding, world: &World<'_>, proto: Proto, at: SocketAddr, by: &[By]) -> Finding {
-    for by in by {
-        finding = match by {
-            By::HostPort(port, _) => finding.port(proto, *port),
-            By::Service { name, .. } => finding.service(name),
-        };
-    }
-    finding.pod(world.facts.pod_at(at.ip()).map(|pod| &pod.name)).address(at.ip())
 }

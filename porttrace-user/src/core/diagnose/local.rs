@@ -149,9 +149,11 @@ pub(super) fn node_port_addresses(scene: &Scene<'_, '_>) -> Checked {
             shown.join(", ")
         );
         let change = format!("add {address} to kube-proxy's nodePortAddresses, or leave it empty for all addresses");
-        found.push(
-            Finding::new(Severity::Error, sentence, change).with(std::mem::take(&mut rules)).of_node().address(address),
-        );
+        let config =
+            Evidence::new("object", "kube-proxy's configuration", format!("nodePortAddresses {}", shown.join(", ")));
+        let config = Some(config).filter(|_| !configured.is_empty());
+        let finding = Finding::new(Severity::Error, sentence, change).with(config).with(std::mem::take(&mut rules));
+        found.push(finding.of_node().address(address));
     }
     Ok(found)
 }
@@ -197,8 +199,11 @@ pub(super) fn localhost(scene: &Scene<'_, '_>) -> Checked {
         }
     }
     let Some((what, to, proto, port)) = lost.first().copied() else { return Ok(Vec::new()) };
-    let more =
-        if lost.len() > 1 { format!(", and the same goes for {} other ports", lost.len() - 1) } else { String::new() };
+    let more = if lost.len() > 1 {
+        format!(", and the same goes for {}", super::count(lost.len() - 1, "other port"))
+    } else {
+        String::new()
+    };
     let sentence = format!(
         "127.0.0.1:{port} ({what}) is rewritten to {to}, but a packet from 127.0.0.1 may not leave the node: route_localnet is 0{more}"
     );

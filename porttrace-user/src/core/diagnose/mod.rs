@@ -75,7 +75,7 @@ pub struct Unchecked {
     pub why: String,
 }
 
-/// What all checks said, by severity, then id.
+/// What all checks said, by severity, then in the order of the checks.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Report {
     pub findings: Vec<Finding>,
@@ -146,9 +146,8 @@ pub fn diagnose(world: &World<'_>, client: Option<IpAddr>) -> Report {
             Err(why) => report.unchecked.push(Unchecked { id, why }),
         }
     }
-    report
-        .findings
-        .sort_by(|one, other| (one.severity, one.id, &one.sentence).cmp(&(other.severity, other.id, &other.sentence)));
+    // Stable: within a severity the checks' own order, the causes before what follows from them.
+    report.findings.sort_by_key(|finding| finding.severity);
     report.findings.dedup();
     report
 }
@@ -220,6 +219,11 @@ pub fn place(at: &RuleRef) -> String {
         Some(number) => format!("{} {} #{number}", at.table, at.chain),
         None => format!("{} {} policy", at.table, at.chain),
     }
+}
+
+/// `1 endpoint`, `2 endpoints`.
+pub(crate) fn count(number: usize, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
 
 /// `80`, `80 or 8080`.

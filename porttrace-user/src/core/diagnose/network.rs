@@ -26,7 +26,7 @@ pub(super) fn masquerade(scene: &Scene<'_, '_>) -> Checked {
     Ok(found
         .into_values()
         .map(|(why, samples, evidence)| {
-            let more = if samples.len() > 1 { format!(" (and so for {} other ports)", samples.len() - 1) } else { String::new() };
+            let more = if samples.len() > 1 { format!(" (and so for {})", super::count(samples.len() - 1, "other port")) } else { String::new() };
             let sentence = format!("{}: {why}{more}", samples[0].what);
             let change = "restore the masquerade rules: KUBE-MARK-MASQ and KUBE-POSTROUTING are kube-proxy's (its clusterCIDR must be right), CNI-HOSTPORT-SETMARK and CNI-HOSTPORT-MASQ are portmap's".to_owned();
             let finding = samples.iter().fold(Finding::new(Severity::Error, sentence, change), |finding, sample| finding.port(sample.proto, sample.port));

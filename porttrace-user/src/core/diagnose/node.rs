@@ -143,7 +143,7 @@ fn translated(branch: &Branch) -> bool {
 }
 
 fn more(count: usize) -> String {
-    if count > 1 { format!(", and {} other ports", count - 1) } else { String::new() }
+    if count > 1 { format!(", and {}", super::count(count - 1, "other port")) } else { String::new() }
 }
 
 fn about(finding: Finding, samples: &[&Sample]) -> Finding {

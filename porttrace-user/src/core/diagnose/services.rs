@@ -115,6 +115,7 @@ pub(super) fn without_endpoints(scene: &Scene<'_, '_>) -> Checked {
         };
         let what = match slices.len() {
             0 => "no EndpointSlice is labelled with its name".to_owned(),
+            1 => "its EndpointSlice is empty".to_owned(),
             count => format!("{count} EndpointSlices, all empty"),
         };
         let sentence = format!("Service {} has no endpoints: every connection to it is refused ({why})", service.name);
@@ -169,9 +170,9 @@ pub(super) fn without_ready(scene: &Scene<'_, '_>) -> Checked {
         let pods: Vec<String> =
             endpoints.iter().filter_map(|endpoint| endpoint.pod.as_ref()).map(ToString::to_string).take(3).collect();
         let sentence = format!(
-            "Service {} has {} endpoints, and none of them is ready: every connection to it is refused",
+            "Service {} has {}, none of which is ready: every connection to it is refused",
             service.name,
-            endpoints.len()
+            super::count(endpoints.len(), "endpoint")
         );
         let which = if pods.is_empty() { "its endpoints".to_owned() } else { format!("pod {}", pods.join(", ")) };
         let change = format!("find out why {which} is not ready (`kubectl describe pod`: readiness probe, crashes)");
@@ -221,13 +222,19 @@ pub(super) fn selector(scene: &Scene<'_, '_>) -> Checked {
     Ok(found)
 }
 
-/// Labels of the namespace's pods under the selector's keys.
+/// Labels of the namespace's pods under the selector's keys, the most similar to what it asks for first.
 fn nearly(world: &World<'_>, service: &Service) -> Vec<String> {
     let pods = world.facts.cluster.pods.iter().filter(|pod| pod.name.namespace == service.name.namespace);
-    let labels: BTreeSet<String> = pods
-        .flat_map(|pod| service.selector.keys().filter_map(|key| Some(format!("{key}={}", pod.labels.get(key)?))))
-        .collect();
-    labels.into_iter().collect()
+    let mut labels: BTreeSet<(std::cmp::Reverse<usize>, String)> = BTreeSet::new();
+    for pod in pods {
+        for (key, wanted) in &service.selector {
+            if let Some(value) = pod.labels.get(key) {
+                let alike = wanted.chars().zip(value.chars()).take_while(|(one, other)| one == other).count();
+                labels.insert((std::cmp::Reverse(alike), format!("{key}={value}")));
+            }
+        }
+    }
+    labels.into_iter().map(|(_, label)| label).collect()
 }
 
 /// A targetPort by a name that no container has.
@@ -332,7 +339,7 @@ fn differs(world: &World<'_>, service: &Service, port: &ServicePort, family: Fam
         _ => None,
     });
     let evidence = rule.map(|rule| Evidence::rule(world, rule));
-    let slices = Evidence::new("object", format!("EndpointSlices of {name}"), format!("{} endpoints", known.len()));
+    let slices = Evidence::new("object", format!("EndpointSlices of {name}"), super::count(known.len(), "endpoint"));
     Some(of_service(Severity::Error, service, sentence, change.to_owned()).with(evidence).with([slices]))
 }
 

@@ -50,11 +50,19 @@ impl Word {
 /// So many pods of a Service get a map of their own.
 const PODS: usize = 3;
 
+/// So many Services are told of a pod.
+const SERVICES: usize = 6;
+
 /// The maps of a subject.
 pub(super) fn maps(world: &World<'_>, subject: &Subject, ports: &[Port]) -> Vec<PortMap> {
     let mut services: BTreeSet<ObjectName> = BTreeSet::new();
     let mut pods: Vec<Vec<IpAddr>> = Vec::new();
     let mut add_pod = |address: IpAddr| {
+        // Of an address that nothing is known of, a map would tell nothing.
+        let seen = world.facts.listeners.known().is_some_and(|all| all.sockets(address).is_some());
+        if world.facts.name_at(address).is_none() && !seen && world.behind(address).is_none() {
+            return;
+        }
         let ips = world.facts.pod_at(address).map_or_else(|| vec![address], |pod| pod.ips.clone());
         if !pods.contains(&ips) {
             pods.push(ips);
@@ -112,11 +120,12 @@ fn service_map(world: &World<'_>, service: &Service) -> PortMap {
             words.push(Word::new("NodePort", format!("{number}/{}", port.proto), format!("{spec}: on every node")));
         }
         let at: Vec<String> = service.cluster_ips.iter().map(ToString::to_string).collect();
-        words.push(Word::new(
-            "Service port",
-            format!("{}/{}{name}", port.port, port.proto),
-            format!("{spec}: on {}", at.join(", ")),
-        ));
+        let on = if at.is_empty() {
+            "headless, on its pods' own addresses".to_owned()
+        } else {
+            format!("on {}", at.join(", "))
+        };
+        words.push(Word::new("Service port", format!("{}/{}{name}", port.port, port.proto), format!("{spec}: {on}")));
         words.push(target(world, service, port));
     }
     for address in &service.external_ips {
@@ -191,7 +200,11 @@ fn pod_map(world: &World<'_>, ips: &[IpAddr]) -> PortMap {
             words.push(word.judged(listens(world, port.proto, address, port.port)));
         }
     }
-    for (service, port, at) in services_of(world, ips) {
+    let mut services = services_of(world, ips);
+    // What fails comes first, and what is alike is not told ten times.
+    services.sort_by_key(|(_, port, at)| listens(world, port.proto, at.ip(), at.port()));
+    let more = services.len().saturating_sub(SERVICES);
+    for (service, port, at) in services.into_iter().take(SERVICES) {
         let of = format!("Service {}", service.name);
         let on_nodes = port.node_port.map_or_else(String::new, |number| format!(", NodePort {number}"));
         let source = format!("{of}: port {}{on_nodes}", port.port);
@@ -201,6 +214,13 @@ fn pod_map(world: &World<'_>, ips: &[IpAddr]) -> PortMap {
             format!("{} = {}/{}", port.target, at.port(), port.proto)
         };
         words.push(Word::new("targetPort", value, source).judged(listens(world, port.proto, at.ip(), at.port())));
+    }
+    if more > 0 {
+        words.push(Word::new(
+            "targetPort",
+            "…",
+            format!("{more} more Services lead here (explain svc/NAME tells of each)"),
+        ));
     }
     words.push(exposed(world, address));
     words.extend(listening(world, address));

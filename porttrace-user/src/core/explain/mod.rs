@@ -98,7 +98,10 @@ pub fn explain(world: &World<'_>, subject: Subject, client: Option<IpAddr>) -> R
             (scope_of_pod(world, pod), all.into_iter().filter(|one| one.claims.iter().any(ours)).collect())
         }
     };
-    let findings: Vec<Finding> = report.findings.into_iter().filter(|finding| scope.concerns(finding)).collect();
+    let mut findings: Vec<Finding> = report.findings.into_iter().filter(|finding| scope.concerns(finding)).collect();
+    // What is about the port itself comes before what is about its pod's other Services.
+    findings
+        .sort_by_key(|finding| (finding.severity, !finding.about.ports.iter().any(|port| scope.ports.contains(port))));
     let report = Report { findings, unchecked: report.unchecked };
     let maps = map::maps(world, &subject, &ports);
     Ok(Explanation {
@@ -116,11 +119,13 @@ pub fn explain(world: &World<'_>, subject: Subject, client: Option<IpAddr>) -> R
 impl Scope {
     fn concerns(&self, finding: &Finding) -> bool {
         let about = &finding.about;
-        about.node
-            || about.ports.iter().any(|port| self.ports.contains(port))
-            || about.services.iter().any(|name| self.services.contains(name))
-            || about.pods.iter().any(|name| self.pods.contains(name))
-            || about.addresses.iter().any(|address| self.addresses.contains(address))
+        let by_name = about.ports.iter().any(|port| self.ports.contains(port))
+            || about.services.iter().any(|name| self.services.contains(name));
+        // What is wrong with another Service of the same pod is that Service's concern.
+        let of_others = !about.services.is_empty() || !about.ports.is_empty();
+        let by_pod = about.pods.iter().any(|name| self.pods.contains(name))
+            || about.addresses.iter().any(|address| self.addresses.contains(address));
+        about.node || by_name || by_pod && !of_others
     }
 }
 
@@ -198,26 +203,40 @@ fn verdict(world: &World<'_>, subject: &Subject, ports: &[Port], maps: &[PortMap
     let mut lines: Vec<Line> = ports.iter().map(|port| line(port, node, report)).collect();
     match subject {
         Subject::Port { port, .. } if lines.is_empty() => lines = hints::unclaimed(world, *port, node),
-        Subject::Service(name) if lines.is_empty() => {
-            lines.push(plain(report, format!("Service {name} has no port on {node} itself")))
+        // On an address of its own it is somebody's; on the node it is nobody's.
+        Subject::Port { port, .. } if ports.iter().all(|one| one.address.is_some()) => {
+            lines.extend(hints::unclaimed(world, *port, node));
         }
+        Subject::Service(name) if lines.is_empty() => lines.extend(cluster_only(world, name, report)),
         Subject::Pod(name) if lines.is_empty() => {
             let count = maps.first().map_or(0, |map| map.words.len());
-            lines.push(plain(
-                report,
-                format!("pod {name} has no port on {node} itself; {count} facts of its ports are below"),
-            ));
+            let sentence = format!("pod {name} has no port on {node} itself; {count} facts of its ports are below");
+            lines.push(plain(report, Outcome::Unknown, sentence));
         }
         _ => {}
     }
     lines
 }
 
-fn plain(report: &Report, sentence: String) -> Line {
+/// A Service without ports on the node: what a client on this node meets at its ClusterIP.
+fn cluster_only(world: &World<'_>, name: &ObjectName, report: &Report) -> Option<Line> {
+    let service = find_service(world, name).ok()?;
+    let (Some(address), Some(port)) = (service.cluster_ips.first(), service.ports.first()) else {
+        let sentence = format!("Service {name} is headless: it has no address, clients get those of its pods from DNS");
+        return Some(plain(report, Outcome::Unknown, sentence));
+    };
+    let client = world.node_address(Family::of(*address))?;
+    let reach = reach::reach(world, port.proto, client, *address, port.port);
+    let at = std::net::SocketAddr::new(*address, port.port);
+    let sentence = format!("Service {name} has no port on nodes; from this node to {at}: {}", reach.reason);
+    Some(plain(report, reach.outcome, sentence))
+}
+
+fn plain(report: &Report, outcome: Outcome, sentence: String) -> Line {
     let worst = report.findings.iter().find(|finding| finding.severity == Severity::Error && !finding.about.node);
-    let outcome = if worst.is_some() { Outcome::Depends } else { Outcome::Unknown };
-    let sentence = worst.map_or_else(|| sentence.clone(), |finding| format!("{sentence}; {}", finding.sentence));
-    Line { outcome, sentence, change: worst.map(|finding| finding.change.clone()) }
+    let failing = worst.filter(|_| outcome != Outcome::Works);
+    let sentence = failing.map_or_else(|| sentence.clone(), |finding| format!("{sentence}; {}", finding.sentence));
+    Line { outcome, sentence, change: failing.map(|finding| finding.change.clone()) }
 }
 
 /// `tcp 9088 on worker3 is hostPort of pod default/frontend-a, and …`.
@@ -226,7 +245,12 @@ fn line(port: &Port, node: &str, report: &Report) -> Line {
         Some(address) => format!("{address}:{}/{}", port.port, port.proto),
         None => format!("{} {} on {node}", port.proto, port.port),
     };
-    let owners: Vec<String> = port.claims.iter().map(claim).collect();
+    let mut owners: Vec<String> = Vec::new();
+    for owner in port.claims.iter().map(claim) {
+        if !owners.contains(&owner) {
+            owners.push(owner);
+        }
+    }
     let owners = owners.join(", and ");
     let concerns = |finding: &&Finding| {
         finding.severity != Severity::Note && finding.about.ports.contains(&(port.proto, port.port))
@@ -237,7 +261,10 @@ fn line(port: &Port, node: &str, report: &Report) -> Line {
     });
     let sentence = match broken {
         // The finding says it all: who leads where, and what listens instead.
-        Some(finding) => format!("{place} is {owners}: {}", finding.sentence),
+        Some(finding) => {
+            let rest = finding.sentence.split_once(" leads to ").map_or(finding.sentence.as_str(), |(_, rest)| rest);
+            format!("{place} is {owners}, and leads to {rest}")
+        }
         None => format!("{place} is {owners}: {}", port.outside.reason),
     };
     let change = worst
@@ -249,7 +276,7 @@ fn line(port: &Port, node: &str, report: &Report) -> Line {
 fn claim(claim: &PortClaim) -> String {
     let only = claim.only.map_or_else(String::new, |only| format!(" (on {only} only)"));
     match claim.kind {
-        Kind::HostPort => format!("hostPort of {}{only}", claim.who),
+        Kind::HostPort => format!("hostPort of pod {}{only}", claim.who),
         Kind::NodePort => format!("NodePort of Service {}", claim.who),
         Kind::ExternalIp => format!("externalIP of Service {}", claim.who),
         Kind::LoadBalancer => format!("load balancer's address of Service {}", claim.who),

@@ -1,0 +1,111 @@
+//! `ports`, `explain` and `matrix` on recorded nodes, as a person sees them; reviewed by eye.
+
+use serde_json::Value;
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn porttrace(arguments: &[&str]) -> Output {
+    let node = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/cases/recorded");
+    let arguments = arguments.iter().map(|one| one.replace("@", &format!("{}/", node.display())));
+    Command::new(env!("CARGO_BIN_EXE_porttrace"))
+        .args(arguments)
+        .env("COLUMNS", "80")
+        .env_remove("NO_COLOR")
+        .output()
+        .expect("porttrace runs")
+}
+
+fn text(arguments: &[&str]) -> String {
+    let output = porttrace(arguments);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+const BROKEN: &str = "@iptables-nft/broken/nodes/worker3";
+const FIXED: &str = "@iptables-nft/fixed/nodes/worker3";
+
+/// The founding story: hostPort 9088 leads to containerPort 8081, the server listens on 80.
+#[test]
+fn the_founding_story() {
+    insta::assert_snapshot!("explain_9088_broken", text(&["explain", "9088", "--snapshot", BROKEN]));
+    insta::assert_snapshot!("matrix_9088_broken", text(&["matrix", "9088", "--snapshot", BROKEN]));
+    insta::assert_snapshot!("explain_9088_fixed", text(&["explain", "9088", "--snapshot", FIXED]));
+}
+
+#[test]
+fn ports_of_a_node() {
+    insta::assert_snapshot!("ports_broken", text(&["ports", "--snapshot", BROKEN]));
+}
+
+#[test]
+fn services_pods_and_ports_with_several_owners() {
+    for (name, what) in [
+        ("frontend", "svc/frontend"),
+        ("headless", "svc/headless"),
+        ("multi_a", "pod/multi-a"),
+        ("collide", "30081"),
+        ("stale_9094", "9094"),
+        ("service_port_8088", "8088"),
+        ("noep_30104", "30104/tcp"),
+        ("nobody_12345", "12345"),
+    ] {
+        insta::assert_snapshot!(format!("explain_{name}"), text(&["explain", what, "--snapshot", FIXED]));
+    }
+    insta::assert_snapshot!("matrix_frontend", text(&["matrix", "svc/frontend", "--snapshot", FIXED]));
+}
+
+/// With the image's ExposedPorts, and every fact.
+#[test]
+fn the_image_is_asked_where_the_runtime_is_known() {
+    let case = format!("{}/../tests/cases/findings/base", env!("CARGO_MANIFEST_DIR"));
+    insta::assert_snapshot!("explain_with_cri", text(&["explain", "9088", "--snapshot", &case]));
+}
+
+#[test]
+fn json_holds_what_the_text_says() {
+    let json = |arguments: &[&str]| -> Value { serde_json::from_str(&text(arguments)).expect("JSON") };
+    let explanation = json(&["explain", "9088", "--json", "--snapshot", BROKEN]);
+    assert_eq!(explanation["schema"], 1);
+    assert_eq!(explanation["kind"], "explanation");
+    assert_eq!(explanation["subject"]["kind"], "port");
+    assert_eq!(explanation["verdict"][0]["outcome"], "refused");
+    assert_eq!(explanation["findings"][0]["id"], "no-listener");
+    assert_eq!(explanation["ports"][0]["claims"][0]["to"], "10.244.1.9:8081");
+    let matrix = json(&["matrix", "9088", "--json", "--snapshot", BROKEN]);
+    assert_eq!((&matrix["kind"], &matrix["ways"][0]["kind"]), (&"matrix".into(), &"pod".into()));
+    assert_eq!(matrix["rows"].as_array().map(Vec::len), Some(7));
+    let ports = json(&["ports", "--json", "--snapshot", BROKEN]);
+    assert!(ports["ports"].as_array().is_some_and(|ports| ports.len() > 40));
+}
+
+#[test]
+fn what_cannot_be_asked_is_said_in_one_sentence() {
+    for (arguments, code, said) in [
+        (vec!["explain", "nonsense", "--snapshot", BROKEN], 2, "is neither a port"),
+        (vec!["explain", "0", "--snapshot", BROKEN], 2, "is neither a port"),
+        (vec!["explain", "svc/", "--snapshot", BROKEN], 2, "is neither a port"),
+        (vec!["explain", "svc/nobody", "--snapshot", BROKEN], 1, "there is no Service default/nobody"),
+        (vec!["explain", "svc/kube-dns", "--snapshot", BROKEN], 1, "but kube-system/kube-dns (-n kube-system)"),
+        (vec!["explain", "pod/nobody", "--snapshot", BROKEN], 1, "there is no pod default/nobody"),
+        (vec!["matrix", "12345", "--snapshot", BROKEN], 1, "no way leads there"),
+        (vec!["ports", "--snapshot", "/nowhere"], 1, "cannot read the snapshot /nowhere"),
+    ] {
+        let output = porttrace(&arguments);
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {message}");
+        assert!(message.contains(said) && message.lines().count() == 1, "{arguments:?}: {message}");
+    }
+    let output = porttrace(&["explain", "9088", "--check", "--snapshot", BROKEN]);
+    assert_eq!(output.status.code(), Some(3));
+}
+
+/// Objects on the command line take the place of the snapshot's.
+#[test]
+fn objects_from_files() {
+    let case = format!("{}/../tests/cases/findings", env!("CARGO_MANIFEST_DIR"));
+    let node = format!("{case}/base");
+    let pods = format!("{case}/no-listener/objects/pods.json");
+    let text = text(&["explain", "9088", "--snapshot", &node, "--objects", &pods]);
+    assert!(text.contains("but the pod spec"), "{text}");
+    assert!(text.contains("Services are not known: not among the"), "{text}");
+}
