@@ -1,6 +1,7 @@
 //! `porttrace watch` on real traffic, held against three witnesses: conntrack's events, the kernel's own rule trace, and what
 //! client and server saw.
 
+use porttrace_tests::lab::cni::Interface;
 use porttrace_tests::lab::rules::IptablesFlavour;
 use porttrace_tests::lab::topology::{HOST_PORT, NodeName, service};
 use porttrace_tests::lab::{Lab, LabOptions, Origin, Phase};
@@ -222,6 +223,15 @@ fn the_host_port_by_legacy_iptables() {
         let flavour = IptablesFlavour::Legacy;
         let mut scene = Scene::set(LabOptions { flavour, ..LabOptions::default() });
         host_port_from_everywhere(&mut scene, Phase::Broken);
+    }
+}
+
+#[test]
+fn the_host_port_of_a_pod_on_a_bridge() {
+    if may_run("porttrace watch") {
+        let interface = Interface::Bridge;
+        let mut scene = Scene::set(LabOptions { phase: Phase::Fixed, interface, ..LabOptions::default() });
+        host_port_from_everywhere(&mut scene, Phase::Fixed);
     }
 }
 
