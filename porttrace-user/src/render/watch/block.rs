@@ -4,8 +4,9 @@ use super::words::{self, Mood};
 use super::{Context, Report};
 use crate::core::correlate::flow::{End, Way};
 use crate::core::correlate::story::{Certainty, Line, PacketSeen, RulePath, What};
-use crate::core::model::trace::{Manip, Route, RouteKind};
+use crate::core::model::trace::{Manip, Route, RouteKind, RuleRef};
 use crate::render::style::{Style, columns, wrap};
+use std::collections::BTreeSet;
 
 /// The legend of the marks, for the header.
 pub const LEGEND: &str = "● seen   ○ by the rules   ◉ by the rules and seen   ≠ seen against the rules";
@@ -22,12 +23,16 @@ pub fn block(report: &Report, context: &Context<'_>, style: Style, time: &str, v
     let width = lines.iter().map(|(_, place)| columns(place)).max().unwrap_or(0).min(MAX_PLACE);
     let room = style.width.saturating_sub(BEFORE_PLACE + width + 1).max(24);
     let mut previous: Option<&RulePath> = None;
+    let mut quoted = BTreeSet::new();
     for (line, place) in &lines {
-        let texts = text(line, context, style, room, previous, verbose);
+        let mut texts = text(line, context, style, room, previous);
         previous = match &line.what {
             What::Rules { path, .. } => Some(path),
             _ => None,
         };
+        if verbose && let Some(path) = previous {
+            texts.extend(quote(path, &mut quoted, room).iter().map(|text| style.dim(text)));
+        }
         for (index, text) in texts.iter().enumerate() {
             if index == 0 {
                 let time = line.offset_ns.map_or_else(String::new, |ns| format!("{:.3}", ns as f64 / 1e6));
@@ -120,14 +125,7 @@ fn place(line: &Line, context: &Context<'_>) -> String {
     }
 }
 
-fn text(
-    line: &Line,
-    context: &Context<'_>,
-    style: Style,
-    room: usize,
-    previous: Option<&RulePath>,
-    verbose: bool,
-) -> Vec<String> {
+fn text(line: &Line, context: &Context<'_>, style: Style, room: usize, previous: Option<&RulePath>) -> Vec<String> {
     match &line.what {
         What::Packet { way, packet, again, .. } => packet_text(*way, packet, *again, style, room),
         What::LocalSend { tuple } => wrap_arrow(&format!("a process of this node sends {tuple}"), room),
@@ -138,11 +136,6 @@ fn text(
                 act = rewritten(*manip, before, after);
             }
             append(&mut lines, &style.bold(&act), columns(&act), room);
-            if verbose {
-                for step in &path.steps {
-                    lines.extend(wrap(&step.text, room).iter().map(|text| style.dim(text)));
-                }
-            }
             lines
         }
         What::Rewrite { manip, before, after } => vec![style.bold(rewritten(*manip, before, after))],
@@ -218,6 +211,12 @@ fn wrap_path(path: &RulePath, previous: Option<&RulePath>, room: usize) -> Vec<S
         append(&mut lines, &step_text(shared - 1), columns(&step_text(shared - 1)), room);
     }
     lines
+}
+
+/// The text of each rule on the path, once a block: what the lines above quoted is left out. A policy has no text.
+fn quote<'p>(path: &'p RulePath, quoted: &mut BTreeSet<&'p RuleRef>, room: usize) -> Vec<String> {
+    let fresh = path.steps.iter().filter(|step| !step.text.is_empty() && quoted.insert(&step.rule));
+    fresh.flat_map(|step| wrap(&step.text, room.saturating_sub(4))).map(|line| format!("    {line}")).collect()
 }
 
 /// Adds a piece to the last line, or to a new one when it does not fit.
