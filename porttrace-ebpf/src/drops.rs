@@ -2,12 +2,12 @@
 
 use crate::conntrack::is_watched_here;
 use crate::emit::{body, describe_packet, reserve, submit};
-use crate::flow::is_watched;
+use crate::flow::{flags_of, is_watched};
 use crate::maps::{TRACKED, netns, offset, port_bits, reset_has_reason};
 use crate::packet::Packet;
 use crate::skb::{Access as _, Typed, conntrack_of, describe_conntrack, packet_of, place_of};
 use aya_ebpf::programs::BtfTracePointContext;
-use porttrace_ebpf::{CT_REPLY, Kind, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY};
+use porttrace_ebpf::{Kind, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY};
 
 /// `enum ip_conntrack_info` (include/uapi/linux/netfilter/nf_conntrack_common.h).
 const ESTABLISHED: u64 = 0;
@@ -49,9 +49,7 @@ fn report(kind: Kind, skb: u64, reason: u32) {
     if ct != 0 {
         describe_conntrack(event, ct, info);
     }
-    if role == ROLE_REPLY {
-        event.flags |= CT_REPLY;
-    }
+    event.flags |= flags_of(role);
     event.ifindex = ifindex;
     event.mark = Typed::read(skb + offset!(skb_mark));
     event.reason = reason;

@@ -1,7 +1,7 @@
 //! TC: which packets belong to a watched connection, and which of those are worth an event.
 
 use crate::emit::{body, describe_packet, reserve, submit};
-use crate::maps::{SCRATCH, TRACKED, add, port_bits, shows_data, track};
+use crate::maps::{SCRATCH, TRACKED, add, is_predicted, port_bits, shows_data, track};
 use crate::packet::{Bytes, ICMP, ICMPV6, Packet, SCTP, SYN, TCP, UDP, inverted, parse};
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
@@ -9,7 +9,8 @@ use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_skb_load_bytes_relative
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use porttrace_ebpf::{
-    CT_REPLY, Kind, PORT_SCTP, PORT_TCP, PORT_UDP, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY, Track, WireTuple,
+    CT_REPLY, Kind, PORT_SCTP, PORT_TCP, PORT_UDP, PREDICTED, ROLE_IGNORED, ROLE_OPENING, ROLE_PREDICTED,
+    ROLE_PREDICTED_REPLY, ROLE_REPLY, Track, WireTuple,
 };
 
 /// Packets with payload shown for each tuple; later ones are only counted.
@@ -126,7 +127,11 @@ fn flow(ctx: &TcContext, packet: &Packet, side: Kind) {
         Some(known) => opens && unsafe { (*known).role } != ROLE_OPENING,
         None => opens || packet.tuple.proto == UDP && is_watched(packet.tuple.dport, UDP),
     };
-    let known = if begins {
+    let predicted = begins_predicted(packet, known);
+    let known = if predicted {
+        track(&packet.tuple, ROLE_PREDICTED, 0);
+        TRACKED.get_ptr_mut(&packet.tuple)
+    } else if begins {
         track(&packet.tuple, ROLE_OPENING, 0);
         debug!(
             ctx,
@@ -144,12 +149,35 @@ fn flow(ctx: &TcContext, packet: &Packet, side: Kind) {
         return;
     }
     let ifindex = unsafe { (*ctx.skb.skb).ifindex };
-    if opens {
+    if opens || known.role == ROLE_PREDICTED && packet.opens() {
         restart(known, &packet.tuple, ifindex, side);
     }
     count_packet(known, packet, ifindex, side);
     if is_shown(known, packet) {
         show(ctx, packet, known, side);
+    }
+}
+
+/// A packet that may open a connection to an address that the rules name, and whose connection is not known yet.
+#[inline(always)]
+fn begins_predicted(packet: &Packet, known: Option<*mut Track>) -> bool {
+    if !is_predicted(&packet.tuple) {
+        return false;
+    }
+    match known {
+        Some(known) => packet.opens() && !matches!(unsafe { (*known).role }, ROLE_OPENING | ROLE_PREDICTED),
+        None => packet.opens() || packet.tuple.proto == UDP,
+    }
+}
+
+/// What a tuple's role says of an event about it.
+#[inline(always)]
+pub fn flags_of(role: u8) -> u8 {
+    match role {
+        ROLE_REPLY => CT_REPLY,
+        ROLE_PREDICTED => PREDICTED,
+        ROLE_PREDICTED_REPLY => PREDICTED | CT_REPLY,
+        _ => 0,
     }
 }
 
@@ -211,8 +239,8 @@ fn show(ctx: &TcContext, packet: &Packet, known: &Track, side: Kind) {
     event.ifindex = skb.ifindex;
     event.mark = skb.mark;
     event.ct_id = known.ct_id;
-    if known.role == ROLE_REPLY {
-        event.flags |= CT_REPLY;
+    event.flags |= flags_of(known.role);
+    if event.flags & CT_REPLY != 0 {
         (event.orig_bytes, event.reply_bytes) = (back, known.bytes);
     } else {
         (event.orig_bytes, event.reply_bytes) = (known.bytes, back);
@@ -251,8 +279,6 @@ fn icmp(ctx: &TcContext, bytes: &FromNetwork, outer: &Packet, inner: &mut Packet
     (event.icmp_type, event.icmp_code) = (outer.icmp_type, outer.icmp_code);
     (event.mark, event.length, event.ttl) = (skb.mark, outer.length, outer.ttl);
     event.ct_id = unsafe { (*known).ct_id };
-    if role == ROLE_REPLY {
-        event.flags |= CT_REPLY;
-    }
+    event.flags |= flags_of(role);
     submit(entry);
 }

@@ -85,6 +85,9 @@ pub const CT_NEW: u8 = 4;
 /// `flags`: the packet travels against the direction that opened the connection. With [`HAS_CONNTRACK`] conntrack says so
 /// (`ctinfo >= IP_CT_IS_REPLY`); in a TC event the probe knows it from the packet that it saw first.
 pub const CT_REPLY: u8 = 8;
+/// `flags`: the packet goes to (or comes from) an address that the rules may rewrite a watched connection to. Whether it is of
+/// one is for conntrack to say. Only with [`Predicted`] addresses.
+pub const PREDICTED: u8 = 16;
 
 /// One thing that the kernel did, as one fixed-size ring-buffer record.
 #[repr(C)]
@@ -167,6 +170,21 @@ pub const ROLE_OPENING: u8 = 1;
 pub const ROLE_REPLY: u8 = 2;
 /// The watched port is only this connection's ephemeral source port.
 pub const ROLE_IGNORED: u8 = 3;
+/// The tuple goes to a [`Predicted`] address.
+pub const ROLE_PREDICTED: u8 = 4;
+/// The tuple comes back from one.
+pub const ROLE_PREDICTED_REPLY: u8 = 5;
+
+/// Where the rules may send watched connections: the key of map `PREDICTED`, in which it is enough to be there.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Predicted {
+    pub address: [u8; 16],
+    pub port: [u8; 2],
+    pub proto: u8,
+    /// 4 or 6.
+    pub family: u8,
+}
 
 /// Bits of map `PORTS` (a byte for each port): watched for TCP, UDP, SCTP.
 pub const PORT_TCP: u8 = 1;
@@ -239,3 +257,4 @@ const fn zeroed_offsets() -> Offsets {
 const _: () = assert!(size_of::<WireTuple>() == 40);
 const _: () = assert!(size_of::<Event>() == 208);
 const _: () = assert!(size_of::<Track>() == 40);
+const _: () = assert!(size_of::<Predicted>() == 20);

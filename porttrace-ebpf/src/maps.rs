@@ -1,9 +1,13 @@
 //! Maps and load-time constants.
 
 use crate::packet::{Packet, inverted};
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, LruHashMap, PerCpuArray, RingBuf};
-use porttrace_ebpf::{Offsets, ROLE_OPENING, ROLE_REPLY, STAT_COUNT, STAT_LOST_TRACK, Track, WireTuple};
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf};
+use porttrace_ebpf::{
+    Offsets, Predicted, ROLE_OPENING, ROLE_PREDICTED, ROLE_PREDICTED_REPLY, ROLE_REPLY, STAT_COUNT, STAT_LOST_TRACK,
+    Track, WireTuple,
+};
 
 /// Events to user space; the loader sets the size.
 #[map]
@@ -19,6 +23,10 @@ static PORTS: Array<[u8; 65_536]> = Array::with_max_entries(1, 0);
 
 #[map]
 static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(STAT_COUNT, 0);
+
+/// Addresses that the rules may rewrite watched connections to, for conntrack backends that learn of a rewrite only later.
+#[map]
+static PREDICTED: HashMap<Predicted, u8> = HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
 
 /// Where TC programs parse a packet and the packet that it quotes. TC runs with softirqs off, so one CPU is in one TC program
 /// at a time; the other programs have no such promise and use their stack.
@@ -58,6 +66,10 @@ macro_rules! offset {
     };
 }
 pub(crate) use offset;
+
+/// 1 when map `PREDICTED` is in use.
+#[unsafe(no_mangle)]
+static PREDICTS: u32 = 0;
 
 #[inline(always)]
 pub fn offsets() -> *const Offsets {
@@ -109,6 +121,16 @@ pub fn reset_has_reason() -> bool {
     load(&raw const RESET_HAS_REASON) != 0
 }
 
+/// Whether the rules may rewrite a watched connection to this tuple's destination.
+#[inline(always)]
+pub fn is_predicted(tuple: &WireTuple) -> bool {
+    if load(&raw const PREDICTS) == 0 {
+        return false;
+    }
+    let key = Predicted { address: tuple.dst, port: tuple.dport, proto: tuple.proto, family: tuple.family };
+    PREDICTED.get_ptr(&key).is_some()
+}
+
 #[inline(always)]
 pub fn port_bits(port: [u8; 2]) -> u8 {
     match PORTS.get_ptr(0) {
@@ -157,6 +179,7 @@ pub fn track(key: &WireTuple, role: u8, ct_id: u64) {
     let back = match role {
         ROLE_OPENING => ROLE_REPLY,
         ROLE_REPLY => ROLE_OPENING,
+        ROLE_PREDICTED => ROLE_PREDICTED_REPLY,
         other => other,
     };
     track_one(&inverted(key), back, ct_id);

@@ -75,7 +75,7 @@ pub fn concerns(entry: &ConntrackEntry, ports: &[u16]) -> bool {
         && [entry.original.dport, entry.reply.sport].iter().any(|port| ports.contains(port))
 }
 
-fn entry(bytes: &[u8]) -> Option<ConntrackEntry> {
+pub(super) fn entry(bytes: &[u8]) -> Option<ConntrackEntry> {
     /// `IPS_SEEN_REPLY` and `IPS_ASSURED` (include/uapi/linux/netfilter/nf_conntrack_common.h).
     const SEEN_REPLY: u32 = 2;
     const ASSURED: u32 = 4;

@@ -2,6 +2,7 @@
 
 mod attributes;
 pub mod conntrack;
+pub mod ctnetlink;
 pub mod doctor;
 pub mod links;
 pub mod live;

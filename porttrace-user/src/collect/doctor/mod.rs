@@ -2,13 +2,12 @@
 
 mod cluster;
 
+use super::ctnetlink::Listener;
 use super::{netlink, nftables, probe, ruleset, tool};
 use crate::core::doctor::facts::{Conntrack, Facts, RuleSet, Rules, Trial, Trials};
 use crate::core::model::flow::Family;
 use crate::core::model::rules::{Ruleset, Target};
 use crate::core::model::trace::Flavour;
-use netlink_sys::protocols::NETLINK_NETFILTER;
-use netlink_sys::{Socket, SocketAddr};
 use std::collections::BTreeMap;
 use std::fs;
 use std::thread;
@@ -54,16 +53,13 @@ fn trials() -> Trials {
     Trials { ctnetlink: listen(), ..probe::trials() }
 }
 
-/// Joins conntrack's groups of NEW, UPDATE and DESTROY for a moment.
+/// Subscribes to conntrack's events for a moment, as `watch` does.
 fn listen() -> Trial {
-    let join = || -> std::io::Result<()> {
-        let mut socket = Socket::new(NETLINK_NETFILTER)?;
-        socket.bind(&SocketAddr::new(0, 0))?;
-        (1..=3).try_for_each(|group| socket.add_membership(group))
-    };
-    match join() {
-        _ if !probe::capabilities().missing.is_empty() => Trial::Untried("without CAP_NET_ADMIN".to_owned()),
-        Ok(()) => Trial::Works("its groups can be joined".to_owned()),
+    if !probe::capabilities().missing.is_empty() {
+        return Trial::Untried("without CAP_NET_ADMIN".to_owned());
+    }
+    match Listener::open(&[]) {
+        Ok(_) => Trial::Works("they can be subscribed to".to_owned()),
         Err(error) => Trial::Fails(error.to_string()),
     }
 }

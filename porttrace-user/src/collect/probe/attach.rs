@@ -1,11 +1,15 @@
 //! The steps of attaching, each with what it costs when it fails.
 
 use super::config::{Backend, ConntrackBackend, ProbeConfig, ProbeError};
+use super::late;
 use super::object::{Kernel, NETFILTER_PROGRAMS, ProgramType};
 use super::offsets::KernelTypes;
 use super::tc::Attachments;
 use super::{map_error, missing_map};
+use crate::collect::ctnetlink::Listener;
+use aya::EbpfLoader;
 use aya::maps::Array;
+use std::time::Instant;
 
 /// Attaches the TC programs; an interface that vanished meanwhile is no error.
 pub fn attach_interface(
@@ -22,17 +26,66 @@ pub fn attach_interface(
     }
 }
 
-/// Attaches the conntrack hooks that `wanted` names, or the first that this kernel allows; without any, says so.
-pub fn attach_conntrack(
+/// The loaded object, and how it learns what conntrack does.
+pub struct Observed {
+    pub kernel: Kernel,
+    /// When loading was done and attaching began.
+    pub loaded: Instant,
+    pub backend: ConntrackBackend,
+    /// With [`ConntrackBackend::Ctnetlink`].
+    pub listener: Option<Listener>,
+}
+
+/// Loads the object and takes the backend that is wanted, or the best that this kernel allows; what that costs is said.
+///
+/// `loader` is the one that was made beforehand.
+pub fn observe_conntrack(
+    loader: EbpfLoader<'static>,
+    config: &ProbeConfig,
+    types: &KernelTypes,
+    netns: u32,
+    without_types: Option<&str>,
+    degradations: &mut Vec<String>,
+) -> Result<Observed, ProbeError> {
+    let loaded = |loader, backend, predicts| {
+        let mut kernel = Kernel::load(loader, types, netns, config, predicts)?;
+        let by_hand = if without_types.is_none() { programs_by_hand(types, backend) } else { Vec::new() };
+        watch_ports(&mut kernel, config)?;
+        kernel.load_programs(&by_hand)?;
+        Ok::<_, ProbeError>(kernel)
+    };
+    let by_events = |loader, listener, why: Option<&str>, degradations: &mut Vec<String>| {
+        degradations.push(late::costs(why));
+        let kernel = loaded(loader, Backend::Ctnetlink, true)?;
+        Ok(Observed { kernel, loaded: Instant::now(), backend: ConntrackBackend::Ctnetlink, listener: Some(listener) })
+    };
+    if config.backend == Backend::Ctnetlink {
+        return by_events(loader, Listener::open(&config.ports)?, None, degradations);
+    }
+    let mut kernel = loaded(loader, config.backend, false)?;
+    let done = Instant::now();
+    let mut why = match attach_conntrack(&mut kernel, config.backend, without_types)? {
+        Ok(backend) => return Ok(Observed { kernel, loaded: done, backend, listener: None }),
+        Err(why) => why,
+    };
+    if config.backend == Backend::Auto {
+        match Listener::open(&config.ports) {
+            Ok(listener) => return by_events(EbpfLoader::new(), listener, Some(&why), degradations),
+            Err(error) => why = format!("{why}; {error}"),
+        }
+    }
+    degradations.push(format!("NAT rewrites are predicted, not observed: {why}"));
+    Ok(Observed { kernel, loaded: done, backend: ConntrackBackend::None, listener: None })
+}
+
+/// Attaches the conntrack hooks that `wanted` names, or the first that this kernel allows; the inner error says why none runs.
+fn attach_conntrack(
     kernel: &mut Kernel,
     wanted: Backend,
     without_types: Option<&str>,
-    degradations: &mut Vec<String>,
-) -> Result<ConntrackBackend, ProbeError> {
-    const LOSS: &str = "NAT rewrites are predicted, not observed";
+) -> Result<Result<ConntrackBackend, String>, ProbeError> {
     if wanted == Backend::TcOnly {
-        degradations.push(format!("{LOSS}: only TC was asked for"));
-        return Ok(ConntrackBackend::None);
+        return Ok(Err("only TC was asked for".to_owned()));
     }
     let mut reasons = Vec::new();
     let tries = [
@@ -49,14 +102,13 @@ pub fn attach_conntrack(
             (None, _) => kernel.attach_kprobes(),
         };
         match outcome {
-            Ok(()) => return Ok(runs),
+            Ok(()) => return Ok(Ok(runs)),
             Err(why) if wanted == backend => return Err(ProbeError::Backend { backend: name, why }),
             Err(why) => reasons.push(why),
         }
     }
     reasons.dedup();
-    degradations.push(format!("{LOSS}: {}", reasons.join("; ")));
-    Ok(ConntrackBackend::None)
+    Ok(Err(reasons.join("; ")))
 }
 
 /// Attaches the tracepoints; returns whether drops and whether resets are seen.
@@ -93,7 +145,7 @@ pub fn programs_by_hand(types: &KernelTypes, wanted: Backend) -> Vec<(&'static s
 }
 
 /// Writes the port filter.
-pub fn watch_ports(kernel: &mut Kernel, config: &ProbeConfig) -> Result<(), ProbeError> {
+fn watch_ports(kernel: &mut Kernel, config: &ProbeConfig) -> Result<(), ProbeError> {
     let mut bits = vec![0u8; 65_536];
     for port in &config.ports {
         bits[usize::from(*port)] = config.protos.bits();

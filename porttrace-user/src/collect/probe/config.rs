@@ -15,11 +15,13 @@ const TRACKED: u32 = 65_536;
 /// Which conntrack hooks to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Backend {
-    /// NETFILTER programs where they load, else kprobes, else none.
+    /// NETFILTER programs where they load, else kprobes, else conntrack's events, else none.
     #[default]
     Auto,
     Netfilter,
     Kprobe,
+    /// Conntrack's own events, and packets at addresses that the rules predict.
+    Ctnetlink,
     /// TC alone: rewrites are not observed.
     TcOnly,
 }
@@ -29,6 +31,7 @@ pub enum Backend {
 pub enum ConntrackBackend {
     Netfilter,
     Kprobe,
+    Ctnetlink,
     None,
 }
 
@@ -37,6 +40,7 @@ impl fmt::Display for ConntrackBackend {
         f.pad(match self {
             Self::Netfilter => "NETFILTER programs",
             Self::Kprobe => "kprobes",
+            Self::Ctnetlink => "conntrack's events (ctnetlink)",
             Self::None => "none",
         })
     }
@@ -170,11 +174,13 @@ pub struct Lost {
     pub ring_full: u64,
     /// Tuples that the kernel side could not remember.
     pub track_full: u64,
+    /// Conntrack's events that the kernel could not queue.
+    pub conntrack_full: u64,
 }
 
 impl Lost {
     pub const fn total(self) -> u64 {
-        self.ring_full + self.track_full
+        self.ring_full + self.track_full + self.conntrack_full
     }
 }
 

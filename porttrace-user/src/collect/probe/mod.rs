@@ -9,6 +9,7 @@ mod clsact;
 mod config;
 mod foreign;
 mod kernel_log;
+mod late;
 mod object;
 mod offsets;
 mod rights;
@@ -24,10 +25,12 @@ pub use trials::{capabilities, trials};
 use super::links::{LinkChange, LinkWatcher};
 use crate::core::model::event::{DecodeError, Event};
 use crate::core::model::flow::{Proto, Tuple};
-use attach::{attach_conntrack, attach_interface, attach_tracepoints, programs_by_hand, watch_ports};
+use attach::{Observed, attach_interface, attach_tracepoints, observe_conntrack};
 use aya::EbpfLoader;
 use aya::maps::{HashMap, MapData, PerCpuArray, RingBuf};
 use kernel_log::KernelLog;
+use late::Late;
+use nix::time::{ClockId, clock_gettime};
 use object::{Kernel, chain};
 use offsets::{KernelTypes, kernel_types};
 use porttrace_ebpf::{self as wire, Kind, Track, WireTuple};
@@ -61,6 +64,8 @@ pub struct Probe {
     changes: Vec<LinkChange>,
     kernel: Kernel,
     log: Option<KernelLog>,
+    /// With [`ConntrackBackend::Ctnetlink`].
+    late: Option<Late>,
     clock_offset_ns: i64,
 }
 
@@ -82,13 +87,10 @@ impl Probe {
         let netns = own_netns()?;
         let empty = KernelTypes::default();
         let known = types.as_ref().unwrap_or(&empty);
-        let mut kernel = Kernel::load(loader, known, netns, config)?;
-        watch_ports(&mut kernel, config)?;
-        let by_hand = if types.is_ok() { programs_by_hand(known, config.backend) } else { Vec::new() };
-        kernel.load_programs(&by_hand)?;
-        let attaching = Instant::now();
         let without_types = types.as_ref().err().map(String::as_str);
-        let conntrack_backend = attach_conntrack(&mut kernel, config.backend, without_types, &mut degradations)?;
+        let Observed { mut kernel, loaded: attaching, backend: conntrack_backend, listener } =
+            observe_conntrack(loader, config, known, netns, without_types, &mut degradations)?;
+        let late = listener.map(|listener| Late::new(listener, &config.ports, netns, &mut degradations));
         let (drops, resets) = attach_tracepoints(&mut kernel, without_types, &mut degradations);
         let links = LinkWatcher::new()?;
         let programs = [kernel.classifier("tc_ingress")?, kernel.classifier("tc_egress")?];
@@ -114,7 +116,7 @@ impl Probe {
             degradations,
         };
         let log = if config.kernel_log { Some(KernelLog::of(&mut kernel.ebpf)?) } else { None };
-        Self::assemble(kernel, info, links, attachments, log)
+        Self::assemble(kernel, info, links, attachments, log, late)
     }
 
     pub const fn info(&self) -> &ProbeInfo {
@@ -124,6 +126,9 @@ impl Probe {
     /// Waits until there may be events (or an interface came or went, which is taken care of here), appends up to some
     /// thousand to `out` and returns how many; may be 0. Safe to cancel.
     pub async fn read(&mut self, out: &mut Vec<Event>) -> Result<usize, ProbeError> {
+        if self.late.is_some() {
+            return self.read_late(out).await;
+        }
         tokio::select! {
             biased;
             changes = self.links.changed() => {
@@ -145,6 +150,9 @@ impl Probe {
 
     /// What is in the ring buffer now, without waiting; for the last look before the end.
     pub fn read_now(&mut self, out: &mut Vec<Event>) -> Result<usize, ProbeError> {
+        if self.late.is_some() {
+            return self.read_rest(out);
+        }
         let before = out.len();
         while !drain(self.ring.get_mut(), out)? {}
         Ok(out.len() - before)
@@ -166,7 +174,11 @@ impl Probe {
     }
 
     pub fn lost(&self) -> Result<Lost, ProbeError> {
-        Ok(Lost { ring_full: self.stat(wire::STAT_LOST_RING)?, track_full: self.stat(wire::STAT_LOST_TRACK)? })
+        Ok(Lost {
+            ring_full: self.stat(wire::STAT_LOST_RING)?,
+            track_full: self.stat(wire::STAT_LOST_TRACK)?,
+            conntrack_full: self.conntrack_dropped()?,
+        })
     }
 
     /// Events that the kernel side put into the ring buffer since the start.
@@ -208,13 +220,18 @@ impl Probe {
         links: LinkWatcher,
         attachments: Attachments,
         log: Option<KernelLog>,
+        mut late: Option<Late>,
     ) -> Result<Self, ProbeError> {
         let ring = RingBuf::try_from(take(&mut kernel, "EVENTS")?).map_err(|error| map_error("EVENTS", &error))?;
         // SAFETY: the map owns its descriptor, which stays the same until the ring is dropped.
         let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }
             .map_err(|error| ProbeError::Io { what: "polling the ring buffer", error: error.into() })?;
         let stats = PerCpuArray::try_from(take(&mut kernel, "STATS")?).map_err(|error| map_error("STATS", &error))?;
-        let tracked = HashMap::try_from(take(&mut kernel, "TRACKED")?).map_err(|error| map_error("TRACKED", &error))?;
+        let mut tracked =
+            HashMap::try_from(take(&mut kernel, "TRACKED")?).map_err(|error| map_error("TRACKED", &error))?;
+        if let Some(late) = &mut late {
+            late.adopt_older(&mut kernel, &mut tracked)?;
+        }
         let clock_offset_ns = clock_offset()?;
         let mut looks = interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -231,6 +248,7 @@ impl Probe {
             changes: Vec::new(),
             kernel,
             log,
+            late,
             clock_offset_ns,
         })
     }
@@ -270,6 +288,16 @@ unsafe impl aya::Pod for TrackValue {}
 
 /// Moves events out of the ring buffer; `true` when it is empty now.
 fn drain(ring: &mut RingBuf<MapData>, out: &mut Vec<Event>) -> Result<bool, ProbeError> {
+    drain_some(ring, |event, _| out.push(event))
+}
+
+/// Moves all events out of the ring buffer; those at a predicted address are marked.
+fn drain_all(ring: &mut RingBuf<MapData>, mut take: impl FnMut(Event, bool)) -> Result<(), ProbeError> {
+    while !drain_some(ring, &mut take)? {}
+    Ok(())
+}
+
+fn drain_some(ring: &mut RingBuf<MapData>, mut take: impl FnMut(Event, bool)) -> Result<bool, ProbeError> {
     for _ in 0..BATCH {
         let Some(item) = ring.next() else { return Ok(true) };
         let found = item.len();
@@ -278,7 +306,7 @@ fn drain(ring: &mut RingBuf<MapData>, out: &mut Vec<Event>) -> Result<bool, Prob
         }
         // SAFETY: the length is right, every bit pattern is a value, and the read does not ask for alignment.
         let raw = unsafe { item.as_ptr().cast::<wire::Event>().read_unaligned() };
-        out.push(Event::try_from(&raw)?);
+        take(Event::try_from(&raw)?, raw.flags & wire::PREDICTED != 0);
     }
     Ok(false)
 }
@@ -302,31 +330,38 @@ fn own_netns() -> Result<u32, ProbeError> {
 }
 
 fn clock_offset() -> Result<i64, ProbeError> {
-    use nix::time::{ClockId, clock_gettime};
-    let read = |clock| {
-        clock_gettime(clock)
-            .map(|time| time.tv_sec() * 1_000_000_000 + time.tv_nsec())
-            .map_err(|error| ProbeError::Io { what: "reading the clock", error: error.into() })
-    };
-    Ok(read(ClockId::CLOCK_REALTIME)? - read(ClockId::CLOCK_MONOTONIC)?)
+    Ok(clock(ClockId::CLOCK_REALTIME)? - clock(ClockId::CLOCK_MONOTONIC)?)
+}
+
+fn monotonic_ns() -> Result<u64, ProbeError> {
+    clock(ClockId::CLOCK_MONOTONIC).map(i64::unsigned_abs)
+}
+
+fn clock(clock: ClockId) -> Result<i64, ProbeError> {
+    clock_gettime(clock)
+        .map(|time| time.tv_sec() * 1_000_000_000 + time.tv_nsec())
+        .map_err(|error| ProbeError::Io { what: "reading the clock", error: error.into() })
 }
 
 fn wire_tuple(tuple: &Tuple) -> WireTuple {
-    let bytes = |address: IpAddr| match address {
+    WireTuple {
+        src: wire_bytes(tuple.src),
+        dst: wire_bytes(tuple.dst),
+        sport: tuple.sport.to_be_bytes(),
+        dport: tuple.dport.to_be_bytes(),
+        proto: Proto::number(tuple.proto),
+        family: if tuple.dst.is_ipv4() { 4 } else { 6 },
+        pad: [0; 2],
+    }
+}
+
+fn wire_bytes(address: IpAddr) -> [u8; 16] {
+    match address {
         IpAddr::V4(address) => {
             let mut bytes = [0; 16];
             bytes[..4].copy_from_slice(&address.octets());
             bytes
         }
         IpAddr::V6(address) => address.octets(),
-    };
-    WireTuple {
-        src: bytes(tuple.src),
-        dst: bytes(tuple.dst),
-        sport: tuple.sport.to_be_bytes(),
-        dport: tuple.dport.to_be_bytes(),
-        proto: Proto::number(tuple.proto),
-        family: if tuple.dst.is_ipv4() { 4 } else { 6 },
-        pad: [0; 2],
     }
 }

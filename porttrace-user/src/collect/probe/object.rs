@@ -57,12 +57,16 @@ pub struct Kernel {
 
 impl Kernel {
     /// Creates the maps, with `netns` (inode number) as the one namespace that counts.
+    ///
+    /// `predicts`: [`super::Probe::predict`] will be used.
     pub fn load(
         loader: EbpfLoader<'static>,
         types: &KernelTypes,
         netns: u32,
         config: &ProbeConfig,
+        predicts: bool,
     ) -> Result<Self, ProbeError> {
+        let predicts = u32::from(predicts);
         let offsets = types.offsets.words();
         let reset_has_reason = u32::from(types.reset_has_reason);
         let log_level = if config.kernel_log { u8::MAX } else { 0 };
@@ -79,6 +83,7 @@ impl Kernel {
             .override_global("RESET_HAS_REASON", &reset_has_reason, true)
             .override_global("WAKE_BYTES", &wake_bytes, true)
             .override_global("SHOW_DATA", &show_data, true)
+            .override_global("PREDICTS", &predicts, true)
             .override_global("AYA_LOG_LEVEL", &log_level, false)
             .map_max_entries("EVENTS", ring_bytes)
             .map_max_entries("TRACKED", config.tracked)
@@ -229,7 +234,9 @@ fn relocate(ebpf: &Ebpf) -> Result<Object, String> {
 
 fn fd_of(map: &Map) -> Option<i32> {
     let data: &MapData = match map {
-        Map::Array(data) | Map::LruHashMap(data) | Map::PerCpuArray(data) | Map::RingBuf(data) => data,
+        Map::Array(data) | Map::HashMap(data) | Map::LruHashMap(data) | Map::PerCpuArray(data) | Map::RingBuf(data) => {
+            data
+        }
         _ => return None,
     };
     Some(data.fd().as_fd().as_raw_fd())

@@ -71,7 +71,7 @@ fn attempt() -> Trials {
     let config = ProbeConfig { protos: Protos::ALL, ..ProbeConfig::new([]) };
     let known = types.clone().unwrap_or_default();
     let netns = own_netns().unwrap_or_default();
-    let mut kernel = match Kernel::load(EbpfLoader::new(), &known, netns, &config) {
+    let mut kernel = match Kernel::load(EbpfLoader::new(), &known, netns, &config, true) {
         Ok(kernel) => kernel,
         Err(error) => {
             trials.maps = Trial::Fails(chain(&error));

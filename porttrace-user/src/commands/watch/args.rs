@@ -68,12 +68,14 @@ pub enum ProtoChoice {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum BackendChoice {
-    /// NETFILTER programs, else kprobes, else none
+    /// NETFILTER programs, else kprobes, else conntrack's events, else none
     Auto,
     /// NETFILTER programs (kernel 6.4 or later)
     Netfilter,
     /// kprobes on conntrack's functions
     Kprobe,
+    /// conntrack's own events (any kernel): a little late
+    Ctnetlink,
     /// None: NAT is predicted from the rules
     None,
 }

@@ -3,11 +3,13 @@
 use porttrace_user::collect::live::{self, Options};
 use porttrace_user::collect::ruleset::Fingerprint;
 use porttrace_user::core::kube::owners::Owners;
+use porttrace_user::core::model::rules::Ruleset;
 use porttrace_user::core::model::state::NodeState;
 use porttrace_user::core::model::trace::Flavour;
 use porttrace_user::core::simulate::{Simulator, ipvs_in_use};
 use porttrace_user::render::watch::words;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Rules, routes and addresses, ready to be asked.
@@ -16,6 +18,7 @@ pub struct Rules {
     pub kernel: String,
     pub owners: Owners,
     pub simulator: Simulator,
+    pub rulesets: Vec<Arc<Ruleset>>,
     warnings: Vec<String>,
     counts: BTreeMap<Flavour, usize>,
     took: Duration,
@@ -49,6 +52,7 @@ impl Rules {
             kernel: text(uname.as_ref().ok().map(nix::sys::utsname::UtsName::release)),
             owners: Owners::of(&state),
             simulator: Simulator::new(&state),
+            rulesets: state.rulesets.clone(),
             warnings: warnings(&state),
             counts: counts(&state),
             took: timings.total,

@@ -12,6 +12,7 @@ use porttrace_user::core::correlate::fold::Mode;
 use porttrace_user::core::correlate::judge::{Outcome, Refuser, judge};
 use porttrace_user::core::correlate::story::tell;
 use porttrace_user::core::correlate::{Correlator, Limits, Update};
+use porttrace_user::core::kube::targets::nat_targets;
 use porttrace_user::core::model::event::Event;
 use porttrace_user::core::model::interfaces::Interfaces;
 use porttrace_user::core::model::pods::PodSockets;
@@ -19,6 +20,7 @@ use porttrace_user::core::model::trace::{Packet, Trace};
 use porttrace_user::render::watch::header::{Header, count};
 use porttrace_user::render::watch::{Context, Report};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, MissedTickBehavior, interval};
@@ -33,8 +35,9 @@ pub async fn run(args: &Args) -> anyhow::Result<bool> {
     let started = Instant::now();
     let clock = Clock::measure()?;
     let reading = tokio::task::spawn_blocking(Rules::read);
-    let probe = Probe::start(&probe_config(args))?;
+    let mut probe = Probe::start(&probe_config(args))?;
     let rules = reading.await.context("reading the rules was cut short")?;
+    predict_targets(&mut probe, &rules, args)?;
     let mode = match (args.all, args.summary) {
         (true, _) => Mode::All,
         (_, true) => Mode::Summary,
@@ -272,6 +275,7 @@ impl Session<'_> {
     /// Reads rules, routes and addresses again when they changed; true when they did.
     async fn reload_if_changed(&mut self) -> anyhow::Result<bool> {
         let Some(text) = self.rules.follow().await else { return Ok(false) };
+        predict_targets(&mut self.probe, &self.rules, self.args)?;
         self.printer.note(&text, Clock::now(), false)?;
         Ok(true)
     }
@@ -290,7 +294,7 @@ impl Session<'_> {
         self.tell_lost()?;
         let lost: Vec<String> =
             reasons(self.lost).iter().map(|(reason, count)| format!("{count} events lost: {reason}")).collect();
-        let events = Events { received: self.events, lost: self.lost.ring_full };
+        let events = Events { received: self.events, lost: self.lost.ring_full + self.lost.conntrack_full };
         self.printer.summary(nanoseconds(started.elapsed()), events, &lost)?;
         Ok(!lost.is_empty())
     }
@@ -309,6 +313,14 @@ impl Pods {
         }
         self.read_at = Some(Instant::now());
     }
+}
+
+/// Tells the probe where the rules may send the watched connections, if it has a use for that.
+fn predict_targets(probe: &mut Probe, rules: &Rules, args: &Args) -> anyhow::Result<()> {
+    if probe.wants_predictions() {
+        probe.predict(&nat_targets(rules.rulesets.iter().map(Arc::as_ref), &args.ports))?;
+    }
+    Ok(())
 }
 
 fn interfaces_of(probe: &Probe) -> Interfaces {
@@ -335,11 +347,15 @@ fn probes_sentence(info: &ProbeInfo) -> String {
 
 /// Lost events by reason, only those that occurred.
 fn reasons(lost: Lost) -> Vec<(String, u64)> {
-    [("ring buffer full", lost.ring_full), ("table of connections full", lost.track_full)]
-        .into_iter()
-        .filter(|(_, count)| *count > 0)
-        .map(|(reason, count)| (reason.to_owned(), count))
-        .collect()
+    [
+        ("ring buffer full", lost.ring_full),
+        ("table of connections full", lost.track_full),
+        ("conntrack's queue full", lost.conntrack_full),
+    ]
+    .into_iter()
+    .filter(|(_, count)| *count > 0)
+    .map(|(reason, count)| (reason.to_owned(), count))
+    .collect()
 }
 
 fn probe_config(args: &Args) -> ProbeConfig {
@@ -351,6 +367,7 @@ fn probe_config(args: &Args) -> ProbeConfig {
         BackendChoice::Auto => Backend::Auto,
         BackendChoice::Netfilter => Backend::Netfilter,
         BackendChoice::Kprobe => Backend::Kprobe,
+        BackendChoice::Ctnetlink => Backend::Ctnetlink,
         BackendChoice::None => Backend::TcOnly,
     };
     ProbeConfig {

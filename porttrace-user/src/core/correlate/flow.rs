@@ -174,8 +174,9 @@ impl Flow {
     /// The client is a process of this node: its request left before it entered anywhere.
     pub fn is_local_client(&self) -> bool {
         const OUTPUT: u8 = 3;
-        // What kprobes tell has no place.
-        let has_place = |sighting: &&Sighting| !matches!(sighting.event.kind, Kind::NatSetup | Kind::Confirmed);
+        // What kprobes and conntrack tell of an entry has no place.
+        let has_place =
+            |sighting: &&Sighting| !matches!(sighting.event.kind, Kind::NatSetup | Kind::Confirmed | Kind::Destroyed);
         let mut requests = self.sightings.iter().filter(|sighting| sighting.way == Way::Request);
         requests.find(has_place).is_some_and(|first| {
             match first.event.kind {

@@ -116,13 +116,17 @@ fn kprobe(facts: &Facts, backend: Backend) -> Check {
     })
 }
 
-/// Whether events come when asked for; `watch` does not ask yet.
+/// What `watch` falls back to; what that costs is said where it does.
 fn ctnetlink(facts: &Facts, backend: Backend) -> Check {
-    conntrack_hooks(&facts.trials.ctnetlink, "ctnetlink", "conntrack's events", backend, |check| {
+    let check = conntrack_hooks(&facts.trials.ctnetlink, "ctnetlink", "conntrack's events", backend, |check| {
         check
             .costs("what conntrack did is not told afterwards either")
             .advice("needs CAP_NET_ADMIN and CONFIG_NF_CT_NETLINK (module nf_conntrack_netlink)")
-    })
+    });
+    if backend != Backend::Ctnetlink {
+        return check;
+    }
+    check.costs("NAT is told some milliseconds late, and only of connections that conntrack let through")
 }
 
 /// Where programs observe conntrack, it is only noted that others would not.

@@ -117,7 +117,11 @@ pub fn examine(facts: &Facts) -> Report {
 /// As the probe chooses.
 fn backend(facts: &Facts) -> Backend {
     let trials = &facts.trials;
-    let tried = [(&trials.netfilter, Backend::Netfilter), (&trials.kprobe, Backend::Kprobe)];
+    let tried = [
+        (&trials.netfilter, Backend::Netfilter),
+        (&trials.kprobe, Backend::Kprobe),
+        (&trials.ctnetlink, Backend::Ctnetlink),
+    ];
     tried.into_iter().find(|(trial, _)| trial.works()).map_or(Backend::None, |(_, backend)| backend)
 }
 

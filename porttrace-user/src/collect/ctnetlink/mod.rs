@@ -1,0 +1,204 @@
+//! Conntrack's own events (ctnetlink): an entry was made, an entry is gone.
+//!
+//! Updates are not asked for: an entry's tuples are final before it enters the table (`nf_conntrack_confirm`,
+//! net/netfilter/nf_conntrack_core.c), so they would tell nothing about NAT and be the larger part of the messages.
+
+mod filter;
+pub mod hold;
+
+use super::attributes::{attributes, be32};
+use super::conntrack::{self, ConntrackError};
+use crate::core::model::event::Conntrack;
+use crate::core::model::flow::Tuple;
+use crate::core::model::state::ConntrackEntry;
+use netlink_sys::protocols::NETLINK_NETFILTER;
+use netlink_sys::{Socket, SocketAddr};
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use thiserror::Error;
+
+/// `NFNLGRP_CONNTRACK_NEW` and `NFNLGRP_CONNTRACK_DESTROY` (include/uapi/linux/netfilter/nfnetlink.h).
+const GROUPS: [u32; 2] = [1, 3];
+/// `NFNL_SUBSYS_CTNETLINK << 8` with `IPCTNL_MSG_CT_NEW` and `IPCTNL_MSG_CT_DELETE`.
+const NEW: u16 = 0x0100;
+const DELETE: u16 = 0x0102;
+/// Room for some 30,000 messages that are not read yet.
+const RECEIVE_BYTES: libc::c_int = 32 << 20;
+/// Larger than any such message.
+const MESSAGE: usize = 16 << 10;
+const EVENTS: &str = "/proc/sys/net/netfilter/nf_conntrack_events";
+/// `IPS_SEEN_REPLY` and what else a listing tells of an entry's status.
+const SEEN_REPLY: u32 = 2;
+const ASSURED: u32 = 4;
+
+/// One message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Told {
+    pub entry: Conntrack,
+    /// The entry is gone; bytes in both directions where conntrack counts them.
+    pub gone: Option<(u64, u64)>,
+}
+
+#[derive(Debug, Error)]
+pub enum CtnetlinkError {
+    #[error("cannot {action} conntrack's event socket: {error}")]
+    Socket { action: &'static str, error: io::Error },
+    #[error("net.netfilter.nf_conntrack_events is 0: conntrack tells nobody of its entries; set it to 1 or 2")]
+    Off,
+    #[error("conntrack is not loaded here (there is no {EVENTS})")]
+    Absent,
+}
+
+/// A socket that hears of the entries of connections to given ports.
+pub struct Listener {
+    socket: Socket,
+    buffer: Vec<u8>,
+}
+
+impl Listener {
+    /// Subscribes in the network namespace of the calling thread. The kernel filters by the original destination port, so that
+    /// what cannot be held is counted of these connections alone.
+    pub fn open(ports: &[u16]) -> Result<Self, CtnetlinkError> {
+        match fs::read_to_string(EVENTS).ok().as_deref().map(str::trim) {
+            None => return Err(CtnetlinkError::Absent),
+            Some("0") => return Err(CtnetlinkError::Off),
+            Some(_) => {}
+        }
+        let failed = |action| move |error| CtnetlinkError::Socket { action, error };
+        let mut socket = Socket::new(NETLINK_NETFILTER).map_err(failed("open"))?;
+        socket.bind(&SocketAddr::new(0, 0)).map_err(failed("bind"))?;
+        socket.set_non_blocking(true).map_err(failed("set up"))?;
+        enlarge(&socket);
+        filter::attach(socket.as_raw_fd(), ports).map_err(failed("filter"))?;
+        GROUPS.into_iter().try_for_each(|group| socket.add_membership(group)).map_err(failed("subscribe to"))?;
+        Ok(Self { socket, buffer: Vec::with_capacity(MESSAGE) })
+    }
+
+    /// Appends what there is now; never waits. What the kernel could not queue shows in [`Self::dropped`].
+    pub fn drain(&mut self, out: &mut Vec<Told>) -> Result<(), CtnetlinkError> {
+        loop {
+            self.buffer.clear();
+            match self.socket.recv(&mut self.buffer, libc::MSG_DONTWAIT) {
+                Ok(_) => take(&self.buffer, out),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                // Once for every time that the queue ran full; what is in it can be read on.
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(CtnetlinkError::Socket { action: "read", error }),
+            }
+        }
+    }
+
+    /// Messages that the kernel could not queue, since the start (`sk_drops`, counted by `netlink_overrun`,
+    /// net/netlink/af_netlink.c).
+    pub fn dropped(&self) -> Result<u64, CtnetlinkError> {
+        /// Number and index of the values (include/uapi/linux/sock_diag.h).
+        const VALUES: usize = 9;
+        const DROPS: usize = 8;
+        let mut values = [0u32; VALUES];
+        let mut length = size_of_val(&values) as libc::socklen_t;
+        // SAFETY: the kernel writes at most `length` bytes to `values`.
+        let answer = unsafe {
+            libc::getsockopt(
+                self.socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_MEMINFO,
+                values.as_mut_ptr().cast(),
+                &raw mut length,
+            )
+        };
+        if answer < 0 {
+            return Err(CtnetlinkError::Socket { action: "ask", error: io::Error::last_os_error() });
+        }
+        Ok(u64::from(values[DROPS]))
+    }
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+/// The entries that are there already, of connections to these ports.
+///
+/// # Errors
+/// As [`conntrack::dump`].
+pub fn present(ports: &[u16]) -> Result<Vec<Conntrack>, ConntrackError> {
+    let entries = conntrack::dump(|entry| entry.original.proto.has_ports() && ports.contains(&entry.original.dport))?;
+    Ok(entries.iter().map(|entry| as_seen(entry, 0, status(entry))).collect())
+}
+
+/// The tuples under which packets of an entry travel: as sent, rewritten, and both back. The state in between (destination
+/// rewritten, source not yet) is one too, where both are.
+pub fn tuples(entry: &Conntrack) -> [Tuple; 6] {
+    let Conntrack { original, reply, .. } = *entry;
+    let between = Tuple { dst: reply.src, dport: reply.sport, ..original };
+    [original, original.inverted(), reply, reply.inverted(), between, between.inverted()]
+}
+
+/// As large as allowed; a smaller queue only overruns sooner, and that is counted.
+fn enlarge(socket: &Socket) {
+    let size = RECEIVE_BYTES;
+    // SAFETY: the option's value is a C int that outlives the call.
+    let forced = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVBUFFORCE,
+            (&raw const size).cast(),
+            size_of_val(&size) as libc::socklen_t,
+        )
+    };
+    if forced < 0 {
+        let _ = socket.set_rx_buf_sz(RECEIVE_BYTES);
+    }
+}
+
+/// The messages of one datagram; what is no conntrack message is passed over.
+fn take(bytes: &[u8], out: &mut Vec<Told>) {
+    let mut rest = bytes;
+    while rest.len() >= 16 {
+        let length = u32::from_ne_bytes([rest[0], rest[1], rest[2], rest[3]]) as usize;
+        let kind = u16::from_ne_bytes([rest[4], rest[5]]);
+        let Some(payload) = rest.get(20..length) else { return };
+        if matches!(kind, NEW | DELETE) {
+            out.extend(told(payload, kind == DELETE));
+        }
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+}
+
+/// `payload` begins after `struct nfgenmsg`.
+fn told(payload: &[u8], gone: bool) -> Option<Told> {
+    let entry = conntrack::entry(payload)?;
+    let (mut id, mut bytes) = (0, (0, 0));
+    let mut flags = status(&entry);
+    // enum ctattr_type
+    for (kind, value) in attributes(payload) {
+        match kind {
+            3 => flags = be32(value)?,
+            9 => bytes.0 = counted(value),
+            10 => bytes.1 = counted(value),
+            12 => id = be32(value)?,
+            _ => {}
+        }
+    }
+    Some(Told { entry: as_seen(&entry, u64::from(id), flags), gone: gone.then_some(bytes) })
+}
+
+/// `CTA_COUNTERS_BYTES`.
+fn counted(bytes: &[u8]) -> u64 {
+    let found = attributes(bytes).find(|(kind, _)| *kind == 2).map(|(_, value)| value);
+    found.and_then(|value| value.first_chunk()).map_or(0, |bytes| u64::from_be_bytes(*bytes))
+}
+
+fn status(entry: &ConntrackEntry) -> u32 {
+    (if entry.assured { ASSURED } else { 0 }) | (if entry.unreplied { 0 } else { SEEN_REPLY })
+}
+
+fn as_seen(entry: &ConntrackEntry, id: u64, status: u32) -> Conntrack {
+    let ConntrackEntry { original, reply, mark, .. } = *entry;
+    Conntrack { original, reply, id, status, mark, is_new: false, is_reply: false }
+}

@@ -1,0 +1,216 @@
+//! The backend that learns of NAT from conntrack's events (ctnetlink): TC programs show packets at the addresses that the rules
+//! predict, and [`Hold`] finds out which of them are of watched connections.
+
+use super::config::{ConntrackBackend, ProbeError};
+use super::object::Kernel;
+use super::{Probe, TrackKey, TrackValue, drain_all, map_error, missing_map, monotonic_ns, wire_bytes, wire_tuple};
+use crate::collect::ctnetlink::hold::{Hold, Released};
+use crate::collect::ctnetlink::{self, CtnetlinkError, Listener, Told};
+use crate::core::model::event::{Conntrack, Event};
+use crate::core::model::flow::{Proto, Tuple};
+use aya::maps::{Array, HashMap, MapData};
+use porttrace_ebpf::{PORT_TRACKED, Predicted, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY, Track};
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+
+/// A record may be reserved (and have its time) a moment before it can be read.
+const MARGIN_NS: u64 = 200_000;
+/// Long after everything: nothing is held any more.
+const END_NS: u64 = 3_600_000_000_000;
+
+/// What this backend has beyond the others.
+pub struct Late {
+    listener: Listener,
+    hold: Hold,
+    told: Vec<Told>,
+    /// Entries that the kernel side is still to be told of.
+    older: Vec<Conntrack>,
+    predicted: BTreeSet<(Proto, SocketAddr)>,
+    /// Server ports that the kernel side must not pass over.
+    ports: BTreeSet<u16>,
+}
+
+impl Late {
+    /// Takes over a socket that already listens, and what conntrack knew before.
+    pub fn new(listener: Listener, ports: &[u16], netns: u32, degradations: &mut Vec<String>) -> Self {
+        let older = ctnetlink::present(ports).unwrap_or_else(|error| {
+            degradations.push(format!("connections that are older than this session cannot be followed: {error}"));
+            Vec::new()
+        });
+        let hold = Hold::new(ports, netns, &older);
+        Self { listener, hold, told: Vec::new(), older, predicted: BTreeSet::new(), ports: BTreeSet::new() }
+    }
+
+    /// Lets the kernel side know the connections that are older than the session.
+    pub fn adopt_older(
+        &mut self,
+        kernel: &mut Kernel,
+        tracked: &mut HashMap<MapData, TrackKey, TrackValue>,
+    ) -> Result<(), ProbeError> {
+        for entry in std::mem::take(&mut self.older) {
+            set_role(tracked, entry.original, ROLE_OPENING);
+            set_role(tracked, entry.original.inverted(), ROLE_REPLY);
+            adopt(tracked, &entry);
+            watch_servers(kernel, &mut self.ports, [entry.reply.sport])?;
+        }
+        Ok(())
+    }
+
+    /// Entries that the kernel could not queue.
+    pub fn dropped(&self) -> Result<u64, ProbeError> {
+        Ok(self.listener.dropped()?)
+    }
+}
+
+impl Probe {
+    /// Whether this probe can use [`Probe::predict`].
+    pub const fn wants_predictions(&self) -> bool {
+        self.late.is_some()
+    }
+
+    /// Says where the rules may send the watched connections, instead of what was said before. With this the first packet
+    /// of a connection is seen behind its rewrite too, although conntrack's event comes later. Without effect with backends
+    /// that observe rewrites themselves.
+    pub fn predict(&mut self, targets: &BTreeSet<(Proto, SocketAddr)>) -> Result<(), ProbeError> {
+        let Some(late) = &mut self.late else { return Ok(()) };
+        let map = self.kernel.ebpf.map_mut("PREDICTED").ok_or_else(|| missing_map("PREDICTED"))?;
+        let mut map: HashMap<&mut MapData, PredictedKey, u8> =
+            HashMap::try_from(map).map_err(|error| map_error("PREDICTED", &error))?;
+        for gone in late.predicted.difference(targets) {
+            // It may not have fitted in when it came.
+            let _ = map.remove(&key(gone));
+        }
+        for new in targets.difference(&late.predicted) {
+            map.insert(key(new), 1, 0).map_err(|error| map_error("PREDICTED", &error))?;
+        }
+        late.predicted.clone_from(targets);
+        let ports = targets.iter().map(|(_, address)| address.port());
+        watch_servers(&mut self.kernel, &mut late.ports, ports)
+    }
+
+    /// As [`Probe::read`], with conntrack's events: both are looked for when it is time to look, so that neither wakes anybody.
+    pub(super) async fn read_late(&mut self, out: &mut Vec<Event>) -> Result<usize, ProbeError> {
+        tokio::select! {
+            biased;
+            changes = self.links.changed() => {
+                let changes = changes?;
+                self.follow(&changes);
+                self.changes.extend(changes);
+                return Ok(0);
+            }
+            guard = self.ring.readable() => {
+                guard.map_err(|error| ProbeError::Io { what: "waiting for events", error })?.clear_ready();
+            }
+            _ = self.looks.tick() => {}
+        }
+        let until = monotonic_ns()?;
+        self.gather(until.saturating_sub(MARGIN_NS), 0, out)
+    }
+
+    /// Reads both ways to their ends and hands out what happened until `until_ns`; `later_ns` is added to the time of now.
+    fn gather(&mut self, until_ns: u64, later_ns: u64, out: &mut Vec<Event>) -> Result<usize, ProbeError> {
+        let Some(late) = &mut self.late else { return Ok(0) };
+        // Conntrack's way in the middle: an entry's packet was written before the entry was told, or after it.
+        drain_all(self.ring.get_mut(), |event, predicted| late.hold.packet(event, predicted))?;
+        late.listener.drain(&mut late.told)?;
+        drain_all(self.ring.get_mut(), |event, predicted| late.hold.packet(event, predicted))?;
+        let now = monotonic_ns()?;
+        for told in late.told.drain(..) {
+            if told.gone.is_none() {
+                let server = told.entry.reply.sport;
+                adopt(&mut self.tracked, &told.entry);
+                watch_servers(&mut self.kernel, &mut late.ports, [server])?;
+            }
+            late.hold.entry(told, now);
+        }
+        let Released { events, foreign } = late.hold.release(until_ns, now.saturating_add(later_ns));
+        for tuple in foreign {
+            for tuple in [tuple, tuple.inverted()] {
+                set_role(&mut self.tracked, tuple, ROLE_IGNORED);
+            }
+        }
+        let count = events.len();
+        out.extend(events);
+        Ok(count)
+    }
+
+    /// Everything that is there, without waiting any longer for what might belong to it.
+    pub(super) fn read_rest(&mut self, out: &mut Vec<Event>) -> Result<usize, ProbeError> {
+        self.gather(u64::MAX - 1, END_NS, out)
+    }
+
+    pub(super) fn conntrack_dropped(&self) -> Result<u64, ProbeError> {
+        self.late.as_ref().map_or(Ok(0), Late::dropped)
+    }
+}
+
+/// One sentence: what the backend costs.
+pub fn costs(reasons: Option<&str>) -> String {
+    let because = reasons.map_or(String::new(), |reasons| format!(" ({reasons})"));
+    format!(
+        "NAT is told by {}, not by hooks{because}: some milliseconds late, and only of \
+         connections that conntrack let through",
+        ConntrackBackend::Ctnetlink
+    )
+}
+
+/// Lets the kernel side know a rewritten connection: its packets then need no prediction.
+fn adopt(tracked: &mut HashMap<MapData, TrackKey, TrackValue>, entry: &Conntrack) {
+    let back = entry.reply;
+    if back.inverted() != entry.original {
+        set_role(tracked, back.inverted(), ROLE_OPENING);
+        set_role(tracked, back, ROLE_REPLY);
+    }
+}
+
+/// Keeps what was counted. When the map refuses, the connection is still known by its prediction.
+fn set_role(tracked: &mut HashMap<MapData, TrackKey, TrackValue>, tuple: Tuple, role: u8) {
+    let key = TrackKey(wire_tuple(&tuple));
+    let known = tracked.get(&key, 0).map_or(Track::default(), |TrackValue(track)| track);
+    if known.role != role {
+        let _ = tracked.insert(key, TrackValue(Track { role, ..known }), 0);
+    }
+}
+
+/// Sets the ports' bits in the kernel side's first filter. Nobody else sets bits there with this backend.
+fn watch_servers(
+    kernel: &mut Kernel,
+    known: &mut BTreeSet<u16>,
+    ports: impl IntoIterator<Item = u16>,
+) -> Result<(), ProbeError> {
+    let before = known.len();
+    known.extend(ports);
+    if known.len() == before {
+        return Ok(());
+    }
+    let map = kernel.ebpf.map_mut("PORTS").ok_or_else(|| missing_map("PORTS"))?;
+    let mut map: Array<_, [u8; 65_536]> = Array::try_from(map).map_err(|error| map_error("PORTS", &error))?;
+    let mut bits = map.get(&0, 0).map_err(|error| map_error("PORTS", &error))?;
+    for port in known.iter() {
+        bits[usize::from(*port)] |= PORT_TRACKED;
+    }
+    map.set(0, bits, 0).map_err(|error| map_error("PORTS", &error))
+}
+
+fn key((proto, address): &(Proto, SocketAddr)) -> PredictedKey {
+    let family = if address.is_ipv4() { 4 } else { 6 };
+    PredictedKey(Predicted {
+        address: wire_bytes(address.ip()),
+        port: address.port().to_be_bytes(),
+        proto: proto.number(),
+        family,
+    })
+}
+
+/// The keys of map `PREDICTED`, in the shape that aya asks for.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct PredictedKey(Predicted);
+// SAFETY: `repr(C)`, plain bytes, no padding (its size is asserted in the wire crate).
+unsafe impl aya::Pod for PredictedKey {}
+
+impl From<CtnetlinkError> for ProbeError {
+    fn from(error: CtnetlinkError) -> Self {
+        Self::Backend { backend: "ctnetlink", why: error.to_string() }
+    }
+}
