@@ -1,6 +1,7 @@
 //! The simulator against the kernel, on random and on recorded states. `ORACLE_PACKETS` and `ORACLE_SEED` make longer or other
 //! runs; the same seed gives the same scenarios.
 
+use porttrace_tests::fuzz::facts;
 use porttrace_tests::fuzz::generate::{scenario, seldom};
 use porttrace_tests::fuzz::odds;
 use porttrace_tests::fuzz::oracle::{Report, campaign, minimal};
@@ -93,4 +94,41 @@ fn random_choices_come_as_often_as_the_branches_say() {
     assert_eq!((odds.connections, odds.outcomes.len()), (800, 4));
     // Three degrees of freedom: more than 30.66 comes once in a million runs by chance.
     assert!(chi < 30.66, "chi-square {chi:.2}: {odds:?}");
+}
+
+#[test]
+fn route_localnet_counts_on_the_interface_or_on_all() {
+    if !may_run("the oracle") {
+        return;
+    }
+    for (all, own) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+        let facts = facts::localnet(all, own).expect("a router");
+        assert_eq!(
+            facts,
+            facts::Localnet { kernel: all | own == 1, simulator: all | own == 1 },
+            "all {all}, eth0 {own}"
+        );
+    }
+}
+
+#[test]
+fn a_mark_does_not_cross_network_namespaces() {
+    if !may_run("the oracle") {
+        return;
+    }
+    let seen = facts::mark_across().expect("two namespaces");
+    assert_eq!(seen, facts::Marks { left_with: 1, arrived_with: 0, arrived_without: 1 });
+}
+
+#[test]
+fn of_two_tables_at_one_priority_the_later_loaded_is_asked_first() {
+    if !may_run("the oracle") {
+        return;
+    }
+    for legacy_first in [false, true] {
+        let order = facts::flavours(legacy_first).expect("a router");
+        // Rules of both flavours accept NAT for the same packet: who is asked first decides.
+        assert_eq!(order.kernel.port(), if legacy_first { 1001 } else { 1002 }, "legacy loaded first: {legacy_first}");
+        assert_eq!(order.simulator, [1001, 1002], "both orders are among the branches");
+    }
 }

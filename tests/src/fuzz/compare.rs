@@ -1,10 +1,12 @@
 //! Holds the simulator's branches against the kernel's path, step by step.
 
+use super::coverage::rule;
+use super::kernel::legacy::LegacyStep;
 use super::kernel::path::{Path, Place, Verdict as Said, WATCH};
 use super::run::Round;
 use super::scenario::Probe;
 use porttrace_user::core::model::flow::Tuple;
-use porttrace_user::core::model::trace::{Action, Branch, Decision, DropReason, Hop, RuleRef, Trace, Verdict};
+use porttrace_user::core::model::trace::{Action, Branch, Decision, DropReason, Flavour, Hop, RuleRef, Trace, Verdict};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
@@ -47,7 +49,10 @@ pub enum End {
 /// One side's view of a packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct View {
+    /// Of iptables-nft.
     pub steps: Vec<Step>,
+    /// Of iptables-legacy: the rules that matched; verdicts and marks are not known.
+    pub legacy: Vec<Step>,
     /// Conntrack's name for the packet at the first hook, where known.
     pub state: Option<String>,
     pub end: End,
@@ -94,7 +99,13 @@ pub fn kernel_view(path: &Path, names: &BTreeMap<u32, String>) -> View {
         .find(|segment| segment.table == WATCH && ["prerouting-last", "output-last"].contains(&segment.chain.as_str()))
         .and_then(|segment| segment.state)
         .map(String::from);
-    View { steps, state, end: kernel_end(path, names), refusal: path.refusals.first().cloned() }
+    let legacy = path.legacy.iter().map(legacy_step).collect();
+    View { steps, legacy, state, end: kernel_end(path, names), refusal: path.refusals.first().cloned() }
+}
+
+fn legacy_step(step: &LegacyStep) -> Step {
+    let LegacyStep { table, chain, number, tuple, .. } = step.clone();
+    Step::Rule { table, chain, number, verdict: Said::Continue, tuple, mark: None }
 }
 
 fn kernel_end(path: &Path, names: &BTreeMap<u32, String>) -> End {
@@ -117,7 +128,7 @@ fn kernel_end(path: &Path, names: &BTreeMap<u32, String>) -> End {
 
 /// What a branch says.
 pub fn branch_view(branch: &Branch, probe: &Probe) -> View {
-    let mut view = View { steps: Vec::new(), state: None, end: End::Gone, refusal: None };
+    let mut view = View { steps: Vec::new(), legacy: Vec::new(), state: None, end: End::Gone, refusal: None };
     let mut tuple = probe.packet.tuple;
     let mut chain_tuple = tuple;
     let mut base = None;
@@ -127,12 +138,19 @@ pub fn branch_view(branch: &Branch, probe: &Probe) -> View {
             Hop::Rewrite { after, .. } => tuple = *after,
             Hop::Conntrack { state, .. } if view.state.is_none() => view.state = Some(state.to_string()),
             Hop::Rule { hook, rule, action, .. } => {
-                let here = (*hook, rule.table.to_string());
+                let here = (*hook, rule.flavour, rule.table.to_string());
                 if base.as_ref() != Some(&here) {
                     base = Some(here);
                     chain_tuple = tuple;
                 }
-                view.steps.extend(rule_step(rule, action, chain_tuple, branch));
+                match rule_step(rule, action, chain_tuple, branch) {
+                    Some(Step::Rule { table, chain, number, tuple, .. }) if rule.flavour == Flavour::IptablesLegacy => {
+                        let verdict = Said::Continue;
+                        view.legacy.push(Step::Rule { table, chain, number, verdict, tuple, mark: None });
+                    }
+                    Some(Step::Policy { .. }) if rule.flavour == Flavour::IptablesLegacy => {}
+                    step => view.steps.extend(step),
+                }
             }
             _ => {}
         }
@@ -186,13 +204,16 @@ pub fn judge(kernel: &View, trace: &Trace, probe: &Probe, copy: bool) -> Judgeme
     let open = left_open(trace);
     let mut kernel = kernel.clone();
     kernel.steps.retain(|step| !is_open(step, &open));
+    kernel.legacy.retain(|step| !is_open(step, &open));
     let kernel = &kernel;
     let own = || trace.branches.iter().filter(|branch| !is_copy(branch));
     let undecided = own().count() > 1 && own().any(|branch| branch.decisions.is_empty());
     for branch in trace.branches.iter().filter(|branch| !undecided && is_copy(branch) == copy) {
         let view = branch_view(branch, probe);
         let open = matches!(branch.verdict, Verdict::Unknown { .. });
-        if !agree(&view.steps, &kernel.steps, open, branch.sport_chosen) {
+        let chosen = branch.sport_chosen;
+        let legacy = copies(trace) || agree(&view.legacy, &kernel.legacy, open, chosen);
+        if !agree(&view.steps, &kernel.steps, open, chosen) || !legacy {
             continue;
         }
         if view.state.is_some() && kernel.state.is_some() && view.state != kernel.state {
@@ -211,7 +232,7 @@ pub fn judge(kernel: &View, trace: &Trace, probe: &Probe, copy: bool) -> Judgeme
 
 /// The kernel makes a copy of the packet that goes this way.
 fn is_copied(branch: &Branch) -> bool {
-    branch.hops.iter().any(|hop| matches!(hop, Hop::Note { text } if text.starts_with("a broadcast: a copy")))
+    branch.hops.iter().any(|hop| matches!(hop, Hop::Note { text } if text.starts_with("a broadcast: ")))
 }
 
 fn is_copy(branch: &Branch) -> bool {
@@ -269,6 +290,8 @@ fn ends_agree(view: &View, kernel: &View, branch: &Branch) -> bool {
             interface == i && same_tuple(*tuple, *t, branch.sport_chosen)
         }
         (End::Delivered(tuple), End::Delivered(t)) => same_tuple(*tuple, *t, branch.sport_chosen),
+        // The last rule of iptables-legacy, which tells no verdict.
+        (End::Dropped, End::Gone) => stopped_by(branch) == Some(Flavour::IptablesLegacy),
         (one, other) => one == other,
     };
     // Not every refusal is really sent (none is for a source that must not get one), but a sent one must be the right one.
@@ -279,15 +302,30 @@ fn ends_agree(view: &View, kernel: &View, branch: &Branch) -> bool {
     ends && refusals && listening
 }
 
+fn stopped_by(branch: &Branch) -> Option<Flavour> {
+    match &branch.verdict {
+        Verdict::Dropped { by: Some(rule), .. } | Verdict::Rejected { by: Some(rule), .. } => Some(rule.flavour),
+        _ => None,
+    }
+}
+
+/// The kernel's copy and the packet are one in the log of iptables-legacy.
+fn copies(trace: &Trace) -> bool {
+    trace.branches.iter().any(is_copy)
+}
+
 /// The packet's comparison, from the round's own data.
 pub fn compare(round: &Round, probe: &Probe, trace: &Trace) -> (View, Judgement) {
-    let (path, copy) = round.paths.get(&probe.id).cloned().unwrap_or_default().split();
+    let mut path = round.paths.get(&probe.id).cloned().unwrap_or_default();
+    let flavour = (probe.packet.tuple.family(), Flavour::IptablesLegacy);
+    // The end of a chain is no rule.
+    path.legacy.retain(|step| rule(round, flavour, &step.table, &step.chain, step.number).is_some());
+    let (path, copy) = path.split();
     let view = kernel_view(&path, &round.names);
     let judgement = judge(&view, trace, probe, false);
-    let copies = trace.branches.iter().any(is_copy);
     match copy.map(|copy| kernel_view(&copy, &round.names)) {
         // Where only some branches make a copy, its absence must be one of the others.
-        None if copies && trace.branches.iter().all(|branch| is_copy(branch) || is_copied(branch)) => {
+        None if copies(trace) && trace.branches.iter().all(|branch| is_copy(branch) || is_copied(branch)) => {
             (view, Judgement::Different)
         }
         None => (view, judgement),

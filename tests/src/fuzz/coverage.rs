@@ -5,6 +5,7 @@ use super::kernel::path::{Place, WATCH};
 use super::run::Round;
 use porttrace_user::core::model::flow::Family;
 use porttrace_user::core::model::rules::Rule;
+use porttrace_user::core::model::trace::Flavour;
 use porttrace_user::core::parse::words::Words;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -28,10 +29,18 @@ impl Coverage {
                 *self.chains.entry(format!("{name} {} {}", segment.table, segment.chain)).or_default() += 1;
                 for step in &segment.steps {
                     if let Place::Rule(number) = step.place
-                        && let Some(rule) = rule(round, family, &segment.table, &step.chain, number)
+                        && let Some(rule) =
+                            rule(round, (family, Flavour::IptablesNft), &segment.table, &step.chain, number)
                     {
                         self.hit(&rule.text);
                     }
+                }
+            }
+            for step in &path.legacy {
+                let flavour = (family, Flavour::IptablesLegacy);
+                if let Some(rule) = rule(round, flavour, &step.table, &step.chain, step.number) {
+                    self.hit(&rule.text);
+                    *self.chains.entry(format!("rules of legacy {}", step.table)).or_default() += 1;
                 }
             }
         }
@@ -88,8 +97,15 @@ fn name_of(target: &str) -> &str {
 }
 
 /// A rule of the round's state by its place.
-pub fn rule<'a>(round: &'a Round, family: Family, table: &str, chain: &str, number: u32) -> Option<&'a Rule> {
-    let ruleset = round.state.rulesets.iter().find(|ruleset| ruleset.family == family)?;
+pub fn rule<'a>(
+    round: &'a Round,
+    (family, flavour): (Family, Flavour),
+    table: &str,
+    chain: &str,
+    number: u32,
+) -> Option<&'a Rule> {
+    let mut rulesets = round.state.rulesets.iter();
+    let ruleset = rulesets.find(|ruleset| ruleset.family == family && ruleset.flavour == flavour)?;
     let chain = ruleset.tables.iter().find(|one| one.name == table)?.chain(chain)?;
     chain.rules.get(number.checked_sub(1)? as usize)
 }

@@ -7,6 +7,7 @@
 
 pub mod compare;
 pub mod coverage;
+pub mod facts;
 pub mod generate;
 pub mod kernel;
 pub mod odds;

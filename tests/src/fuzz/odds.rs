@@ -87,7 +87,7 @@ fn scenario(endpoints: u8, count: u16) -> Scenario {
         sysctls: vec![("ipv4/ip_forward".into(), "1".into())],
         ..Node::default()
     };
-    let rules = vec![Tables { family: Family::V4, tables: vec![Table { name: "nat".into(), chains }] }];
+    let rules = vec![Tables { family: Family::V4, legacy: false, tables: vec![Table { name: "nat".into(), chains }] }];
     let probe = |id: u16| {
         let tuple = Tuple::new(Proto::Tcp, ([172, 18, 0, 4], 20_000 + id).into(), ([10, 96, 0, 10], 80).into());
         let mut packet = Packet::first_of(tuple, Some("eth0".into()));

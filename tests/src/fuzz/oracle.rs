@@ -6,7 +6,7 @@ use super::run::{Outcome, Round, run};
 use super::scenario::{Probe, Scenario};
 use super::shrink::shrink;
 use anyhow::Result;
-use porttrace_user::core::model::trace::{Hop, Trace};
+use porttrace_user::core::model::trace::{Flavour, Hop, Trace};
 use porttrace_user::core::simulate::Simulator;
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
@@ -96,7 +96,7 @@ impl Report {
                 state.recent = Some(lists.clone());
                 simulator = Simulator::new(&state);
             }
-            let trace = simulator.trace(&probe.packet);
+            let trace = simulator.trace_every_order(&probe.packet);
             let (view, judgement) = compare(round, probe, &trace);
             self.packets += 1;
             let mut names: Vec<&str> = assumed(&trace).collect();
@@ -170,6 +170,9 @@ fn describe(round: &Round, probe: &Probe, kernel: &View, trace: &Trace) -> Strin
         let _ = writeln!(text, "    {step}   {}", text_of(round, probe, step));
     }
     for (who, view) in [("kernel", kernel), ("simulator", view)] {
+        for step in &view.legacy {
+            let _ = writeln!(text, "  {who}, iptables-legacy: {step}");
+        }
         let _ = writeln!(text, "  {who} goes on:");
         for step in view.steps.iter().skip(shared) {
             let _ = writeln!(text, "    {step}   {}", text_of(round, probe, step));
@@ -194,7 +197,8 @@ fn same_beginning(view: &View, kernel: &View) -> usize {
 
 fn text_of<'a>(round: &'a Round, probe: &Probe, step: &Step) -> &'a str {
     let Step::Rule { table, chain, number, .. } = step else { return "" };
-    rule(round, probe.packet.tuple.family(), table, chain, *number).map_or("", |rule| &rule.text)
+    let find = |flavour| rule(round, (probe.packet.tuple.family(), flavour), table, chain, *number);
+    find(Flavour::IptablesNft).or_else(|| find(Flavour::IptablesLegacy)).map_or("", |rule| &rule.text)
 }
 
 impl fmt::Display for Report {

@@ -38,7 +38,7 @@ pub fn scenario(directory: &Path, seed: u64, count: usize) -> Result<Scenario> {
 impl Tables {
     /// From a dump; each rule is one piece.
     pub fn from_save(text: &str, family: Family) -> Self {
-        let mut tables = Self { family, tables: Vec::new() };
+        let mut tables = Self { family, legacy: false, tables: Vec::new() };
         for line in text.lines() {
             // `iptables-save -c` writes the counters first.
             let line = if line.starts_with('[') { line.split_once("] ").map_or(line, |(_, rest)| rest) } else { line };

@@ -3,7 +3,7 @@
 use super::kernel::live::Lists;
 use super::kernel::path::{Arrival, Path};
 use super::kernel::router::Router;
-use super::kernel::send::Sent;
+use super::kernel::send::{Sent, Watched};
 use super::kernel::trace::numbers;
 use super::scenario::{Probe, Scenario, Tables};
 use anyhow::Result;
@@ -57,8 +57,11 @@ fn round(router: &Router, rules: &[Tables], probes: &[Probe]) -> Result<Option<R
     let refused = router.load(rules)?;
     let numbers = router.inside.run_in(numbers)??;
     let state = router.state()?;
-    let remembers = rules.iter().any(|tables| tables.text().contains("-m recent"));
-    let Ok(Sent { paths, recent }) = router.send(probes, &numbers, remembers)? else { return Ok(None) };
+    let how = Watched {
+        remembers: rules.iter().any(|tables| tables.text().contains("-m recent")),
+        legacy: rules.iter().any(|tables| tables.legacy),
+    };
+    let Ok(Sent { paths, recent }) = router.send(probes, &numbers, how)? else { return Ok(None) };
     Ok(Some(Round { state, probes: probes.to_vec(), paths, recent, names: router.names.clone(), refused }))
 }
 

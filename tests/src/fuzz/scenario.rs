@@ -41,10 +41,12 @@ pub struct Link {
     pub bridge: Option<String>,
 }
 
-/// One family's rules.
+/// One family's rules of one flavour.
 #[derive(Clone, Debug)]
 pub struct Tables {
     pub family: Family,
+    /// For iptables-legacy; otherwise for iptables-nft.
+    pub legacy: bool,
     pub tables: Vec<Table>,
 }
 

@@ -3,6 +3,7 @@
 use super::config::Config;
 use super::index::{Index, LONG};
 use super::ipvs::Ipvs;
+use super::orders;
 use super::routing::Routing;
 use super::sets::Sets;
 use crate::core::model::flow::Family;
@@ -18,15 +19,15 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct Simulator {
     pub(super) tables: Vec<TableData>,
-    /// Both orders of base chains with equal priority: newest last, and the other way round.
-    timelines: [Timeline; 2],
+    /// One for each order of base chains with equal priority (see [`orders`]).
+    timelines: Vec<Timeline>,
     pub(super) routing: Routing,
     pub(super) config: Config,
     pub(super) sets: Sets,
     pub(super) ipvs: Ipvs,
     pub(super) recent: Option<BTreeMap<String, Vec<RecentEntry>>>,
-    /// Both iptables flavours have chains on the same NAT hooks: their order is not known.
-    pub(super) order_unknown: bool,
+    /// Tables in which the order of the two iptables flavours decides and is not known, for IPv4 and IPv6.
+    open_orders: [u8; 2],
     pub(super) assumptions: Vec<String>,
 }
 
@@ -114,13 +115,15 @@ impl Simulator {
         if state.rulesets.is_empty() {
             assumptions.push("no iptables rules are part of the state: the packet meets none".into());
         }
-        let order_unknown = ambiguous(&tables);
+        let open_orders = [Family::V4, Family::V6].map(|family| orders::open(&tables, family));
         let ipvs = Ipvs::new(state);
         assumptions.extend(ipvs.in_use());
         Self {
-            timelines: [false, true].map(|reversed| timeline(&tables, reversed, ipvs.in_use().is_some())),
+            timelines: (0..=open_orders[0] | open_orders[1])
+                .map(|order| timeline(&tables, order, ipvs.in_use().is_some()))
+                .collect(),
             ipvs,
-            order_unknown,
+            open_orders,
             tables,
             routing,
             config: Config::new(state),
@@ -130,8 +133,15 @@ impl Simulator {
         }
     }
 
-    pub(super) fn entry(&self, reversed: bool, family: Family, hook: Hook, at: usize) -> Option<&Entry> {
-        self.timelines[usize::from(reversed)].get(&(family, hook))?.get(at)
+    pub(super) fn entry(&self, order: u8, family: Family, hook: Hook, at: usize) -> Option<&Entry> {
+        self.timelines.get(usize::from(order))?.get(&(family, hook))?.get(at)
+    }
+
+    pub(super) const fn open_orders(&self, family: Family) -> u8 {
+        match family {
+            Family::V4 => self.open_orders[0],
+            Family::V6 => self.open_orders[1],
+        }
     }
 }
 
@@ -179,7 +189,7 @@ fn priority(table: &str, flavour: Flavour, hook: Hook) -> Option<i32> {
 
 const HOOKS: [Hook; 5] = [Hook::Prerouting, Hook::Input, Hook::Forward, Hook::Output, Hook::Postrouting];
 
-fn base_chains(tables: &[TableData], family: Family, hook: Hook) -> Vec<(i32, BaseChain)> {
+pub(super) fn base_chains(tables: &[TableData], family: Family, hook: Hook) -> Vec<(i32, BaseChain)> {
     let mut found = Vec::new();
     for (at, table) in tables.iter().enumerate().filter(|(_, table)| table.family == family) {
         let Some(priority) = priority(&table.name, table.flavour, hook) else { continue };
@@ -192,15 +202,14 @@ fn base_chains(tables: &[TableData], family: Family, hook: Hook) -> Vec<(i32, Ba
     found
 }
 
-fn timeline(tables: &[TableData], reversed: bool, ipvs: bool) -> Timeline {
+fn timeline(tables: &[TableData], order: u8, ipvs: bool) -> Timeline {
     let mut timeline = Timeline::new();
     for family in [Family::V4, Family::V6] {
         for hook in HOOKS {
             let mut chains = base_chains(tables, family, hook);
-            if reversed {
-                chains.reverse();
-            }
-            chains.sort_by_key(|(priority, _)| *priority);
+            let turned = |base: &BaseChain| order & orders::bit(&tables[usize::from(base.table)].name) != 0;
+            let place = |base: &BaseChain| if turned(base) { u16::MAX - base.table } else { base.table };
+            chains.sort_by_key(|(priority, base)| (*priority, place(base)));
             timeline.insert((family, hook), entries(hook, &chains, ipvs));
         }
     }
@@ -237,17 +246,4 @@ fn entries(hook: Hook, chains: &[(i32, BaseChain)], ipvs: bool) -> Vec<Entry> {
         None => entries.extend(plain(-200, i32::MAX)),
     }
     entries
-}
-
-/// Whether two rulesets of one family have nat rules on the same hook.
-fn ambiguous(tables: &[TableData]) -> bool {
-    [Family::V4, Family::V6].into_iter().any(|family| {
-        HOOKS.into_iter().any(|hook| {
-            let with_rules = base_chains(tables, family, hook).into_iter().filter(|(_, base)| {
-                let table = &tables[usize::from(base.table)];
-                *table.name == *"nat" && table.chain(base.chain).is_some_and(|chain| !chain.rules.is_empty())
-            });
-            with_rules.count() > 1
-        })
-    })
 }

@@ -93,6 +93,11 @@ impl Config {
         self.links.get(name)
     }
 
+    /// How many ports a bridge has.
+    pub(super) fn ports(&self, bridge: &str) -> usize {
+        self.links.values().filter(|link| link.master.as_deref() == Some(bridge)).count()
+    }
+
     /// The Ethernet address of a neighbour.
     pub(super) fn neighbour(&self, interface: &str, address: IpAddr) -> Option<[u8; 6]> {
         self.neighbours.get(&(interface.to_owned(), address)).copied()
@@ -121,14 +126,18 @@ impl Config {
         self.addresses.iter().flatten().any(|own| own.interface == device && own.address == address)
     }
 
-    /// The first address of an interface, as REDIRECT takes it (`nf_nat_redirect_ipv4`).
-    pub(super) fn first_address(&self, device: &str, family: Family) -> Option<Option<IpAddr>> {
+    /// The first address of an interface, as REDIRECT takes it (`nf_nat_redirect_ipv4`, `nf_nat_redirect_ipv6`): for IPv6 one of
+    /// the scope that `instead_of` has.
+    pub(super) fn first_address(&self, device: &str, instead_of: IpAddr) -> Option<Option<IpAddr>> {
         let addresses = self.addresses.as_ref()?;
-        let own = |address: &&Address| {
-            address.interface == device
-                && Family::of(address.address) == family
-                && (family == Family::V4 || address.scope == "global")
+        let fits = |address: &Address| match (address.address, instead_of) {
+            (IpAddr::V4(_), IpAddr::V4(_)) => true,
+            (IpAddr::V6(own), IpAddr::V6(old)) => {
+                old.is_loopback() == own.is_loopback() && old.is_unicast_link_local() == own.is_unicast_link_local()
+            }
+            _ => false,
         };
+        let own = |address: &&Address| address.interface == device && fits(address);
         Some(addresses.iter().find(own).map(|address| address.address))
     }
 

@@ -1,7 +1,7 @@
 //! Routing of what arrives (`ip_route_input_slow`, `ip6_route_input`), and what may not pass.
 
 use super::output::{nowhere, record};
-use super::path::{dropped, rejected};
+use super::path::{dropped, from_loopback, rejected};
 use super::routing::{Found, Key};
 use super::run::{Next, Run};
 use super::walk::Walk;
@@ -54,6 +54,9 @@ impl Run<'_> {
                 if let Some(end) = self.validate_source(walk, &input, back) {
                     return end;
                 }
+                if walk.stays_on_bridge() {
+                    return self.bridge_forward(walk);
+                }
                 self.forward(walk)
             }
             RouteKind::Blackhole => dropped(DropReason::Blackhole),
@@ -81,8 +84,14 @@ impl Run<'_> {
             if six.is_multicast() || six.is_unicast_link_local() || six.is_loopback());
         key.output = strict.then_some(&*input);
         let found = sim.routing.lookup(&key, &mut |text| self.assume(text));
+        // `br_nf_pre_routing_finish_ipv6` drops what has no route, without a word to its sender.
+        let silent = walk.phys_in.is_some() && walk.moved();
         let entry = match found {
             Found::Route(entry) => entry,
+            Found::Refused(kind) if silent => {
+                walk.hop(Hop::Route { decision: nowhere(walk, kind) });
+                return dropped(DropReason::NoRoute);
+            }
             Found::Refused(kind) => {
                 walk.hop(Hop::Route { decision: nowhere(walk, kind) });
                 return match kind {
@@ -94,6 +103,9 @@ impl Run<'_> {
         };
         match entry.kind {
             RouteKind::Local | RouteKind::Broadcast | RouteKind::Multicast | RouteKind::Anycast => {
+                if silent && from_loopback(walk) {
+                    return dropped(DropReason::Martian);
+                }
                 record(walk, entry, entry.alive().next());
                 walk.to_self = true;
                 walk.enter(Hook::Input);
@@ -101,6 +113,12 @@ impl Run<'_> {
             }
             RouteKind::Unicast => {
                 self.take_ways(walk, entry, None);
+                if walk.stays_on_bridge() {
+                    return self.bridge_forward(walk);
+                }
+                if silent && from_loopback(walk) {
+                    return dropped(DropReason::Martian);
+                }
                 self.forward6(walk)
             }
             RouteKind::Blackhole => {

@@ -3,6 +3,7 @@
 //! A [`Simulator`] is made once from a state; [`Simulator::trace`] walks a packet along the hook timeline. Where two things
 //! can happen (a random choice, a match that nobody can decide) the path forks and both are followed.
 
+mod bridge;
 mod compiled;
 mod config;
 mod conn;
@@ -12,6 +13,7 @@ mod ipvs;
 mod matches;
 mod nat;
 mod nat_hash;
+mod orders;
 mod output;
 mod path;
 mod routing;
@@ -27,52 +29,29 @@ pub use compiled::Simulator;
 pub use ipvs::in_use as ipvs_in_use;
 
 use crate::core::model::hops::Hops;
-use crate::core::model::trace::{Branch, Decision, Fraction, Hook, Packet, RouteKind, Trace};
+use crate::core::model::trace::{Fraction, Hook, Packet, RouteKind, Trace};
 use run::Run;
 use walk::{Stage, Walk};
 
 impl Simulator {
     /// All that can happen to the packet.
     pub fn trace(&self, packet: &Packet) -> Trace {
-        self.trace_both_orders(packet, false)
+        self.trace_orders(packet, false, true)
     }
 
     /// The same without the index over long chains: every rule is looked at. For tests.
     pub fn trace_linear(&self, packet: &Packet) -> Trace {
-        self.trace_both_orders(packet, true)
+        self.trace_orders(packet, true, true)
     }
 
-    /// Where two rulesets have nat chains on one hook, either may come first; the path forks if that matters.
-    fn trace_both_orders(&self, packet: &Packet, linear: bool) -> Trace {
-        let mut trace = self.trace_once(packet, linear, false);
-        if !self.order_unknown {
-            return trace;
-        }
-        let text = "iptables legacy and iptables-nft both have nat rules; which of them the kernel asks first depends on which \
-                    was loaded last";
-        let other = self.trace_once(packet, linear, true);
-        let same = |one: &Branch, two: &Branch| {
-            one.verdict == two.verdict && one.final_tuple == two.final_tuple && one.reply_tuple == two.reply_tuple
-        };
-        let agree = trace.branches.len() == other.branches.len()
-            && trace.branches.iter().zip(&other.branches).all(|(one, two)| same(one, two));
-        if agree {
-            trace.assumptions.push(format!("{text}; the outcome is the same either way"));
-            return trace;
-        }
-        let label = |branch: &mut Branch, order: &str| {
-            branch.decisions.insert(0, Decision::Order { text: format!("{text}: {order}") });
-        };
-        trace.branches.iter_mut().for_each(|branch| label(branch, "here in the order of the state"));
-        for mut branch in other.branches {
-            label(&mut branch, "here in the other order");
-            trace.branches.push(branch);
-        }
-        trace
+    /// As [`Simulator::trace`], with a branch for every order in which rulesets of both flavours can stand, also where the
+    /// outcome is the same. For tests.
+    pub fn trace_every_order(&self, packet: &Packet) -> Trace {
+        self.trace_orders(packet, false, false)
     }
 
-    fn trace_once(&self, packet: &Packet, linear: bool, reversed: bool) -> Trace {
-        let mut run = Run::new(self, linear, reversed);
+    fn trace_once(&self, packet: &Packet, linear: bool, order: u8) -> Trace {
+        let mut run = Run::new(self, linear, order);
         let mut walk = start(packet);
         let next = run.receive(&mut walk);
         run.follow(walk, next);
@@ -101,6 +80,8 @@ fn start(packet: &Packet) -> Walk {
         arrived_as: RouteKind::Unicast,
         looped: false,
         bridged: false,
+        flooded: false,
+        received: packet.tuple,
         conn: conn::Conn::begins(packet.tuple),
         leaves_as: RouteKind::Unicast,
         copied: None,

@@ -192,7 +192,7 @@ impl Run<'_> {
             });
         }
         let input = walk.input.as_deref().unwrap_or("lo");
-        match self.sim.config.first_address(input, family) {
+        match self.sim.config.first_address(input, walk.tuple.dst) {
             Some(Some(address)) => Ok(address),
             Some(None) => Err(Verdict::Dropped { reason: DropReason::NoAddress, by: Some(place.clone()) }),
             None => {

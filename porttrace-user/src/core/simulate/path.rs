@@ -2,7 +2,7 @@
 
 use super::run::{Next, Run};
 use super::walk::Walk;
-use crate::core::model::flow::{Direction, Family};
+use crate::core::model::flow::Family;
 use crate::core::model::name::Name;
 use crate::core::model::trace::{Decision, DropReason, Hook, Hop, RouteKind, Verdict};
 
@@ -16,6 +16,12 @@ pub(super) fn rejected(with: &'static str) -> Next {
     Next::End(Verdict::Rejected { with: Name::Static(with), by: None })
 }
 
+/// `ip6_rcv_core`: loopback addresses never come from outside.
+pub(super) fn from_loopback(walk: &Walk) -> bool {
+    let loopback = walk.tuple.src.is_loopback() || walk.tuple.dst.is_loopback();
+    walk.family() == Family::V6 && loopback && walk.input.as_deref() != Some("lo")
+}
+
 impl Run<'_> {
     /// A packet from outside: the interface and, behind a bridge, its port.
     pub(super) fn receive(&mut self, walk: &mut Walk) -> Next {
@@ -25,48 +31,14 @@ impl Run<'_> {
             Some(kind @ (RouteKind::Broadcast | RouteKind::Multicast)) => kind,
             _ => RouteKind::Unicast,
         };
-        if let Some(bridge) = self.sim.config.link(&input).and_then(|link| link.master.clone())
-            && self.sim.config.link(&bridge).is_some_and(|link| link.kind == "bridge")
-        {
-            walk.phys_in = Some(input);
-            walk.input = Some(self.sim.config.name(&bridge));
-            if let Some(end) = self.bridge(walk, &bridge) {
-                return end;
-            }
+        if let Some(end) = self.enter_bridge(walk, &input) {
+            return end;
         }
-        // `ip6_rcv_core`: loopback addresses never come from outside.
-        let loopback = walk.tuple.src.is_loopback() || walk.tuple.dst.is_loopback();
-        if walk.family() == Family::V6 && loopback && walk.input.as_deref() != Some("lo") {
+        if walk.phys_in.is_none() && from_loopback(walk) {
             return dropped(DropReason::Martian);
         }
         walk.enter(Hook::Prerouting);
         Next::Go
-    }
-
-    /// A packet between two ports of one bridge is not routed; it meets the IP hooks only with bridge-nf.
-    fn bridge(&mut self, walk: &mut Walk, bridge: &str) -> Option<Next> {
-        let own = self.sim.routing.is_local(walk.tuple.dst).unwrap_or(false);
-        if own || !self.sim.config.on_link(bridge, walk.tuple.dst) {
-            return None;
-        }
-        let setting = match walk.family() {
-            Family::V4 => self.sim.config.bridge_nf4,
-            Family::V6 => self.sim.config.bridge_nf6,
-        };
-        walk.bridged = true;
-        match setting {
-            Some(0) => {
-                walk.note(format!("stays on bridge {bridge}: bridge-nf is off, no rule sees it"));
-                let interface = self.sim.config.name(bridge);
-                walk.hop(Hop::Transmit { interface: interface.clone(), gateway: None, tuple: walk.tuple });
-                Some(Next::End(Verdict::Forwarded { interface, next_hop: walk.tuple.dst, to: walk.tuple }))
-            }
-            Some(_) => None,
-            None => {
-                self.assume("bridge-nf-call-iptables is not known: taken as on");
-                None
-            }
-        }
     }
 
     /// A packet of the node's own: routed first, then OUTPUT.
@@ -87,6 +59,9 @@ impl Run<'_> {
             // The packet still has the route of its way out (`skb_valid_dst`).
             walk.enter(Hook::Input);
             return Next::Go;
+        }
+        if let Some(next) = self.leave_bridge(walk) {
+            return next;
         }
         if !self.sim.routing.known {
             return self.route_without_routes(walk);
@@ -136,41 +111,8 @@ impl Run<'_> {
         {
             return dropped(DropReason::TooBig);
         }
-        if let Some(end) = self.hairpin(walk) {
-            return end;
-        }
         walk.enter(Hook::Forward);
         Next::Go
-    }
-
-    /// DNAT back to the bridge port that the packet came from: the bridge sends it there only in hairpin mode
-    /// (`br_nf_pre_routing_finish` hands it back to the bridge, `should_deliver` decides).
-    fn hairpin(&mut self, walk: &mut Walk) -> Option<Next> {
-        let port = walk.phys_in.clone()?;
-        // Without a new address the packet goes up to IP, and what IP sends is flooded to every port.
-        let came = match walk.conn.direction {
-            Direction::Original => walk.conn.original,
-            Direction::Reply => walk.conn.reply,
-        };
-        let moved = walk.conn.tracked() && came.dst != walk.tuple.dst;
-        let itself = moved && walk.output == walk.input && came.src == walk.tuple.dst;
-        if !itself {
-            return None;
-        }
-        match self.sim.config.link(&port).and_then(|link| link.hairpin) {
-            Some(false) if self.sim.config.bridge_nf4 != Some(0) => {
-                let text = format!(
-                    "{port} is not in hairpin mode: the bridge does not send the packet back where it came from"
-                );
-                walk.note(text.clone());
-                Some(dropped(DropReason::Other { text }))
-            }
-            Some(_) => None,
-            None => {
-                self.assume(format!("hairpin mode of bridge port {port} is not part of the state: taken as on"));
-                None
-            }
-        }
     }
 
     /// INPUT is over.
@@ -212,7 +154,7 @@ impl Run<'_> {
             walk.enter(Hook::Prerouting);
             return Next::Go;
         }
-        if walk.copied.is_some() {
+        if walk.copied.is_some() && walk.local {
             return self.come_back(walk);
         }
         let next_hop = walk.gateway.unwrap_or(walk.tuple.dst);

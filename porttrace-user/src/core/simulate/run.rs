@@ -20,8 +20,8 @@ pub(super) struct Run<'s> {
     pub(super) sim: &'s Simulator,
     /// Walk every rule of a chain instead of asking its index.
     pub(super) linear: bool,
-    /// Base chains of equal priority in the other order.
-    pub(super) reversed: bool,
+    /// The order of base chains with equal priority.
+    pub(super) order: u8,
     work: Vec<Walk>,
     pub(super) branches: Vec<Branch>,
     pub(super) assumptions: BTreeSet<Cow<'static, str>>,
@@ -44,9 +44,9 @@ enum Acted {
 }
 
 impl<'s> Run<'s> {
-    pub(super) fn new(sim: &'s Simulator, linear: bool, reversed: bool) -> Self {
+    pub(super) fn new(sim: &'s Simulator, linear: bool, order: u8) -> Self {
         let assumptions = sim.assumptions.iter().cloned().map(Cow::Owned).collect();
-        Self { sim, linear, reversed, work: Vec::new(), branches: Vec::new(), assumptions, steps: 0 }
+        Self { sim, linear, order, work: Vec::new(), branches: Vec::new(), assumptions, steps: 0 }
     }
 
     pub(super) fn assume(&mut self, sentence: impl Into<Cow<'static, str>>) {
@@ -93,7 +93,7 @@ impl<'s> Run<'s> {
     fn entry(&mut self, walk: &mut Walk) -> Next {
         let stage = walk.stage;
         let sim = self.sim;
-        match sim.entry(self.reversed, walk.family(), stage.hook, stage.entry.into()) {
+        match sim.entry(self.order, walk.family(), stage.hook, stage.entry.into()) {
             None => self.leave(walk),
             Some(Entry::Conntrack) => {
                 self.conntrack(walk);
@@ -114,7 +114,7 @@ impl<'s> Run<'s> {
     fn base_done(&mut self, walk: &mut Walk) -> Next {
         walk.frames.clear();
         let stage = walk.stage;
-        match self.sim.entry(self.reversed, walk.family(), stage.hook, stage.entry.into()) {
+        match self.sim.entry(self.order, walk.family(), stage.hook, stage.entry.into()) {
             Some(Entry::Nat(_)) => walk.stage.nat += 1,
             Some(Entry::Chain(BaseChain { reroutes: true, .. }))
                 if walk.before_mangle != (walk.mark, walk.tuple.src, walk.tuple.dst) =>

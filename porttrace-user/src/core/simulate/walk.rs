@@ -38,6 +38,10 @@ pub(super) struct Walk {
     pub(super) looped: bool,
     /// The bridge hands it on without routing (bridge-nf-call-iptables).
     pub(super) bridged: bool,
+    /// A broadcast of which the bridge has made its copies.
+    pub(super) flooded: bool,
+    /// As it came.
+    pub(super) received: Tuple,
     pub(super) conn: Conn,
     /// Kind of the route by which it leaves.
     pub(super) leaves_as: RouteKind,

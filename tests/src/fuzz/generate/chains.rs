@@ -46,7 +46,7 @@ pub fn tables(rng: &mut Rng, world: &World, family: Family) -> Tables {
             tables.push(table(rng, world, family, name, hooks));
         }
     }
-    Tables { family, tables }
+    Tables { family, legacy: false, tables }
 }
 
 fn table(rng: &mut Rng, world: &World, family: Family, name: &'static str, base: &[&'static str]) -> Table {

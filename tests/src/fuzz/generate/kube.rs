@@ -45,7 +45,7 @@ pub fn tables(rng: &mut Rng, world: &World, family: Family) -> Tables {
     );
     host_ports(rng, &mut draft, world, family);
     let table = |name: &str, chains| Table { name: name.into(), chains };
-    Tables { family, tables: vec![table("nat", draft.nat), table("filter", draft.filter)] }
+    Tables { family, legacy: false, tables: vec![table("nat", draft.nat), table("filter", draft.filter)] }
 }
 
 impl Draft {

@@ -19,11 +19,14 @@ pub fn scenario(seed: u64, packets: usize) -> Scenario {
     let world = World::random(&mut rng.fork());
     let mut draw = rng.fork();
     let kube = draw.percent(25);
+    let flavours = flavours(&mut draw);
     let rules = |rng: &mut Rng| -> Vec<Tables> {
-        [Family::V4, Family::V6]
-            .into_iter()
-            .map(|family| if kube { kube::tables(rng, &world, family) } else { chains::tables(rng, &world, family) })
-            .collect()
+        let both = flavours.iter().flat_map(|legacy| [(Family::V4, *legacy), (Family::V6, *legacy)]);
+        both.map(|(family, legacy)| {
+            let tables = if kube { kube::tables(rng, &world, family) } else { chains::tables(rng, &world, family) };
+            Tables { legacy, ..tables }
+        })
+        .collect()
     };
     let first = rules(&mut rng.fork());
     // An entry made while no nat chain existed stays open to the rules of a later nat table, which then match without any
@@ -36,6 +39,16 @@ pub fn scenario(seed: u64, packets: usize) -> Scenario {
         node: world.node,
         rules: first,
         later,
+    }
+}
+
+/// Which flavours of iptables have rules (`true`: legacy), in the order in which they are loaded.
+fn flavours(rng: &mut Rng) -> &'static [bool] {
+    match rng.below(20) {
+        0..=11 => &[false],
+        12..=15 => &[true],
+        16..=17 => &[false, true],
+        _ => &[true, false],
     }
 }
 
@@ -62,6 +75,7 @@ pub fn seldom(seed: u64, packets: usize) -> Scenario {
     ];
     let tables = |family| Tables {
         family,
+        legacy: false,
         tables: vec![
             Table {
                 name: "mangle".into(),

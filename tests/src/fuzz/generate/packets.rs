@@ -50,18 +50,12 @@ fn from_inside(rng: &mut Rng, pool: &Pool) -> (Option<String>, String, String) {
 /// Mostly from the interface where the source really is.
 fn from_outside(rng: &mut Rng, world: &World, pool: &Pool) -> (Option<String>, String, String) {
     let (link, host) = rng.choose(&pool.hosts).clone();
-    // By a bridge port even a packet from or to ::1 passes PREROUTING (br_netfilter) before IPv6 looks at its address and drops it;
-    // the model drops it at once. And a broadcast is also flooded to the other port: two packets.
-    let fits = |dst: &String| !link.starts_with("port") || dst != "::1" && !dst.ends_with(".255.255");
+    // What a host behind a bridge port sends to itself never reaches the bridge.
+    let fits = |dst: &String| !link.starts_with("port") || *dst != host;
     let dst = std::iter::repeat_with(|| pool.destination(rng)).find(fits).unwrap_or_default();
     match rng.below(20) {
         0 if !link.starts_with("port") => (Some(rng.choose(&world.node.links[..4]).name.clone()), host, dst),
-        // Behind a bridge port only its own host: which port a DNAT back to it leaves by, the bridge knows by the sender.
-        0..=2 if link.starts_with("port") => (Some(link), host, dst),
-        1 => {
-            let own = std::iter::repeat_with(|| rng.choose(&pool.own).clone()).find(fits).unwrap_or_default();
-            (Some(link.clone()), own, dst)
-        }
+        1 => (Some(link), rng.choose(&pool.own).clone(), dst),
         2 => (Some(link), rng.choose(&pool.others).clone(), dst),
         _ => (Some(link), host, dst),
     }

@@ -26,6 +26,14 @@ const COMMANDS: [(&str, &[&str]); 10] = [
     ("ss.txt", &["ss", "-H", "-tuln"]),
 ];
 
+/// Asking legacy iptables makes no table.
+const SAVE: [(&str, Family, Flavour); 4] = [
+    ("iptables-nft-save", Family::V4, Flavour::IptablesNft),
+    ("ip6tables-nft-save", Family::V6, Flavour::IptablesNft),
+    ("iptables-legacy-save", Family::V4, Flavour::IptablesLegacy),
+    ("ip6tables-legacy-save", Family::V6, Flavour::IptablesLegacy),
+];
+
 /// The parts of `/proc/sys/net` that decide paths.
 const SYSCTLS: [&str; 8] = [
     "rp_filter",
@@ -50,9 +58,9 @@ impl Router {
         files.insert("conntrack.txt".into(), conntrack.into_bytes());
         files.extend(self.inside.run_in(proc_files)??);
         let mut state = state(&files);
-        for (program, family) in [("iptables-save", Family::V4), ("ip6tables-save", Family::V6)] {
+        for (program, family, flavour) in SAVE {
             let text = self.inside.exec([program, "-c"])?;
-            let (ruleset, diagnostics) = iptables::parse(&text, program, Flavour::IptablesNft, family);
+            let (ruleset, diagnostics) = iptables::parse(&text, program, flavour, family);
             state.diagnostics.extend(diagnostics);
             state.rulesets.push(Arc::new(ruleset));
         }

@@ -1,9 +1,11 @@
 //! Trace messages of many packets, sorted into one path a packet.
 
+use super::legacy::LegacyStep;
 use super::trace::{Kind, Numbers, Report};
 use super::wire::{Headers, headers};
 use porttrace_user::core::model::flow::{Family, Tuple};
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 /// The table whose chains stand first and last at every hook, so that every packet is seen there.
 pub const WATCH: &str = "porttrace-watch";
@@ -12,6 +14,8 @@ pub const WATCH: &str = "porttrace-watch";
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Path {
     pub segments: Vec<Segment>,
+    /// Rules of iptables-legacy that matched, and ends of its chains.
+    pub legacy: Vec<LegacyStep>,
     /// Refusals that the router made for it (`tcp-reset`, `icmp-port-unreachable`, …), in order.
     pub refusals: Vec<String>,
     /// Where it was seen outside the router.
@@ -82,13 +86,38 @@ impl Path {
         let own = self.segments.first().map_or(0, |segment| segment.trace);
         let leaves = |segment: &Segment| ["POSTROUTING", "postrouting-last"].contains(&segment.chain.as_str());
         let local = self.segments.first().is_some_and(|segment| segment.chain.to_lowercase().starts_with("output"));
+        if let Some(split) = self.flooded() {
+            return split;
+        }
         if !local || !self.segments.iter().any(|segment| leaves(segment) && segment.trace != own) {
             return (self, None);
         }
         let copy = self.segments.iter().filter(|segment| segment.trace != own || !leaves(segment)).cloned().collect();
         let segments = self.segments.into_iter().filter(|segment| segment.trace == own).collect();
         let copy = Self { segments: copy, refusals: self.refusals, ..Self::default() };
-        (Self { segments, refusals: Vec::new(), arrivals: self.arrivals, refused_send: self.refused_send }, Some(copy))
+        (Self { segments, refusals: Vec::new(), legacy: Vec::new(), ..self }, Some(copy))
+    }
+}
+
+impl Path {
+    /// A broadcast by a bridge port goes up to the node, and a copy of it to the other ports.
+    fn flooded(&self) -> Option<(Self, Option<Self>)> {
+        let hook = |segment: &Segment| segment.chain.to_lowercase();
+        let at = |name: &str| self.segments.iter().any(|segment| hook(segment).starts_with(name));
+        // The node may drop its own before INPUT.
+        let broadcast =
+            |segment: &Segment| matches!(segment.tuple.dst, IpAddr::V4(dst) if dst.octets()[2..] == [255, 255]);
+        let goes_on = self.segments.iter().any(|segment| hook(segment).starts_with("forward") && broadcast(segment));
+        if !at("prerouting") || !goes_on {
+            return None;
+        }
+        let without = |names: [&str; 2]| {
+            let kept = |segment: &&Segment| names.iter().all(|name| !hook(segment).starts_with(name));
+            self.segments.iter().filter(kept).cloned().collect()
+        };
+        let own = Self { segments: without(["forward", "postrouting"]), ..Self::default() };
+        let copy = Self { segments: without(["input", "input"]), arrivals: self.arrivals.clone(), ..Self::default() };
+        Some((own, Some(copy)))
     }
 }
 

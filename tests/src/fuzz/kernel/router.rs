@@ -6,10 +6,11 @@ use crate::netlink::{NLM_F_ACK, NLM_F_CREATE, NetfilterSocket, Request};
 use crate::netns::Netns;
 use anyhow::{Context, Result};
 use porttrace_user::core::model::flow::Family;
+use porttrace_user::core::parse::words;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
-use std::net::UdpSocket;
+use std::net::{IpAddr, UdpSocket};
 
 /// Ids of the packets that mark the end of a batch.
 pub const FENCES: [u16; 2] = [0xfffd, 0xfffe];
@@ -22,6 +23,8 @@ pub struct Router {
     pub peers: BTreeMap<u32, String>,
     /// Interface index inside → name.
     pub names: BTreeMap<u32, String>,
+    /// MAC addresses of the hosts behind bridge ports.
+    pub neighbours: BTreeMap<IpAddr, [u8; 6]>,
     links: Vec<Link>,
     /// Open for as long as the router stands.
     _sockets: Vec<UdpSocket>,
@@ -34,6 +37,7 @@ impl Router {
             outside: Netns::new("around")?,
             peers: BTreeMap::new(),
             names: BTreeMap::new(),
+            neighbours: node.ip.iter().filter_map(|line| neighbour(line)).collect(),
             links: node.links.clone(),
             _sockets: Vec::new(),
         };
@@ -78,10 +82,15 @@ impl Router {
     pub fn load(&self, rules: &[Tables]) -> Result<Vec<String>> {
         let mut refused = Vec::new();
         for tables in rules {
-            let program = if tables.family == Family::V4 { "iptables-restore" } else { "ip6tables-restore" };
+            let program = match (tables.family, tables.legacy) {
+                (Family::V4, false) => "iptables-nft-restore",
+                (Family::V6, false) => "ip6tables-nft-restore",
+                (Family::V4, true) => "iptables-legacy-restore",
+                (Family::V6, true) => "ip6tables-legacy-restore",
+            };
             let text = tables.text();
             let mut lines: Vec<&str> = text.lines().collect();
-            while let Err(error) = self.inside.exec_with([program], &(lines.join("\n") + "\n")) {
+            while let Err(error) = self.inside.exec_with([program, "-w", "20"], &(lines.join("\n") + "\n")) {
                 let at = line_of(&format!("{error:#}"));
                 let rule = at.and_then(|at| lines.get(at)).filter(|line| line.starts_with("-A"));
                 let (Some(at), Some(rule)) = (at, rule) else {
@@ -109,6 +118,13 @@ impl Router {
     pub fn peer_of(&self, link: &str) -> Option<u32> {
         self.peers.iter().find(|(_, name)| *name == link).map(|(index, _)| *index)
     }
+}
+
+/// `neigh add ADDRESS lladdr MAC …`
+fn neighbour(line: &str) -> Option<(IpAddr, [u8; 6])> {
+    let words: Vec<&str> = line.split(' ').collect();
+    let ["neigh", "add", address, "lladdr", mac, ..] = words.as_slice() else { return None };
+    Some((address.parse().ok()?, words::mac(mac)?))
 }
 
 /// Index of the line that `iptables-restore` complains of.

@@ -1,5 +1,6 @@
 //! Sends probes into a router and collects what became of each.
 
+use super::legacy::LegacyReader;
 use super::live::{Lists, recent_lists};
 use super::path::{Arrival, Path, paths};
 use super::router::{BRIDGE_MAC, FENCES, Router, mac};
@@ -32,31 +33,34 @@ pub struct Sent {
     pub recent: BTreeMap<u16, Lists>,
 }
 
+/// What else is read of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Watched {
+    /// Rules keep lists of addresses, which are read before each probe.
+    pub remembers: bool,
+    /// There are rules of iptables-legacy.
+    pub legacy: bool,
+}
+
 /// Why a batch gave no result.
 #[derive(Debug, PartialEq, Eq)]
 pub struct TraceLost;
 
 impl Router {
-    /// Sends all probes in order; `Err(TraceLost)` inside when the kernel dropped trace messages. `remembers`: rules keep
-    /// lists of addresses, which are read before each probe.
-    pub fn send(&self, probes: &[Probe], numbers: &Numbers, remembers: bool) -> Result<Result<Sent, TraceLost>> {
+    /// Sends all probes in order; `Err(TraceLost)` inside when the kernel dropped trace messages.
+    pub fn send(&self, probes: &[Probe], numbers: &Numbers, how: Watched) -> Result<Result<Sent, TraceLost>> {
         let wire = self.outside.run_in(Wire::open)??;
-        self.inside.run_in(|| self.batch(&wire, probes, numbers, remembers))?
+        self.inside.run_in(|| self.batch(&wire, probes, numbers, how))?
     }
 
-    fn batch(
-        &self,
-        wire: &Wire,
-        probes: &[Probe],
-        numbers: &Numbers,
-        remembers: bool,
-    ) -> Result<Result<Sent, TraceLost>> {
+    fn batch(&self, wire: &Wire, probes: &[Probe], numbers: &Numbers, how: Watched) -> Result<Result<Sent, TraceLost>> {
         stay_here()?;
         let mut reader = Reader::open()?;
-        let mut reports = Vec::new();
+        let mut legacy = how.legacy.then(LegacyReader::open).transpose()?;
+        let (mut reports, mut steps) = (Vec::new(), Vec::new());
         let (mut refused, mut recent, mut last) = (BTreeMap::new(), BTreeMap::new(), Lists::new());
         for probe in probes {
-            if remembers {
+            if how.remembers {
                 if !self.settle(wire, &mut reader, &mut reports)? {
                     return Ok(Err(TraceLost));
                 }
@@ -74,14 +78,21 @@ impl Router {
                     }
                 }
             }
-            if !reader.drain(&mut reports)? {
+            let read = legacy.as_mut().map_or(Ok(true), |legacy| legacy.drain(&mut steps))?;
+            if !reader.drain(&mut reports)? || !read {
                 return Ok(Err(TraceLost));
             }
         }
         if !self.settle(wire, &mut reader, &mut reports)? {
             return Ok(Err(TraceLost));
         }
+        if !legacy.as_mut().map_or(Ok(true), |legacy| legacy.drain(&mut steps))? {
+            return Ok(Err(TraceLost));
+        }
         let mut paths = paths(&reports, numbers);
+        for step in steps {
+            paths.entry(step.id).or_default().legacy.push(step);
+        }
         paths.retain(|id, _| probes.iter().any(|probe| probe.id == *id));
         for probe in probes {
             paths.entry(probe.id).or_default();
@@ -105,7 +116,11 @@ impl Router {
                 let [a, b, c, d] = *dst.octets().last_chunk::<4>().context("an address has four last bytes")?;
                 [0x33, 0x33, a, b, c, d]
             }
-            _ if self.port_of(link).is_some() => BRIDGE_MAC,
+            dst if self.port_of(link).is_some() => {
+                // A host on the bridge sends to another one directly.
+                let other = self.neighbours.get(&dst).filter(|mac| **mac != self.source(probe, link));
+                other.copied().unwrap_or(BRIDGE_MAC)
+            }
             _ => mac(index),
         };
         wire.transmit(peer, destination, self.source(probe, link), &craft(probe))
