@@ -132,3 +132,18 @@ fn of_two_tables_at_one_priority_the_later_loaded_is_asked_first() {
         assert_eq!(order.simulator, [1001, 1002], "both orders are among the branches");
     }
 }
+
+#[test]
+fn a_node_port_of_a_real_kube_proxy_is_balanced_as_the_branches_say() {
+    if !may_run("the lab") {
+        return;
+    }
+    let odds = odds::node_port(450).expect("450 connections to the lab's NodePort");
+    let chi = odds.chi_square();
+    println!("{odds:?}, chi-square {chi:.2}");
+    assert_eq!((odds.connections, odds.outcomes.len()), (450, 3));
+    let equal = odds.outcomes.values().all(|(share, _)| (share - 1.0 / 3.0).abs() < 1e-9);
+    assert!(equal, "{odds:?}");
+    // Two degrees of freedom: P(χ² > x) = e^(-x/2), so that more than 41.4 comes once in 10⁹ runs by chance.
+    assert!(chi < 41.4, "chi-square {chi:.2}: {odds:?}");
+}

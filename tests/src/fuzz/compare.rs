@@ -203,8 +203,8 @@ fn branch_end(branch: &Branch) -> End {
 pub fn judge(kernel: &View, trace: &Trace, probe: &Probe, copy: bool) -> Judgement {
     let open = left_open(trace);
     let mut kernel = kernel.clone();
-    kernel.steps.retain(|step| !is_open(step, &open));
-    kernel.legacy.retain(|step| !is_open(step, &open));
+    kernel.steps.retain(|step| !is_open(step, "", &open));
+    kernel.legacy.retain(|step| !is_open(step, "iptables-legacy ", &open));
     let kernel = &kernel;
     let own = || trace.branches.iter().filter(|branch| !is_copy(branch));
     let undecided = own().count() > 1 && own().any(|branch| branch.decisions.is_empty());
@@ -248,10 +248,10 @@ fn left_open(trace: &Trace) -> BTreeSet<String> {
     trace.branches.iter().flat_map(|branch| branch.hops.iter()).filter_map(note).collect()
 }
 
-fn is_open(step: &Step, open: &BTreeSet<String>) -> bool {
+fn is_open(step: &Step, flavour: &str, open: &BTreeSet<String>) -> bool {
     match step {
         Step::Rule { table, chain, number, verdict: Said::Continue, .. } => {
-            open.contains(&format!("{table} {chain} {number}"))
+            open.contains(&format!("{flavour}{table} {chain} {number}"))
         }
         _ => false,
     }

@@ -75,7 +75,7 @@ pub fn mark_across() -> Result<Marks> {
     let count = "udp dport 4000 meta mark 0x4000 counter name with; udp dport 4000 meta mark 0 counter name without;";
     for (netns, hook) in [(&here, "postrouting"), (&there, "prerouting")] {
         let text = format!(
-            "table ip seen {{ counter with {{ }}; counter without {{ }}; chain c {{ type filter hook {hook} priority 0; {count} }} }}\n"
+            "table ip seen {{ counter with {{ }}; counter without {{ }}; chain c {{ type filter hook {hook} priority 0; {count} }}; }};\n"
         );
         netns.exec_with(["nft", "-f", "-"], &text)?;
     }

@@ -4,12 +4,16 @@ use super::kernel::path::Path;
 use super::kernel::wire::shortest;
 use super::run::{Round, run};
 use super::scenario::{Chain, Link, Node, Probe, Rule, Scenario, Table, Tables};
+use crate::lab::topology::{NodeName, OUTSIDE_V4, service};
+use crate::lab::{Lab, LabOptions, Origin};
+use crate::peer::{Connect, Transport};
 use anyhow::{Context, Result, ensure};
+use porttrace_user::collect::live;
 use porttrace_user::core::model::flow::{Family, Proto, Tuple};
 use porttrace_user::core::model::trace::{Packet, Verdict};
 use porttrace_user::core::simulate::Simulator;
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 /// How often each destination was taken, and with what probability it should be.
 #[derive(Debug)]
@@ -42,6 +46,29 @@ pub fn balance(endpoints: u8, count: u16) -> Result<Odds> {
             seen.1 += 1;
             odds.connections += 1;
         }
+    }
+    Ok(odds)
+}
+
+/// Opens `count` real connections from outside to the lab's NodePort with three endpoints, through the rules that a real
+/// kube-proxy wrote, and asks the simulator with the state that porttrace itself collects on the node.
+pub fn node_port(count: usize) -> Result<Odds> {
+    let lab = Lab::up(LabOptions::default())?;
+    let node = lab.node(NodeName::Worker3);
+    let (state, _) = node.run_in(|| live::state(live::Options::default()))?;
+    let to = SocketAddr::new(NodeName::Worker3.v4().into(), service::FRONTEND_NODE_PORT);
+    let tuple = Tuple::new(Proto::Tcp, SocketAddr::new(OUTSIDE_V4.into(), 40_000), to);
+    let trace = Simulator::new(&state).trace(&Packet::first_of(tuple, Some("eth0".into())));
+    let mut odds = Odds { connections: 0, outcomes: BTreeMap::new() };
+    for branch in &trace.branches {
+        let share = odds.outcomes.entry(branch.final_tuple.dst).or_insert((0.0, 0));
+        share.0 += branch.probability.as_f64();
+    }
+    for _ in 0..count {
+        let answer = lab.connect(Origin::Outside, &Connect::new(Transport::Tcp, to))?;
+        let server = answer.server_local.with_context(|| format!("no answer: {answer:?}"))?;
+        odds.outcomes.get_mut(&server.ip()).context("a connection arrived where no branch leads")?.1 += 1;
+        odds.connections += 1;
     }
     Ok(odds)
 }

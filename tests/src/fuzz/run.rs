@@ -5,12 +5,13 @@ use super::kernel::path::{Arrival, Path};
 use super::kernel::router::Router;
 use super::kernel::send::{Sent, Watched};
 use super::kernel::trace::numbers;
-use super::scenario::{Probe, Scenario, Tables};
+use super::scenario::{Link, Probe, Scenario, Tables};
 use anyhow::Result;
 use porttrace_user::core::model::flow::Proto;
 use porttrace_user::core::model::state::NodeState;
 use porttrace_user::core::model::trace::Packet;
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 /// Ids of a second round start here.
 const SECOND: u16 = 5000;
@@ -82,6 +83,13 @@ fn followers(scenario: &Scenario, first: &Round) -> Vec<Probe> {
     let follow = |probe: &Probe| -> Option<Probe> {
         let id = SECOND + probe.id;
         let path = first.paths.get(&probe.id)?;
+        // A broadcast by a bridge port whose flooded copy was dropped is confirmed before any NAT of INPUT (`br_nf_local_in`):
+        // its entry stays open to later rules, which match without effect. conntrack -L does not show it.
+        let broadcast = matches!(probe.packet.tuple.dst, IpAddr::V4(dst) if dst.octets()[2..] == [255, 255]);
+        let by_port = |link: &Link| Some(link.name.as_str()) == probe.packet.input.as_deref() && link.bridge.is_some();
+        if broadcast && scenario.node.links.iter().any(by_port) {
+            return None;
+        }
         if probe.id.is_multiple_of(2) {
             return Some(Probe { id, ..probe.clone() });
         }

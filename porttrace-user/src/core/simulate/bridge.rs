@@ -60,6 +60,9 @@ impl Run<'_> {
             walk.copied = Some(Box::new(original));
             walk.decide(Decision::Copy { text: "the bridge's copy of the broadcast, for its other ports".into() });
             return Some(self.bridge_forward(walk));
+        } else if walk.arrived_as == RouteKind::Broadcast {
+            // `br_nf_local_in`: what was cloned is confirmed before the node's INPUT, whose NAT is then without effect.
+            walk.conn.confirm();
         }
         None
     }

@@ -38,7 +38,7 @@ pub(super) enum CtInfo {
 
 pub(super) const SEEN_REPLY: u32 = 2;
 const ASSURED: u32 = 4;
-const CONFIRMED: u32 = 8;
+pub(super) const CONFIRMED: u32 = 8;
 
 impl Conn {
     /// `nf_conntrack_confirm`, behind the last chain of POSTROUTING.

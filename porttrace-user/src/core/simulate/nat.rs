@@ -1,7 +1,7 @@
 //! NAT: which manip a rule sets up, and how a packet of the connection is rewritten (net/netfilter/nf_nat_core.c).
 
 use super::compiled::BaseChain;
-use super::conn::Conn;
+use super::conn::{CONFIRMED, Conn};
 use super::matches::between;
 use super::nat_hash::pick;
 use super::run::{Next, Run};
@@ -83,6 +83,9 @@ impl Run<'_> {
 
     /// No rule set the manip up: `nf_nat_alloc_null_binding` keeps the tuple, unless its source port is taken.
     fn null_binding(&mut self, walk: &mut Walk, manip: Manip) {
+        if walk.conn.status & CONFIRMED != 0 {
+            return;
+        }
         *done(&mut walk.conn, manip) = true;
         if manip == Manip::Snat && self.taken(walk.conn.reply) {
             walk.conn.sport_chosen = true;
@@ -206,6 +209,10 @@ impl Run<'_> {
     fn set_up(&mut self, walk: &mut Walk, range: &Range<'_>, manip: Manip) {
         let old = walk.conn.reply.inverted();
         let mut new = old;
+        // "Can't setup nat info for confirmed ct": the rule matches without effect.
+        if walk.conn.status & CONFIRMED != 0 {
+            return;
+        }
         *done(&mut walk.conn, manip) = true;
         let fits = range.addresses.as_ref().is_none_or(|ends| between(ends, old.src));
         let port_fits = range.with.ports.is_none_or(|(low, high)| (low..=high).contains(&old.sport));

@@ -6,7 +6,7 @@ use super::path::dropped;
 use super::walk::{Again, Frame, Walk};
 use crate::core::model::name::Name;
 use crate::core::model::rules::{Policy, Rule, Target};
-use crate::core::model::trace::{Action, Branch, Decision, DropReason, Fraction, Hook, Hop, RuleRef, Verdict};
+use crate::core::model::trace::{Action, Branch, Decision, DropReason, Flavour, Fraction, Hook, Hop, RuleRef, Verdict};
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 
@@ -192,11 +192,10 @@ impl<'s> Run<'s> {
         if !unknown.is_empty() {
             let text = unknown.join("; ");
             if matches!(rule.target, Target::None | Target::Other(_)) {
+                let whose = if place.flavour == Flavour::IptablesLegacy { "iptables-legacy " } else { "" };
+                let (table, chain, number) = (&place.table, &place.chain, at + 1);
                 walk.note(format!(
-                    "{} {} {}: not known whether it matches ({text}); it has no effect",
-                    place.table,
-                    place.chain,
-                    at + 1
+                    "{whose}{table} {chain} {number}: not known whether it matches ({text}); it has no effect"
                 ));
                 walk.remembered.truncate(sure);
                 return false;

@@ -84,7 +84,7 @@ impl Path {
     /// begins in POSTROUTING and has another trace ID there.
     pub fn split(self) -> (Self, Option<Self>) {
         let own = self.segments.first().map_or(0, |segment| segment.trace);
-        let leaves = |segment: &Segment| ["POSTROUTING", "postrouting-last"].contains(&segment.chain.as_str());
+        let leaves = |segment: &Segment| segment.chain.to_lowercase().starts_with("postrouting");
         let local = self.segments.first().is_some_and(|segment| segment.chain.to_lowercase().starts_with("output"));
         if let Some(split) = self.flooded() {
             return split;

@@ -228,6 +228,9 @@ fn watch() -> String {
         icmp type { destination-unreachable, time-exceeded } meta nftrace set 1; \
         icmpv6 type { destination-unreachable, time-exceeded } meta nftrace set 1; drop;";
     chain("output-first", "output", -500, &format!("{own} {refusals}"));
+    for hook in ["input", "forward", "postrouting"] {
+        chain(&format!("{hook}-first"), hook, -500, "");
+    }
     for hook in ["prerouting", "input", "forward", "output", "postrouting"] {
         chain(&format!("{hook}-last"), hook, 2_000_000_000, "");
     }
