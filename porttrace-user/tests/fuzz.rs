@@ -183,6 +183,15 @@ fn shares(trace: &Trace) -> Result<(), TestCaseError> {
     Ok(())
 }
 
+/// Found by a long run: a repeated piece tore a comment's quotes, and the rest of the line was taken for a chain's name.
+#[test]
+fn a_rule_that_begins_within_a_comment_is_parsed() {
+    let line = "-A KUBE-SEP-URYEGYBIBEJNO322 -p tcp -m comment --comment \"default/dual:http\" -j KUBE-MARK-MASQ\n";
+    let torn =
+        format!("*nat\n:KUBE-SERVICES - [0:0]\n-A dual:http\" -j KUBE-MARK-MASQ\n:KUBE-SVC-A - [0:0]\n{line}COMMIT\n");
+    every_parser(&torn);
+}
+
 proptest! {
     #[test]
     fn any_text_is_parsed(text in "(?s).{0,300}", bytes in prop::collection::vec(any::<u8>(), 0..300)) {

@@ -122,6 +122,34 @@ pub struct PolicyRule {
     pub unknown: Vec<String>,
 }
 
+impl PolicyRule {
+    /// The rules that every network namespace begins with (net/ipv4/fib_rules.c `fib_default_rules_init`, net/ipv6/fib6_rules.c
+    /// `fib6_rules_net_init`).
+    pub fn defaults(family: Family) -> Vec<Self> {
+        let rule = |priority: u32, table: &str| Self {
+            family,
+            priority,
+            not: false,
+            src: None,
+            dst: None,
+            input: None,
+            output: None,
+            fwmark: None,
+            proto: None,
+            sport: None,
+            dport: None,
+            action: PolicyAction::Table(table.to_owned()),
+            suppress_prefix: None,
+            unknown: Vec::new(),
+        };
+        let mut rules = vec![rule(0, "local"), rule(32766, "main")];
+        if family == Family::V4 {
+            rules.push(rule(32767, "default"));
+        }
+        rules
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PolicyAction {
     Table(String),

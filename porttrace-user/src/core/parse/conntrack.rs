@@ -157,6 +157,8 @@ impl Rest {
                 self.half()?.src = Some(address_of(value)?);
             }
             "dst" => self.half()?.dst = Some(address_of(value)?),
+            // Nothing that the kernel prints of a protocol without ports.
+            "sport" | "dport" if !proto.has_ports() => {}
             "sport" => self.half()?.sport = Some(number_of(value)?),
             "dport" => self.half()?.dport = number_of(value)?,
             _ if matches!(proto, Proto::Icmp | Proto::Icmpv6) => return self.icmp(key, value),
@@ -229,7 +231,9 @@ ipv4     2 tcp      6 118 TIME_WAIT src=172.18.0.4 dst=172.18.0.3 sport=99999 dp
     #[test]
     fn writes_what_it_reads() {
         let mut notes = Notes::new("conntrack.txt");
-        let found = entries(LISTING, &mut notes);
+        let odd = "ipv4 2 unknown 0 118 src=10.0.0.1 dst=10.0.0.2 sport=35722 dport=80 src=10.0.0.2 dst=10.0.0.1 sport=80 dport=1\n";
+        let found = entries(&format!("{LISTING}{odd}"), &mut notes);
+        assert_eq!((found.len(), found[6].original.dport), (7, 0), "a protocol without ports has none");
         let mut notes = Notes::new("again");
         assert_eq!(entries(&write(&found), &mut notes), found);
         assert_eq!(notes.finish(), []);

@@ -125,6 +125,9 @@ impl<'t> Dump<'t, '_, '_> {
         let (Some(name), policy) = (words.next(), words.next().unwrap_or("-")) else {
             return self.problems.add(number, "a chain without a name".into());
         };
+        if !may_be_chain(name) {
+            return self.problems.add(number, format!("{:?} is a target and cannot be a chain: left out", clip(name)));
+        }
         let policy = match policy {
             "ACCEPT" => Some(Policy::Accept),
             "DROP" => Some(Policy::Drop),
@@ -163,7 +166,7 @@ impl<'t> Dump<'t, '_, '_> {
         };
         let rule = &content[skipped..];
         let mut words = Words::new(rule);
-        match (words.next(), words.next()) {
+        match (words.next(), words.next().filter(|chain| may_be_chain(chain))) {
             (Some("-A" | "--append"), Some(chain)) => {
                 let text = Text::of(self.text, offset + skipped, rule.len());
                 self.rule(number, chain, words, rule, counters, text);
@@ -296,6 +299,13 @@ fn counters(content: &str) -> Option<(Option<(u64, u64)>, usize)> {
     let counters = packets.parse().ok().zip(bytes.parse().ok());
     let after = &inner[end + 1..];
     Some((counters, content.len() - after.trim_ascii_start().len()))
+}
+
+/// No chain has the name of a target or a blank in it (`assert_valid_chain_name` in iptables' xshared.c). Torn dumps have both:
+/// a torn quote makes several words look like one.
+fn may_be_chain(name: &str) -> bool {
+    let blank = name.contains('"') && name.contains(|c: char| c.is_ascii_whitespace());
+    !blank && !iptables_targets::is_target(name)
 }
 
 /// Enough of a text to recognise it in a message.

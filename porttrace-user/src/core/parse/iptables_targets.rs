@@ -19,25 +19,34 @@ pub(super) fn read(
         return Ok(if matches!(jump, "-g" | "--goto") { Target::Goto(chain) } else { Target::Jump(chain) });
     }
     let rest = line.get(words.last.1..).unwrap_or("").trim_ascii();
-    let options: Vec<&str> = words.collect();
+    named(name, rest, &words.collect::<Vec<_>>())
+}
+
+/// Whether iptables has a target of this name. No chain can have it then (`assert_valid_chain_name` in iptables' xshared.c).
+pub(super) fn is_target(name: &str) -> bool {
+    !matches!(named(name, "", &[]), Ok(Target::Missing(_)))
+}
+
+/// `rest` is what follows the name, `options` its words.
+fn named(name: &str, rest: &str, options: &[&str]) -> Result<Target, String> {
     let all = || if rest.is_empty() { name.into() } else { format!("{name} {rest}").into_boxed_str() };
     match name {
         "ACCEPT" => Ok(Target::Accept),
         "DROP" => Ok(Target::Drop),
         "RETURN" => Ok(Target::Return),
-        "REJECT" => Ok(Target::Reject(value(&options, "--reject-with").unwrap_or("icmp-port-unreachable").into())),
+        "REJECT" => Ok(Target::Reject(value(options, "--reject-with").unwrap_or("icmp-port-unreachable").into())),
         "NOTRACK" => Ok(Target::Notrack),
         "CT" if options.contains(&"--notrack") => Ok(Target::Notrack),
-        "DNAT" => nat(value(&options, "--to-destination"), &options).map(|range| Target::Dnat(Box::new(range))),
-        "SNAT" => nat(value(&options, "--to-source"), &options).map(|range| Target::Snat(Box::new(range))),
-        "MASQUERADE" => ports_only(&options).map(|range| Target::Masquerade(Box::new(range))),
-        "REDIRECT" => ports_only(&options).map(|range| Target::Redirect(Box::new(range))),
-        "NETMAP" => netmap(&options).map(Target::Netmap),
-        "MARK" => mark(&options).map(Target::Mark),
-        "CONNMARK" => connmark(&options).map(Target::ConnMark),
-        "TTL" | "HL" => ttl(&options).map(Target::Ttl),
-        "TOS" | "DSCP" => tos(&options),
-        "TPROXY" => tproxy(&options).map(|tproxy| Target::Tproxy(Box::new(tproxy))),
+        "DNAT" => nat(value(options, "--to-destination"), options).map(|range| Target::Dnat(Box::new(range))),
+        "SNAT" => nat(value(options, "--to-source"), options).map(|range| Target::Snat(Box::new(range))),
+        "MASQUERADE" => ports_only(options).map(|range| Target::Masquerade(Box::new(range))),
+        "REDIRECT" => ports_only(options).map(|range| Target::Redirect(Box::new(range))),
+        "NETMAP" => netmap(options).map(Target::Netmap),
+        "MARK" => mark(options).map(Target::Mark),
+        "CONNMARK" => connmark(options).map(Target::ConnMark),
+        "TTL" | "HL" => ttl(options).map(Target::Ttl),
+        "TOS" | "DSCP" => tos(options),
+        "TPROXY" => tproxy(options).map(|tproxy| Target::Tproxy(Box::new(tproxy))),
         "NFQUEUE" | "QUEUE" | "SYNPROXY" | "TARPIT" | "HMARK" | "CLUSTERIP" | "SNPT" | "DNPT" | "STEAL" | "DELUDE"
         | "CHAOS" | "ECHO" | "RAWDNAT" | "RAWSNAT" | "NFLOGD" | "IMQ" => Ok(Target::Stop(all())),
         "LOG" | "NFLOG" | "ULOG" | "TRACE" | "CT" | "TCPMSS" | "CLASSIFY" | "CHECKSUM" | "SECMARK" | "CONNSECMARK"

@@ -96,6 +96,32 @@ fn what_is_not_understood_is_kept_and_reported() {
 }
 
 #[test]
+fn a_torn_quote_makes_no_chain() {
+    let (ruleset, problems) =
+        read("*nat\n:X - [0:0]\n-A dual:http\" -j X\n-N a\"b c\n-P a\"b DROP\n-A X -j X\nCOMMIT\n");
+    let names: Vec<&str> = ruleset.tables[0].chains.iter().map(|chain| &*chain.name).collect();
+    assert_eq!(names, ["X"]);
+    assert_eq!(ruleset.tables[0].chains[0].rules.len(), 1);
+    let expected = [
+        r#"3: not a rule: "-A dual:http\" -j X""#,
+        r#"4: not a rule: "-N a\"b c""#,
+        r#"5: not a rule: "-P a\"b DROP""#,
+    ];
+    assert_eq!(problems, expected);
+}
+
+#[test]
+fn no_chain_takes_the_name_of_a_target() {
+    let text = "*filter\n:INPUT ACCEPT [0:0]\n:LOG - [0:0]\n-A INPUT -j ACCEPT\n-A ACCEPT -j DROP\n-A INPUT -j ACCEPT\nCOMMIT\n";
+    let (ruleset, problems) = read(text);
+    let targets: Vec<_> =
+        ruleset.tables[0].chains.iter().flat_map(|chain| &chain.rules).map(|rule| &rule.target).collect();
+    assert_eq!(targets, [&Target::Accept, &Target::Accept]);
+    let expected = [r#"3: "LOG" is a target and cannot be a chain: left out"#, r#"5: not a rule: "-A ACCEPT -j DROP""#];
+    assert_eq!(problems, expected);
+}
+
+#[test]
 fn a_jump_may_come_before_its_chain() {
     let (ruleset, problems) = read("*nat\n:A - [0:0]\n-A A -g LATE\n-A A -j LATE\n:LATE - [0:0]\nCOMMIT\n");
     assert_eq!(problems, [""; 0]);

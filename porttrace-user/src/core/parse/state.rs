@@ -160,8 +160,8 @@ impl<'a> Reader<'a> {
             return None;
         }
         let mut rules: Vec<PolicyRule> = [
-            four.unwrap_or_else(|| iproute::default_policy(Family::V4)),
-            six.unwrap_or_else(|| iproute::default_policy(Family::V6)),
+            four.unwrap_or_else(|| PolicyRule::defaults(Family::V4)),
+            six.unwrap_or_else(|| PolicyRule::defaults(Family::V6)),
         ]
         .concat();
         // Stable: the kernel walks rules of equal priority in the order of its list.

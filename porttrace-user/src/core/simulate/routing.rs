@@ -101,7 +101,7 @@ impl Routing {
                 routing
                     .assumptions
                     .push("policy rules are not known: the usual local, main and default are assumed".into());
-                usual_policy()
+                [Family::V4, Family::V6].into_iter().flat_map(PolicyRule::defaults).collect()
             }
         };
         let more_rules = routing.policy.iter().filter(|rule| rule.family == Family::V4).count() > 3;
@@ -285,29 +285,6 @@ fn selects(rule: &PolicyRule, key: &Key<'_>, say: &mut dyn FnMut(String)) -> boo
         && within(rule.sport, key.ports.0)
         && within(rule.dport, key.ports.1);
     holds != rule.not
-}
-
-fn usual_policy() -> Vec<PolicyRule> {
-    let rule = |family, priority, table: &str| PolicyRule {
-        family,
-        priority,
-        not: false,
-        src: None,
-        dst: None,
-        input: None,
-        output: None,
-        fwmark: None,
-        proto: None,
-        sport: None,
-        dport: None,
-        action: PolicyAction::Table(table.into()),
-        suppress_prefix: None,
-        unknown: Vec::new(),
-    };
-    [(0, "local"), (32766, "main"), (32767, "default")]
-        .into_iter()
-        .flat_map(|(priority, table)| [Family::V4, Family::V6].map(|family| rule(family, priority, table)))
-        .collect()
 }
 
 fn table_name(name: &str) -> Name {

@@ -8,7 +8,7 @@ mod rule;
 
 pub use link::{addresses, apply_bridge_links, links, neighbours, write_addresses, write_links, write_neighbours};
 pub use route::{routes, write_routes};
-pub use rule::{default_policy, policy, write_policy};
+pub use rule::{policy, write_policy};
 
 use super::notes::{Notes, quote};
 use serde::de::DeserializeOwned;

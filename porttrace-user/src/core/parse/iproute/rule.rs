@@ -24,32 +24,6 @@ pub fn write_policy(rules: &[PolicyRule]) -> String {
     to_json(&rules.iter().map(raw_rule).collect::<Vec<_>>())
 }
 
-/// The rules that every network namespace begins with (net/ipv4/fib_rules.c `fib_default_rules_init`, net/ipv6/fib6_rules.c
-/// `fib6_rules_net_init`).
-pub fn default_policy(family: Family) -> Vec<PolicyRule> {
-    let rule = |priority: u32, table: &str| PolicyRule {
-        family,
-        priority,
-        not: false,
-        src: None,
-        dst: None,
-        input: None,
-        output: None,
-        fwmark: None,
-        proto: None,
-        sport: None,
-        dport: None,
-        action: PolicyAction::Table(table.to_owned()),
-        suppress_prefix: None,
-        unknown: Vec::new(),
-    };
-    let mut rules = vec![rule(0, "local"), rule(32766, "main")];
-    if family == Family::V4 {
-        rules.push(rule(32767, "default"));
-    }
-    rules
-}
-
 fn rule(raw: &mut Object, family: Family) -> Result<PolicyRule, String> {
     let src = network(raw, "src", "srclen")?;
     let dst = network(raw, "dst", "dstlen")?;
@@ -75,7 +49,8 @@ fn rule(raw: &mut Object, family: Family) -> Result<PolicyRule, String> {
         unknown: Vec::new(),
     };
     let left = raw.iter().filter(|(key, _)| !IRRELEVANT.contains(&key.as_str()));
-    Ok(PolicyRule { unknown: left.map(|(key, value)| selector(key, value)).collect(), ..rule })
+    let unknown = left.map(|(key, value)| selector(key, value)).collect::<Result<_, _>>()?;
+    Ok(PolicyRule { unknown, ..rule })
 }
 
 fn action(raw: &mut Object) -> Result<PolicyAction, String> {
@@ -98,12 +73,15 @@ fn action(raw: &mut Object) -> Result<PolicyAction, String> {
     })
 }
 
-fn selector(key: &str, value: &Value) -> String {
-    match value {
+fn selector(key: &str, value: &Value) -> Result<String, String> {
+    if key.contains(' ') {
+        return Err(format!("{key:?} is not a selector"));
+    }
+    Ok(match value {
         Value::Null => key.to_owned(),
         Value::String(value) => format!("{key} {value}"),
         value => format!("{key} {value}"),
-    }
+    })
 }
 
 fn string(raw: &mut Object, key: &str) -> Option<String> {
@@ -187,7 +165,7 @@ fn raw_rule(rule: &PolicyRule) -> Object {
         PolicyAction::Unreachable => put("action", "unreachable".into()),
         PolicyAction::Prohibit => put("action", "prohibit".into()),
         PolicyAction::Blackhole => put("action", "blackhole".into()),
-        PolicyAction::Nop => put("nop", Value::Null),
+        PolicyAction::Nop => put("action", "nop".into()),
     };
     if let Some(length) = rule.suppress_prefix {
         put("suppress_prefixlen", length.into());
@@ -212,6 +190,23 @@ mod tests {
 {"priority":18,"src":"all","fwmark":"0x7","table":"local"},{"priority":19,"src":"all","table":"main","suppress_ifgroup":"3"},
 {"priority":20,"src":"all","l3mdev":null,"table":"main"},{"priority":21,"src":"10.0.0.0","srclen":64,"table":"main"},
 {"priority":32767,"src":"all","table":"default"}]"#;
+
+    /// What is written says no more and no less, whatever else the rule has.
+    #[test]
+    fn odd_rules_are_written_as_they_were_read() {
+        let mut notes = Notes::new("ip-rule.json");
+        let text =
+            r#"[{"priority -- ":1,"table":"main"},{"action":"nop","goto":5},{"goto":5,"nop":null,"table":"main"}]"#;
+        let found = policy(text, Family::V4, &mut notes).unwrap();
+        assert_eq!(
+            notes.finish()[0].message.split(':').next(),
+            Some("element 1 left out (\"priority -- \" is not a selector)")
+        );
+        let actions: Vec<_> = found.iter().map(|rule| (&rule.action, rule.unknown.len())).collect();
+        assert_eq!(actions, [(&PolicyAction::Nop, 1), (&PolicyAction::Goto(5), 2)]);
+        let again = policy(&write_policy(&found), Family::V4, &mut Notes::new("again")).unwrap();
+        assert_eq!(again.iter().map(|rule| (&rule.action, rule.unknown.len())).collect::<Vec<_>>(), actions);
+    }
 
     #[test]
     fn reads_every_selector() {
