@@ -78,7 +78,7 @@ impl Run<'_> {
         walk.to_self = false;
         walk.output = walk.input.clone();
         let port = walk.phys_in.clone().unwrap_or_default();
-        if self.returns(walk) {
+        if walk.copied.is_none() && self.returns(walk) {
             match self.sim.config.link(&port).and_then(|link| link.hairpin) {
                 Some(true) => {}
                 Some(false) => {
