@@ -1,5 +1,6 @@
 //! The outside, turned into values: a node's state live or from a snapshot, the probe's events.
 
+pub mod attempt;
 mod attributes;
 pub mod conntrack;
 pub mod ctnetlink;

@@ -2,8 +2,9 @@
 
 use super::facts::{self, Source};
 use super::output::Colour;
-use anyhow::anyhow;
-use porttrace_user::core::matrix;
+use anyhow::{Context as _, anyhow};
+use porttrace_user::collect::attempt::attempt;
+use porttrace_user::core::matrix::{self, Matrix};
 use porttrace_user::core::world::World;
 use porttrace_user::render::matrix::{self as printed, Answer};
 use porttrace_user::render::ports::SCHEMA;
@@ -18,7 +19,9 @@ Examples:
   porttrace matrix svc/frontend --snapshot node.tar.zst
 
 Clients are examples of their kind: another node, a pod of this node, a pod elsewhere, a client outside (--from names it).
-What the client's own node decides first is marked ?, unless that is this node.")]
+What the client's own node decides first is marked ?, unless that is this node.
+
+--probe tries the rows of this node itself, and only what ends on this node; what was tried stands beside the prediction.")]
 pub struct Args {
     /// A port (9088, 53/udp), or an object (svc/NAME, pod/NAME)
     #[arg(value_name = "WHAT")]
@@ -31,6 +34,10 @@ pub struct Args {
     /// The client outside [default: an address for documentation, 192.0.2.1 or 2001:db8::1]
     #[arg(long, value_name = "ADDRESS")]
     from: Option<IpAddr>,
+
+    /// Really try what this node can originate: TCP connects or single UDP datagrams to its own workload
+    #[arg(long, conflicts_with = "snapshot")]
+    probe: bool,
 
     #[command(flatten)]
     source: Source,
@@ -51,7 +58,10 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let subject = facts::subject(&args.what, &args.namespace)?;
     let facts = args.source.load()?;
     let world = World::new(&facts);
-    let matrix = matrix::matrix(&world, subject, args.from).map_err(|why| anyhow!(why))?;
+    let mut matrix = matrix::matrix(&world, subject, args.from).map_err(|why| anyhow!(why))?;
+    if args.probe {
+        probe(&world, &mut matrix)?;
+    }
     let mut out = std::io::stdout().lock();
     if args.json {
         serde_json::to_writer(&mut out, &Answer { schema: SCHEMA, kind: "matrix", matrix: &matrix })?;
@@ -61,4 +71,20 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     }
     out.flush()?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Tries the cells of the rows that this node can originate, one after another.
+fn probe(world: &World<'_>, matrix: &mut Matrix) -> anyhow::Result<()> {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the event loop")?;
+    let Matrix { ways, rows, .. } = matrix;
+    for row in rows {
+        for (way, cell) in ways.iter().zip(&mut row.cells) {
+            let Some(cell) = cell else { continue };
+            if let Some(source) = matrix::probe_source(world, &row.client, way, &cell.reach) {
+                cell.tried = runtime.block_on(attempt(way.proto, source, way.to));
+            }
+        }
+    }
+    Ok(())
 }

@@ -163,6 +163,17 @@ pub fn cell(world: &World<'_>, client: &Client, way: &Way) -> Option<Cell> {
     Some(Cell { reach, tried: None })
 }
 
+/// The source from which this node may really try a way: only in its own rows, and only where nothing leaves the node but for
+/// a pod of its own.
+pub fn probe_source(world: &World<'_>, client: &Client, way: &Way, reach: &Reach) -> Option<IpAddr> {
+    let own = |address: IpAddr| world.facts.is_own(address) == Some(true) || world.behind(address).is_some();
+    let stays = reach.ends.iter().all(|end| own(end.ip()));
+    // Refused by a rule before it goes anywhere: the address itself must be the node's.
+    let known = !reach.ends.is_empty() || own(way.to.ip());
+    let ours = matches!(client.kind, ClientKind::ThisNode | ClientKind::ThisNodeLoopback);
+    (ours && stays && known).then(|| if way.to.ip().is_loopback() { way.to.ip() } else { client.address })
+}
+
 /// Ways that are decided on another machine first.
 fn elsewhere(world: &World<'_>, client: &Client, way: &Way) -> Option<Reach> {
     let unknown = |reason: String| Some(Reach { outcome: Outcome::Unknown, reason, rule: None, ends: Vec::new() });

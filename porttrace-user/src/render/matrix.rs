@@ -98,11 +98,10 @@ fn symbol(cell: &Cell, style: Style, reasons: &mut Vec<(String, String, Outcome)
         let _ = write!(text, "/{}", mark(style, tried.outcome));
         width += 2;
     }
-    let tried = cell
-        .tried
-        .as_ref()
-        .filter(|tried| tried.outcome != reach.outcome)
-        .map(|tried| format!("; but tried it is otherwise: {}", tried.text));
+    let tried = cell.tried.as_ref().filter(|tried| tried.outcome != reach.outcome).map(|tried| match tried.outcome {
+        Outcome::Unknown => format!("; tried: {}", tried.text),
+        _ => format!("; but tried it is otherwise: {}", tried.text),
+    });
     let key = (rule, format!("{}{}", reach.reason, tried.unwrap_or_default()), reach.outcome);
     let number = reasons.iter().position(|known| *known == key).unwrap_or_else(|| {
         reasons.push(key);
