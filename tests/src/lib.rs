@@ -10,4 +10,5 @@ pub mod oracle;
 pub mod peer;
 pub mod privilege;
 pub mod reload;
+pub mod runtime;
 pub mod watch;

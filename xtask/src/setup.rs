@@ -33,9 +33,22 @@ const LLVM: &str = "/usr/lib/llvm-22";
 const CORE_PACKAGES: [&str; 2] = ["rustc-web", "libstd-rust-web-dev-bpf"];
 const LINKER_PACKAGES: [&str; 7] =
     ["gcc", "g++", "llvm-22-dev", "libpolly-22-dev", "zlib1g-dev", "libzstd-dev", "libxml2-dev"];
-const LAB_PACKAGES: [&str; 8] =
-    ["iptables", "nftables", "conntrack", "ipset", "containernetworking-plugins", "iproute2", "procps", "sudo"];
-const VM_PACKAGES: [&str; 4] = ["qemu-system-x86", "busybox-static", "cpio", "kmod"];
+/// What compiles the container runtime's interface (crate k8s-cri).
+const PROTOC_PACKAGE: &str = "protobuf-compiler";
+const LAB_PACKAGES: [&str; 11] = [
+    "iptables",
+    "nftables",
+    "conntrack",
+    "ipset",
+    "containernetworking-plugins",
+    "iproute2",
+    "procps",
+    "sudo",
+    "containerd",
+    "runc",
+    "busybox-static",
+];
+const VM_PACKAGES: [&str; 3] = ["qemu-system-x86", "cpio", "kmod"];
 
 /// Installs what is missing and says what was there.
 pub fn main(args: &Args) -> Result<()> {
@@ -56,6 +69,7 @@ pub fn ensure(needs: Needs) -> Result<()> {
         let mut wanted: Vec<&str> = Vec::new();
         wanted.extend(core.is_none().then_some(CORE_PACKAGES).iter().flatten());
         wanted.extend((!linker).then_some(LINKER_PACKAGES).iter().flatten());
+        wanted.extend((!system::which("protoc")).then_some(PROTOC_PACKAGE));
         wanted.extend(needs.lab.then_some(LAB_PACKAGES).iter().flatten().filter(|package| !provided(package)));
         wanted.extend(needs.vm.then_some(VM_PACKAGES).iter().flatten());
         install(&wanted)?;
@@ -144,6 +158,7 @@ fn provided(package: &str) -> bool {
         }
         "iproute2" => system::which("ip"),
         "procps" => system::which("sysctl"),
+        "busybox-static" => system::which("busybox"),
         "nftables" => system::which("nft"),
         // Being root, nothing goes through sudo.
         "sudo" => system::is_root() || system::which("sudo"),
@@ -202,6 +217,9 @@ fn without_apt(missing: &[&str]) -> String {
     if missing.contains(&LINKER_PACKAGES[2]) {
         advice.push(format!("bpf-linker (`cargo install bpf-linker --version {LINKER_VERSION}`)"));
     }
+    if missing.contains(&PROTOC_PACKAGE) {
+        advice.push("protoc, the protocol buffers compiler".to_owned());
+    }
     let tools: Vec<&str> =
         missing.iter().copied().filter(|name| LAB_PACKAGES.contains(name) || VM_PACKAGES.contains(name)).collect();
     if !tools.is_empty() {
@@ -223,9 +241,10 @@ mod tests {
 
     #[test]
     fn advice_names_the_commands() {
-        let advice = without_apt(&["rustc-web", "llvm-22-dev", "ipset"]);
+        let advice = without_apt(&["rustc-web", "llvm-22-dev", "protobuf-compiler", "ipset"]);
         assert!(advice.contains("--component rust-src"), "{advice}");
         assert!(advice.contains("cargo install bpf-linker"), "{advice}");
+        assert!(advice.contains("protoc"), "{advice}");
         assert!(advice.contains("ipset"), "{advice}");
     }
 }

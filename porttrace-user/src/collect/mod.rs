@@ -2,9 +2,15 @@
 
 pub mod attempt;
 mod attributes;
+mod cni;
 pub mod conntrack;
+#[cfg(feature = "cri")]
+pub mod cri;
 pub mod ctnetlink;
 pub mod doctor;
+pub mod facts;
+mod host;
+pub mod kubernetes;
 pub mod links;
 pub mod live;
 pub mod netlink;

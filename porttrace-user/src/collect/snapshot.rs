@@ -10,7 +10,7 @@ use std::path::{Component, Path, PathBuf};
 use thiserror::Error;
 
 /// The files that make up a snapshot; others in a directory or archive are passed over.
-pub const NAMES: [&str; 31] = [
+pub const NAMES: [&str; 32] = [
     "snapshot.json",
     "iptables-save.txt",
     "iptables-legacy-save.txt",
@@ -41,6 +41,7 @@ pub const NAMES: [&str; 31] = [
     "uname.txt",
     "cluster.json",
     "cri.json",
+    "netns.json",
     "cni-results.json",
 ];
 

@@ -1,8 +1,9 @@
 //! Where facts come from: this node, or a snapshot; and Kubernetes objects from files beside them.
 
 use super::Usage;
+use super::sources::Sources;
 use anyhow::{Context, bail};
-use porttrace_user::collect::{live, pods, snapshot};
+use porttrace_user::collect::{facts, live, snapshot};
 use porttrace_user::core::model::cluster::{ObjectName, Part};
 use porttrace_user::core::model::facts::Facts;
 use porttrace_user::core::parse::{self, Files};
@@ -13,7 +14,7 @@ use std::path::{Path, PathBuf};
 /// Objects from files may be this large together with the rest; those of a large cluster take some ten MB.
 const LARGEST: u64 = 256 << 20;
 
-/// `--snapshot`, `--objects`.
+/// `--snapshot`, `--objects`, and whom to ask on a live node.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Facts")]
 pub struct Source {
@@ -25,6 +26,9 @@ pub struct Source {
     /// input
     #[arg(long, value_name = "FILE", num_args = 1..)]
     objects: Vec<PathBuf>,
+
+    #[command(flatten)]
+    sources: Sources,
 }
 
 impl Source {
@@ -35,16 +39,18 @@ impl Source {
     pub fn load(&self) -> anyhow::Result<Facts> {
         let mut files = match &self.snapshot {
             Some(path) => snapshot::read_files(path)?,
-            None => live::collect(live::Options { processes: true, conntrack: true, report: true }).files,
+            None => {
+                let node = live::Options { processes: true, conntrack: true, report: true };
+                // Objects from files stand for what the API would say.
+                let without_api = !self.objects.is_empty();
+                facts::collect(&facts::Options { without_api, ..self.sources.options(node) }).files
+            }
         };
         self.add_objects(&mut files)?;
         let mut facts = parse::facts(&files);
-        if self.snapshot.is_none() {
-            look_into_pods(&mut facts);
-            // `nft` is asked only where there are native rules.
-            if facts.native.known().is_none() && nix::unistd::geteuid().is_root() {
-                facts.native = Part::Known(Vec::new());
-            }
+        // `nft` is asked only where there are native rules.
+        if self.snapshot.is_none() && facts.native.known().is_none() && nix::unistd::geteuid().is_root() {
+            facts.native = Part::Known(Vec::new());
         }
         name_node(&mut facts);
         Ok(facts)
@@ -62,14 +68,6 @@ impl Source {
         }
         Ok(())
     }
-}
-
-fn look_into_pods(facts: &mut Facts) {
-    facts.listeners = if nix::unistd::geteuid().is_root() {
-        Part::Known(pods::read())
-    } else {
-        Part::Missing("only root may look into the pods' network namespaces".to_owned())
-    };
 }
 
 /// The node's name in Kubernetes: NODE_NAME, else the Node with this name, else the one with this node's addresses.

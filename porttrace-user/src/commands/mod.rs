@@ -9,6 +9,7 @@ pub mod output;
 pub mod ports;
 pub mod simulate;
 pub mod snapshot;
+pub mod sources;
 pub mod watch;
 
 use crate::cli::Command;

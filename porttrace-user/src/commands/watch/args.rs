@@ -1,6 +1,7 @@
 //! The arguments of `porttrace watch`.
 
 use crate::commands::output::Colour;
+use crate::commands::sources::Sources;
 use clap::ValueEnum;
 use std::time::Duration;
 
@@ -56,6 +57,9 @@ pub struct Args {
 
     #[command(flatten)]
     pub colour: Colour,
+
+    #[command(flatten)]
+    pub sources: Sources,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

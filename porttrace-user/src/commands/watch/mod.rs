@@ -2,6 +2,7 @@
 
 pub mod args;
 mod output;
+mod pods;
 mod rules;
 mod session;
 

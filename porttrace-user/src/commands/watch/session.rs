@@ -2,10 +2,11 @@
 
 use super::args::{Args, BackendChoice, ProtoChoice};
 use super::output::{Clock, Events, Printer};
+use super::pods::Pods;
 use super::rules::Rules;
 use anyhow::Context as _;
 use porttrace_ebpf::Kind;
-use porttrace_user::collect::pods;
+use porttrace_user::collect::live;
 use porttrace_user::collect::probe::{Backend, ConntrackBackend, Lost, Probe, ProbeConfig, ProbeInfo, Protos, TcMode};
 use porttrace_user::core::correlate::flow::Flow;
 use porttrace_user::core::correlate::fold::Mode;
@@ -15,7 +16,6 @@ use porttrace_user::core::correlate::{Correlator, Limits, Update};
 use porttrace_user::core::kube::targets::nat_targets;
 use porttrace_user::core::model::event::Event;
 use porttrace_user::core::model::interfaces::Interfaces;
-use porttrace_user::core::model::pods::PodSockets;
 use porttrace_user::core::model::trace::{Packet, Trace};
 use porttrace_user::render::watch::header::{Header, count};
 use porttrace_user::render::watch::{Context, Report};
@@ -47,7 +47,7 @@ pub async fn run(args: &Args) -> anyhow::Result<bool> {
     let limits = Limits { silence_ns: nanoseconds(args.timeout), ..Limits::default() };
     let correlator = Correlator::new(args.ports.iter().copied(), limits.clone());
     let interfaces = interfaces_of(&probe);
-    let pods = Pods::default();
+    let pods = Pods::follow(args.sources.options(live::Options::default()));
     let mut session = Session {
         args,
         probe,
@@ -98,13 +98,6 @@ struct Session<'a> {
     events: u64,
     lost: Lost,
     evicted: u64,
-}
-
-/// What listens inside the pods, read when a refusal asks for it.
-#[derive(Default)]
-struct Pods {
-    sockets: PodSockets,
-    read_at: Option<Instant>,
 }
 
 impl Session<'_> {
@@ -200,14 +193,15 @@ impl Session<'_> {
             story = tell(&flow, self.predict(&flow).as_ref(), &self.interfaces, all);
         }
         let outcome = judge(&flow, &self.interfaces);
-        if matches!(outcome, Outcome::Refused { by: Refuser::Behind { .. }, .. }) {
-            self.pods.refresh().await;
+        if let Outcome::Refused { by: Refuser::Behind { .. }, from, .. } = outcome {
+            self.pods.refresh(from.ip()).await;
         }
         let drop_reasons = self.drop_reasons(&flow);
         let context = Context {
             interfaces: &self.interfaces,
             owners: &self.rules.owners,
             pods: &self.pods.sockets,
+            workloads: &self.pods.workloads,
             drop_reasons: &drop_reasons,
             silence_ns: self.limits.silence_ns,
         };
@@ -235,7 +229,7 @@ impl Session<'_> {
         if !self.probe.link_changes().is_empty() {
             self.interfaces = interfaces_of(&self.probe);
             self.rules.expect_changes();
-            self.pods.read_at = None;
+            self.pods.expect_changes();
         }
     }
 
@@ -297,21 +291,6 @@ impl Session<'_> {
         let events = Events { received: self.events, lost: self.lost.ring_full + self.lost.conntrack_full };
         self.printer.summary(nanoseconds(started.elapsed()), events, &lost)?;
         Ok(!lost.is_empty())
-    }
-}
-
-impl Pods {
-    /// Sockets are read again when they are older than this.
-    const FRESH: Duration = Duration::from_secs(2);
-
-    async fn refresh(&mut self) {
-        if self.read_at.is_some_and(|at| at.elapsed() < Self::FRESH) {
-            return;
-        }
-        if let Ok(sockets) = tokio::task::spawn_blocking(pods::read).await {
-            self.sockets = sockets;
-        }
-        self.read_at = Some(Instant::now());
     }
 }
 

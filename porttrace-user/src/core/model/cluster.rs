@@ -79,6 +79,20 @@ pub struct Cluster {
     pub pods_of: Option<String>,
 }
 
+impl Cluster {
+    /// Nothing is known, for this reason.
+    pub fn missing(why: &str) -> Self {
+        let why = || why.to_owned();
+        Self {
+            services: Part::Missing(why()),
+            slices: Part::Missing(why()),
+            pods: Part::Missing(why()),
+            nodes: Part::Missing(why()),
+            pods_of: None,
+        }
+    }
+}
+
 /// `namespace/name`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ObjectName {
@@ -262,7 +276,9 @@ pub struct Sandbox {
     pub pod_uid: String,
     /// `SANDBOX_READY`; a sandbox that is not ready has no network any more.
     pub ready: bool,
-    /// Path of its network namespace; `None`: the node's own.
+    /// It shares the node's network namespace.
+    pub host_network: bool,
+    /// Path of its own network namespace, where the runtime tells it.
     pub netns: Option<String>,
     pub ips: Vec<IpAddr>,
     pub containers: Vec<Container>,

@@ -66,6 +66,26 @@ impl Facts {
         self.cluster.pods.iter().find(|pod| !pod.host_network && pod.ips.contains(&address))
     }
 
+    /// Why those parts that Kubernetes and the container runtime tell are missing, each reason once.
+    pub fn missing(&self) -> Vec<&str> {
+        let Cluster { services, slices, pods, nodes, .. } = &self.cluster;
+        let parts = [
+            services.get().err(),
+            slices.get().err(),
+            pods.get().err(),
+            nodes.get().err(),
+            self.sandboxes.get().err(),
+            self.listeners.get().err(),
+        ];
+        let mut reasons: Vec<&str> = Vec::new();
+        for why in parts.into_iter().flatten() {
+            if !reasons.contains(&why) {
+                reasons.push(why);
+            }
+        }
+        reasons
+    }
+
     /// The sandbox with this address.
     pub fn sandbox_at(&self, address: IpAddr) -> Option<&Sandbox> {
         self.sandboxes.iter().find(|sandbox| sandbox.ready && sandbox.ips.contains(&address))

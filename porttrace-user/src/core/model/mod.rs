@@ -11,3 +11,4 @@ pub mod pods;
 pub mod rules;
 pub mod state;
 pub mod trace;
+pub mod workloads;

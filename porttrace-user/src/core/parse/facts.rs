@@ -20,6 +20,7 @@ use std::net::IpAddr;
 /// - `cluster.json`: the same, as porttrace keeps them;
 /// - `cri.json`: the container runtime's sandboxes, as porttrace keeps them;
 /// - `netns/NAME/state.json`: addresses (`addr`, as `ip -j addr`) and listening sockets (`listen`, the columns of `ss`) of a pod;
+///   `netns.json`: whether they could be looked into;
 /// - `cni-results.json`: what CNI ADD returned for each pod; `kube-proxy-config.json`.
 pub fn facts(files: &Files) -> Facts {
     let mut facts = Facts { state: state(files), ..Facts::default() };
@@ -65,7 +66,7 @@ impl<'a> Reader<'a> {
         if self.files.contains_key("cluster.json") {
             return match self.own::<Cluster>("cluster.json", "") {
                 Part::Known(cluster) => cluster,
-                Part::Missing(why) => Objects::default().cluster(&why),
+                Part::Missing(why) => Cluster::missing(&why),
             };
         }
         let mut objects = Objects::default();
@@ -91,9 +92,11 @@ impl<'a> Reader<'a> {
             self.diagnostics.extend(notes.finish());
         }
         if any {
-            Part::Known(pods)
-        } else {
-            Part::Missing("nobody looked into the pods' network namespaces".to_owned())
+            return Part::Known(pods);
+        }
+        match self.own::<()>("netns.json", "nobody looked into the pods' network namespaces") {
+            Part::Known(()) => Part::Known(pods),
+            Part::Missing(why) => Part::Missing(why),
         }
     }
 

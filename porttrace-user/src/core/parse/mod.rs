@@ -1,6 +1,7 @@
 //! Text to model. A line that is not understood becomes a diagnostic; the rest is kept.
 
 pub mod conntrack;
+pub mod cri;
 mod facts;
 pub mod iproute;
 pub mod ipset;

@@ -3,6 +3,7 @@
 pub mod block;
 pub mod header;
 pub mod json;
+mod listener;
 pub mod words;
 
 use crate::core::correlate::flow::Flow;
@@ -11,6 +12,7 @@ use crate::core::correlate::story::Story;
 use crate::core::kube::owners::Owners;
 use crate::core::model::interfaces::Interfaces;
 use crate::core::model::pods::PodSockets;
+use crate::core::model::workloads::Workloads;
 use std::collections::BTreeMap;
 
 /// What the printer knows besides the connection itself.
@@ -21,6 +23,8 @@ pub struct Context<'a> {
     pub owners: &'a Owners,
     /// What listens inside this node's pods.
     pub pods: &'a PodSockets,
+    /// Who these pods are, where Kubernetes or the container runtime told it.
+    pub workloads: &'a Workloads,
     /// `enum skb_drop_reason` of the running kernel.
     pub drop_reasons: &'a BTreeMap<u32, String>,
     /// The silence after which a connection was judged, nanoseconds.

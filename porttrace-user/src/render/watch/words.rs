@@ -1,5 +1,6 @@
 //! The words of the live log: verdict sentences, packet labels, durations, sizes.
 
+use super::listener::no_listener;
 use super::{Context, Report};
 use crate::core::correlate::flow::{ACK, FIN, RST, SYN};
 use crate::core::correlate::judge::{Outcome, Reached, Refusal, Refuser};
@@ -127,42 +128,6 @@ fn refused(by: Refuser, from: SocketAddr, how: Refusal, after: &str, report: &Re
             _ if is_port_refusal(how) => format!("refused by this node ({answer}{after}): nothing listens on {from}"),
             _ => format!("refused by this node ({answer}{after})"),
         },
-    }
-}
-
-/// Why a host that was reached refuses a port: from the sockets inside the pod where they could be read, else from what
-/// Services use of the same pod.
-fn no_listener(from: SocketAddr, report: &Report, context: &Context<'_>) -> String {
-    let (proto, port) = (report.flow.original.proto, from.port());
-    if context.pods.only_on_loopback(proto, from.ip(), port) {
-        return format!(": its {proto} port {port} is bound to the pod's loopback address only");
-    }
-    match (context.pods.listens(proto, from.ip(), port), context.pods.ports(proto, from.ip())) {
-        (Some(true), _) => format!(", though something listens on {proto} port {port} there now"),
-        (Some(false), Some(ports)) if ports.is_empty() => format!(": nothing listens there on any {proto} port"),
-        (Some(false), Some(ports)) => {
-            let said: Vec<String> =
-                ports.iter().take(4).map(|(port, process)| port_and_process(*port, *process)).collect();
-            format!(": nothing listens on {proto} port {port} there, but on {}", said.join(", "))
-        }
-        _ => {
-            let served = context.owners.served_ports(proto, from.ip());
-            let others = served.iter().filter(|(other, _)| *other != port).take(3);
-            let said: Vec<String> = others.map(|(port, service)| format!("port {port} ({service})")).collect();
-            let hint = if said.is_empty() {
-                String::new()
-            } else {
-                format!("; Services reach that pod on {}", said.join(", "))
-            };
-            format!(": nothing seems to listen on {proto} port {port} there{hint}")
-        }
-    }
-}
-
-fn port_and_process(port: u16, process: Option<&str>) -> String {
-    match process {
-        Some(process) => format!("{port} ({process})"),
-        None => port.to_string(),
     }
 }
 

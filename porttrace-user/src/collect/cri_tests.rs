@@ -1,0 +1,67 @@
+use super::*;
+use std::time::Instant as Clock;
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixListener;
+
+/// How long reading may take when somebody hangs, on a busy machine.
+const SOON: Duration = Duration::from_secs(4);
+
+async fn why(socket: &Path) -> String {
+    match read(Some(socket)).await {
+        Part::Missing(why) => why,
+        Part::Known(sandboxes) => panic!("nobody could have said {sandboxes:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_runtime_that_hangs_costs_little_and_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("hung.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let start = Clock::now();
+    let why = why(&path).await;
+    assert!(why.contains(path.to_str().unwrap()) && why.contains("did not answer Version in time"), "{why}");
+    assert!(start.elapsed() >= PATIENCE && start.elapsed() < SOON, "{:?}", start.elapsed());
+    drop(listener);
+}
+
+#[tokio::test]
+async fn whoever_speaks_no_grpc_or_hangs_up_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, words) in [("http.sock", &b"HTTP/1.1 400 Bad Request\r\n\r\n"[..]), ("mute.sock", b"")] {
+        let path = folder.path().join(name);
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                // The other side may be gone already.
+                let _ = stream.write_all(words).await;
+            }
+        });
+        let why = why(&path).await;
+        assert!(why.contains(path.to_str().unwrap()), "{why}");
+        assert_eq!(why.lines().count(), 1, "{why}");
+        server.abort();
+    }
+}
+
+#[tokio::test]
+async fn sockets_that_are_not_there_are_said_in_one_sentence() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("none.sock");
+    assert!(why(&path).await.ends_with("none.sock: there is no such socket"), "{}", why(&path).await);
+    let url = format!("unix://{}", path.display());
+    assert!(why(Path::new(&url)).await.ends_with("none.sock: there is no such socket"));
+    drop(UnixListener::bind(&path).unwrap());
+    assert!(why(&path).await.ends_with("none.sock: nobody listens there"), "{}", why(&path).await);
+}
+
+#[test]
+fn an_image_is_found_by_its_id_or_else_by_what_there_is() {
+    let image = v1::ImageSpec { image: "docker.io/library/nginx:1".to_owned(), ..v1::ImageSpec::default() };
+    let mut container = v1::Container { image: Some(image), ..v1::Container::default() };
+    assert_eq!(image_id(&container), "docker.io/library/nginx:1");
+    container.image_ref = "sha256:aa".to_owned();
+    assert_eq!(image_id(&container), "sha256:aa");
+    container.image_id = "bb".to_owned();
+    assert_eq!(image_id(&container), "bb");
+}

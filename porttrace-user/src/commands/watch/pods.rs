@@ -1,0 +1,107 @@
+//! What is known of the pods that refuse connections: what listens in them, who they are, what their images expose.
+
+use porttrace_user::collect::kubernetes::{ApiError, Watch};
+use porttrace_user::collect::{facts, pods};
+use porttrace_user::core::model::cluster::{Cluster, Part, Sandbox};
+use porttrace_user::core::model::pods::PodSockets;
+use porttrace_user::core::model::workloads::Workloads;
+use std::net::IpAddr;
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::Instant;
+
+/// Read when a refusal asks for it, and kept for a moment.
+pub struct Pods {
+    pub sockets: PodSockets,
+    pub workloads: Workloads,
+    options: facts::Options,
+    read_at: Option<Instant>,
+    sandboxes: Part<Vec<Sandbox>>,
+    asked_at: Option<Instant>,
+    api: Following,
+}
+
+/// The local copy of what the Kubernetes API says.
+enum Following {
+    Starting(JoinHandle<Result<Watch, ApiError>>),
+    Running(Box<Watch>),
+    Nothing,
+}
+
+impl Pods {
+    /// Sockets are read again when they are older than this.
+    const FRESH: Duration = Duration::from_secs(2);
+    /// A container runtime that did not answer is left alone for this long: a refusal waits for the answer.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// Starts following the Kubernetes API, where there is one; nothing waits for it.
+    pub fn follow(options: facts::Options) -> Self {
+        let asked = options.clone();
+        // Credentials may come from a program, which nobody here may wait for.
+        let starting =
+            spawn_blocking(move || Handle::current().block_on(Watch::start(facts::kubernetes_options(&asked))));
+        Self {
+            sockets: PodSockets::default(),
+            workloads: Workloads::default(),
+            options,
+            read_at: None,
+            sandboxes: Part::default(),
+            asked_at: None,
+            api: Following::Starting(starting),
+        }
+    }
+
+    /// Pods may have come or gone: what was read is old.
+    pub fn expect_changes(&mut self) {
+        self.read_at = None;
+    }
+
+    /// Brings up to date what is known of the pod with this address.
+    pub async fn refresh(&mut self, address: IpAddr) {
+        let is_fresh = |at: Option<Instant>, age| at.is_some_and(|at| at.elapsed() < age);
+        if is_fresh(self.read_at, Self::FRESH) {
+            return;
+        }
+        let known = self.sandboxes.known().map(Vec::as_slice).unwrap_or_default();
+        let knows = known.iter().any(|sandbox| sandbox.ready && sandbox.ips.contains(&address));
+        let age = if self.sandboxes.known().is_some() { Self::FRESH } else { Self::PATIENCE };
+        let asks = !knows && !is_fresh(self.asked_at, age);
+        let (options, known) = (self.options.clone(), self.sandboxes.clone());
+        let reading = spawn_blocking(move || {
+            let sandboxes = if asks { facts::sandboxes(&options) } else { known };
+            let namespaces = pods::namespaces(sandboxes.known().map(Vec::as_slice).unwrap_or_default());
+            (sandboxes, namespaces)
+        });
+        if let Ok((sandboxes, namespaces)) = reading.await {
+            self.sandboxes = sandboxes;
+            self.sockets = pods::sockets(&namespaces);
+        }
+        let now = Instant::now();
+        self.read_at = Some(now);
+        if asks {
+            self.asked_at = Some(now);
+        }
+        let cluster = self.cluster().await;
+        if asks || cluster.is_some() {
+            self.workloads = Workloads::new(&cluster.unwrap_or_default(), &self.sandboxes);
+        }
+    }
+
+    /// What the API says; nothing when it says nothing.
+    async fn cluster(&mut self) -> Option<Cluster> {
+        if let Following::Starting(starting) = &mut self.api {
+            if !starting.is_finished() {
+                return None;
+            }
+            self.api = match starting.await {
+                Ok(Ok(watch)) => Following::Running(Box::new(watch)),
+                _ => Following::Nothing,
+            };
+        }
+        match &self.api {
+            Following::Running(watch) => Some(watch.cluster()),
+            _ => None,
+        }
+    }
+}
