@@ -4,6 +4,7 @@ use crate::emit::{body, describe_packet, reserve, submit};
 use crate::flow::is_watched;
 use crate::maps::{TRACKED, is_seen, netns, offset, set_seen, track};
 use crate::packet::{NO_TUPLE, Packet};
+use crate::route::describe_route;
 use crate::skb::{
     Access as _, CONFIRMED, DST_NAT, DYING, SRC_NAT, Typed, Untyped, conntrack_netns, conntrack_of, copy_tuple,
     describe_conntrack, id_of, ifindex_of, may_open, original_ports, packet_of, peek, status_of,
@@ -180,6 +181,10 @@ fn emit_hook(at: &NfContext, ct: u64, info: u64, kind: Kind, packet: &Packet) {
     event.hook = Typed::read(state + offset!(state_hook));
     event.ifindex = ifindex_of::<Typed>(Typed::read(state + offset!(state_in)));
     event.out_ifindex = ifindex_of::<Typed>(Typed::read(state + offset!(state_out)));
+    // Before, there is no route yet, or one that DNAT may change.
+    if matches!(kind, Kind::LocalIn | Kind::AfterSnat) {
+        describe_route::<Typed>(event, skb);
+    }
     submit(entry);
 }
 
@@ -194,6 +199,7 @@ fn emit_entry(kind: Kind, ct: u64, skb: u64, reason: u32) {
         let mut packet = Packet::ZERO;
         if packet_of::<Untyped>(skb, &mut packet) {
             describe_packet(event, &packet);
+            describe_route::<Untyped>(event, skb);
         }
         event.mark = peek(skb + offset!(skb_mark));
     }

@@ -5,7 +5,7 @@
 #![no_std]
 
 /// Layout version of [`Event`]; stands in every event and in every recording.
-pub const WIRE_VERSION: u8 = 1;
+pub const WIRE_VERSION: u8 = 2;
 
 /// A protocol, two addresses, two ports: one direction of a connection, as `nf_conntrack_tuple` has it.
 ///
@@ -107,11 +107,13 @@ pub struct Event {
     /// The entry's tuples at this point (`tuplehash[0]`, `tuplehash[1]`).
     pub original: WireTuple,
     pub reply: WireTuple,
+    /// The gateway of the route that the kernel took, filled as `next_hop_family` says.
+    pub next_hop: [u8; 16],
     /// Network namespace inode number.
     pub netns: u32,
     /// Interface of the sighting; in a NETFILTER event the input interface (0: none).
     pub ifindex: u32,
-    /// Output interface in a NETFILTER event (0: none or not yet known).
+    /// Output interface in a NETFILTER event (0: none or not yet known), and with a unicast route in [`Kind::Confirmed`].
     pub out_ifindex: u32,
     /// `skb->mark`.
     pub mark: u32,
@@ -140,7 +142,12 @@ pub struct Event {
     pub icmp_code: u8,
     /// [`WIRE_VERSION`].
     pub version: u8,
-    pub pad: [u8; 4],
+    /// The route that the kernel took for the packet: `RTN_*` (include/uapi/linux/rtnetlink.h); 0: not told. In events of LOCAL_IN
+    /// and POSTROUTING, and in [`Kind::Confirmed`].
+    pub route_type: u8,
+    /// 4 or 6: the route leads by a gateway, which need not be of the packet's family; 0: it does not.
+    pub next_hop_family: u8,
+    pub pad: [u8; 2],
 }
 
 /// What the kernel side knows of one tuple of a watched connection: the value of map `TRACKED`, whose key is a [`WireTuple`].
@@ -231,9 +238,17 @@ pub struct Offsets {
     pub dev_net: u32,
     pub sock_net: u32,
     pub dst_dev: u32,
+    pub dst_flags: u32,
     pub state_hook: u32,
     pub state_in: u32,
     pub state_out: u32,
+    /// Of `struct rtable`; 0: this kernel's IPv4 routes are not told.
+    pub rt_type: u32,
+    pub rt_gw_family: u32,
+    pub rt_gw: u32,
+    /// Of `struct rt6_info`; 0: this kernel's IPv6 routes are not told.
+    pub rt6_flags: u32,
+    pub rt6_gateway: u32,
 }
 
 /// Number of words in [`Offsets`].
@@ -255,6 +270,6 @@ const fn zeroed_offsets() -> Offsets {
 }
 
 const _: () = assert!(size_of::<WireTuple>() == 40);
-const _: () = assert!(size_of::<Event>() == 208);
+const _: () = assert!(size_of::<Event>() == 224);
 const _: () = assert!(size_of::<Track>() == 40);
 const _: () = assert!(size_of::<Predicted>() == 20);

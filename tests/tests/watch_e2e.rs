@@ -78,6 +78,11 @@ impl Scene {
         told.nat_is_what_conntrack_and_server_saw();
         told.rules_are_those_of_the_kernel();
         told.verdict_is_right();
+        if told.answer.result == Outcome::Ok {
+            let routes =
+                self.lab.node(NodeName::Worker3).exec(["ip", "-j", "route", "get", &told.entry.reply.src.to_string()]);
+            told.route_is_that_of_the_kernel(&serde_json::from_str::<Value>(&routes.unwrap()).unwrap()[0]);
+        }
         told.entry.reply.source()
     }
 }
@@ -126,6 +131,18 @@ impl Told {
         let missing: Vec<_> = kernel.difference(&predicted).collect();
         if !wrong.is_empty() || !missing.is_empty() || kernel.is_empty() {
             self.fail(&format!("watch names {wrong:?}, which the kernel does not, and leaves out {missing:?}"));
+        }
+    }
+
+    /// The route hop was seen, and is what `ip route get` says of the destination.
+    fn route_is_that_of_the_kernel(&self, kernel: &Value) {
+        let Some(hop) = self.watch.hops.iter().rfind(|hop| hop["kind"] == "route") else {
+            self.fail("no route is told")
+        };
+        let taken = &hop["taken"];
+        let seen = [&taken["interface"], &taken["gateway"]] == [&kernel["dev"], &kernel["gateway"]];
+        if hop["certainty"] != "both" || !(seen || taken["kind"] == "local" && kernel["type"] == "local") {
+            self.fail(&format!("the route is not the kernel's: {kernel}"));
         }
     }
 

@@ -7,4 +7,5 @@ mod loss;
 mod path;
 mod programs;
 mod refusal;
+mod routes;
 mod world;

@@ -209,6 +209,7 @@ impl Hold {
             netns: self.netns,
             ifindex: 0,
             out_ifindex: 0,
+            route: None,
             hook: 0,
             mark: 0,
             reason: 0,

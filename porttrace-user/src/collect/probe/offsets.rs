@@ -9,7 +9,7 @@ use thiserror::Error;
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 const MODULE: &str = "/sys/kernel/btf/nf_conntrack";
 
-const WANTED: [&str; 17] = [
+const WANTED: [&str; 19] = [
     "btf_trace_kfree_skb",
     "btf_trace_tcp_send_reset",
     "dst_entry",
@@ -22,6 +22,8 @@ const WANTED: [&str; 17] = [
     "nf_ct_ext_id",
     "nf_hook_state",
     "ns_common",
+    "rt6_info",
+    "rtable",
     "sk_buff",
     "sk_rst_reason",
     "skb_drop_reason",
@@ -77,6 +79,8 @@ fn offsets(btf: &Btf<'_>) -> Result<Offsets, OffsetsError> {
         btf.offset(structure, member).ok_or(OffsetsError::Missing { structure, member })
     };
     check_tuple(btf)?;
+    let [rt_type, rt_gw_family, rt_gw] = all_of(btf, "rtable", ["rt_type", "rt_gw_family", "rt_gw4"]);
+    let [rt6_flags, rt6_gateway] = all_of(btf, "rt6_info", ["rt6i_flags", "rt6i_gateway"]);
     Ok(Offsets {
         skb_dev: of("sk_buff", "dev")?,
         skb_sk: of("sk_buff", "sk")?,
@@ -105,10 +109,22 @@ fn offsets(btf: &Btf<'_>) -> Result<Offsets, OffsetsError> {
         dev_net: of("net_device", "nd_net")?,
         sock_net: of("sock", "__sk_common")? + of("sock_common", "skc_net")?,
         dst_dev: of("dst_entry", "dev")?,
+        dst_flags: of("dst_entry", "flags")?,
         state_hook: of("nf_hook_state", "hook")?,
         state_in: of("nf_hook_state", "in")?,
         state_out: of("nf_hook_state", "out")?,
+        rt_type,
+        rt_gw_family,
+        rt_gw,
+        rt6_flags,
+        rt6_gateway,
     })
+}
+
+/// Offsets of all these members, or zeros when one is missing.
+fn all_of<const N: usize>(btf: &Btf<'_>, structure: &str, members: [&str; N]) -> [u32; N] {
+    let found = members.map(|member| btf.offset(structure, member));
+    if found.iter().all(Option::is_some) { found.map(Option::unwrap_or_default) } else { [0; N] }
 }
 
 /// The kernel side reads a tuple as one block of 40 bytes: it must be the block that it thinks it is.

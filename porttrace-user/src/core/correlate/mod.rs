@@ -8,6 +8,7 @@
 pub mod flow;
 pub mod fold;
 pub mod judge;
+pub mod route;
 pub mod story;
 
 use crate::core::model::event::Event;

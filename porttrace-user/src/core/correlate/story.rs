@@ -1,12 +1,11 @@
 //! One connection told: what was observed, joined with what the rules predict.
 
 use super::flow::{Flow, Way};
+use super::route::{self, Taken};
 use crate::core::model::flow::Tuple;
 use crate::core::model::interfaces::Interfaces;
 use crate::core::model::name::{Name, Text};
-use crate::core::model::trace::{
-    Action, Because, Branch, Flavour, Fraction, Hook, Hop, Manip, Route, RouteKind, RuleRef, Trace,
-};
+use crate::core::model::trace::{Action, Because, Branch, Flavour, Fraction, Hook, Hop, Manip, Route, RuleRef, Trace};
 use porttrace_ebpf::Kind;
 
 /// Where a line of the story comes from.
@@ -56,7 +55,12 @@ pub enum What {
         before: Tuple,
         after: Tuple,
     },
-    Route(Route),
+    /// The decision that the node's routes predict, and what the packet showed of it: `None` where nothing did. The two are alike
+    /// where nothing was predicted.
+    Route {
+        route: Route,
+        taken: Option<Taken>,
+    },
     /// The kernel dropped the packet (`enum skb_drop_reason`).
     Drop {
         way: Way,
@@ -113,7 +117,8 @@ pub struct Story {
 
 /// Tells `flow` against `trace`. `all` keeps rules without effect and every packet.
 pub fn tell(flow: &Flow, trace: Option<&Trace>, interfaces: &Interfaces, all: bool) -> Story {
-    let branch = trace.and_then(|trace| choose(flow, trace));
+    let taken = Taken::of(flow, interfaces);
+    let branch = trace.and_then(|trace| choose(flow, trace, taken.as_ref()));
     let disagrees = flow.reply.is_some() && branch.is_none() && trace.is_some_and(|trace| !trace.branches.is_empty());
     let mut lines = Vec::new();
     let mut seen = observed(flow, all).into_iter().peekable();
@@ -127,21 +132,31 @@ pub fn tell(flow: &Flow, trace: Option<&Trace>, interfaces: &Interfaces, all: bo
         None => {}
     }
     match (branch, trace) {
-        (Some(branch), _) => lines.extend(predicted(flow, branch, interfaces, all)),
-        (None, Some(trace)) if disagrees => lines.extend(disagreement(flow, trace)),
+        (Some(branch), _) => lines.extend(predicted(flow, branch, taken.as_ref(), interfaces, all)),
+        (None, Some(trace)) if disagrees => {
+            lines.extend(disagreement(flow, trace));
+            lines.extend(taken.map(Taken::line));
+        }
         (None, Some(trace)) if !flow.joined_late => lines.push(note(format!(
             "one of {} ways that the rules allow; which one was not observed",
             trace.branches.len()
         ))),
-        _ => lines.extend(rewrites(flow, Certainty::Observed)),
+        _ => {
+            lines.extend(rewrites(flow, Certainty::Observed));
+            lines.extend(taken.map(Taken::line));
+        }
     }
     lines.extend(seen);
     Story { lines, branch: branch.cloned(), disagrees }
 }
 
-/// The branch that did what conntrack says was done; without conntrack the only branch, or the one that fits a sighting.
-fn choose<'t>(flow: &Flow, trace: &'t Trace) -> Option<&'t Branch> {
-    let by_probability = |a: &&Branch, b: &&Branch| a.probability.as_f64().total_cmp(&b.probability.as_f64());
+/// The branch that did what conntrack says was done (where several did, the one whose route was taken); without conntrack the
+/// only branch, or the one that fits a sighting.
+fn choose<'t>(flow: &Flow, trace: &'t Trace, taken: Option<&Taken>) -> Option<&'t Branch> {
+    let routed = |branch: &Branch| taken.is_some_and(|taken| taken.ends(branch));
+    let by_probability = |a: &&Branch, b: &&Branch| {
+        routed(a).cmp(&routed(b)).then(a.probability.as_f64().total_cmp(&b.probability.as_f64()))
+    };
     if let Some(reply) = flow.reply {
         return trace
             .branches
@@ -271,7 +286,7 @@ fn time_of(flow: &Flow, manip: Manip) -> Option<u64> {
 }
 
 /// The hops of a branch as lines: rule paths folded to what acted, rewrites held against conntrack.
-fn predicted(flow: &Flow, branch: &Branch, interfaces: &Interfaces, all: bool) -> Vec<Line> {
+fn predicted(flow: &Flow, branch: &Branch, taken: Option<&Taken>, interfaces: &Interfaces, all: bool) -> Vec<Line> {
     let mut lines: Vec<Line> = Vec::new();
     let mut stack: Vec<RuleStep> = Vec::new();
     let mut at: Option<(Hook, Name)> = None;
@@ -313,10 +328,9 @@ fn predicted(flow: &Flow, branch: &Branch, interfaces: &Interfaces, all: bool) -
             Hop::Route { decision } => {
                 // What was routed before DNAT in OUTPUT is routed again after it; the last decision counts.
                 if !all {
-                    lines.retain(|line| !matches!(line.what, What::Route(_)));
+                    lines.retain(|line| !matches!(line.what, What::Route { .. }));
                 }
-                let certainty = route_certainty(flow, decision, interfaces);
-                lines.push(Line { offset_ns: None, certainty, what: What::Route(decision.clone()) });
+                lines.push(route::line(flow, decision, taken, interfaces));
             }
             Hop::Note { text } => lines.push(note(text.clone())),
             Hop::Receive { .. }
@@ -380,16 +394,4 @@ fn attach_rewrite(flow: &Flow, lines: &mut Vec<Line>, predicted: (Manip, Tuple, 
     } else {
         lines.push(Line { offset_ns, certainty, what: What::Rewrite { manip, before, after } });
     }
-}
-
-/// A route is confirmed when the request really left by its interface, or really was handed to this node.
-fn route_certainty(flow: &Flow, route: &Route, interfaces: &Interfaces) -> Certainty {
-    let confirmed = flow.sightings.iter().any(|seen| match (route.kind, seen.event.kind) {
-        (RouteKind::Local, Kind::LocalIn) => true,
-        (RouteKind::Unicast, Kind::TcEgress) => {
-            seen.way == Way::Request && route.interface.as_deref() == Some(&*interfaces.name(seen.event.ifindex))
-        }
-        _ => false,
-    });
-    if confirmed { Certainty::Both } else { Certainty::Predicted }
 }

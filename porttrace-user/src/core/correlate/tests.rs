@@ -4,9 +4,10 @@ use super::flow::{ACK, FIN, RST, SYN};
 use super::judge::{Outcome, Reached, Refuser, judge};
 use super::story::{Certainty, What, tell};
 use super::*;
-use crate::core::model::event::Conntrack;
+use crate::core::model::event::{Conntrack, RouteTaken};
 use crate::core::model::interfaces::Interfaces;
-use crate::core::model::trace::{Branch, Fraction, Packet, Trace, Verdict};
+use crate::core::model::name::Name;
+use crate::core::model::trace::{Branch, Fraction, Hop, Packet, Route, RouteKind, Trace, Verdict};
 
 const ETH0: u32 = 2;
 const VETH: u32 = 7;
@@ -28,6 +29,7 @@ fn event(time_ns: u64, kind: Kind, ifindex: u32, packet: &str, l4_flags: u8) -> 
         netns: 1,
         ifindex,
         out_ifindex: 0,
+        route: None,
         hook: 0,
         mark: 0,
         reason: 0,
@@ -167,6 +169,53 @@ fn rules_that_lead_elsewhere_are_a_disagreement() {
     assert!(story.disagrees && story.branch.is_none());
     let said = story.lines.iter().find(|line| matches!(line.what, What::Disagreement { .. })).expect("it says so");
     assert_eq!(said.certainty, Certainty::Differs);
+}
+
+/// The founding story with the route that its SYN carried, told against branches with these gateways: the route's lines.
+fn routes_told(taken: Option<&str>, predicted: &[Option<&str>]) -> Vec<(Certainty, Option<String>)> {
+    let address = |text: &&str| text.parse().expect("an address");
+    let mut events = refused();
+    let mut left = with_conntrack(event(4000, Kind::AfterSnat, 0, TO_POD, SYN), CLIENT, FROM_POD);
+    left.out_ifindex = VETH;
+    left.route = Some(RouteTaken { kind: RouteKind::Unicast, gateway: taken.as_ref().map(address) });
+    events.insert(3, left);
+    let mut all = trace(TO_POD);
+    let branch = all.branches.remove(0);
+    all.branches.extend(predicted.iter().map(|gateway| {
+        let decision = Route {
+            dst: "10.244.1.9".parse().expect("an address"),
+            kind: RouteKind::Unicast,
+            interface: Some(Name::from("veth1")),
+            gateway: gateway.as_ref().map(address),
+            table: Name::Static("main"),
+            route: Name::Static("10.244.1.9 dev veth1"),
+        };
+        Branch { hops: vec![Hop::Route { decision }].into(), ..branch.clone() }
+    }));
+    let trace = (!predicted.is_empty()).then_some(&all);
+    let story = tell(&reported(events, 200 * MS), trace, &interfaces(), false);
+    let lines = story.lines.into_iter();
+    lines
+        .filter_map(|line| match line.what {
+            What::Route { taken: Some(taken), .. } => {
+                assert_eq!((line.offset_ns, taken.interface.as_deref()), (Some(3000), Some("veth1")));
+                Some((line.certainty, taken.gateway.map(|gateway| gateway.to_string())))
+            }
+            _ => None,
+        })
+        .collect()
+}
+
+#[test]
+fn the_route_taken_confirms_the_predicted_one_or_contradicts_it_or_stands_alone() {
+    const VIA: Option<&str> = Some("172.18.0.2");
+    let owned = || VIA.map(str::to_owned);
+    assert_eq!(routes_told(None, &[None]), [(Certainty::Both, None)]);
+    assert_eq!(routes_told(VIA, &[VIA]), [(Certainty::Both, owned())]);
+    assert_eq!(routes_told(VIA, &[None]), [(Certainty::Differs, owned())]);
+    assert_eq!(routes_told(VIA, &[]), [(Certainty::Observed, owned())]);
+    // Of several next hops the one that was taken is told.
+    assert_eq!(routes_told(VIA, &[Some("172.18.0.4"), VIA, None]), [(Certainty::Both, owned())]);
 }
 
 #[test]

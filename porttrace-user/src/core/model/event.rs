@@ -1,6 +1,7 @@
 //! Probe events, decoded from the wire.
 
 use super::flow::{Proto, Tuple};
+use super::trace::RouteKind;
 use porttrace_ebpf::{self as wire, Kind, WireTuple};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use thiserror::Error;
@@ -22,8 +23,10 @@ pub struct Event {
     pub netns: u32,
     /// Interface of the sighting, or input interface; 0: none.
     pub ifindex: u32,
-    /// Output interface of a NETFILTER event; 0: none.
+    /// Output interface of a NETFILTER event, and of the route of an entry that a kprobe saw confirmed; 0: none.
     pub out_ifindex: u32,
+    /// The route that the kernel took for the packet, where the event tells it.
+    pub route: Option<RouteTaken>,
     /// Netfilter hook number of a NETFILTER event.
     pub hook: u8,
     pub mark: u32,
@@ -57,6 +60,14 @@ pub struct Conntrack {
     pub is_new: bool,
     /// The packet travels in the reply direction.
     pub is_reply: bool,
+}
+
+/// A routing decision as the packet carried it; its interface is [`Event::out_ifindex`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RouteTaken {
+    pub kind: RouteKind,
+    /// `None`: the destination is on the link, or is this node itself.
+    pub gateway: Option<IpAddr>,
 }
 
 /// Why bytes from the ring buffer (or a recording) are not an event.
@@ -103,6 +114,7 @@ impl TryFrom<&wire::Event> for Event {
             netns: raw.netns,
             ifindex: raw.ifindex,
             out_ifindex: raw.out_ifindex,
+            route: route(raw),
             hook: raw.hook,
             mark: raw.mark,
             reason: raw.reason,
@@ -121,18 +133,35 @@ impl TryFrom<&wire::Event> for Event {
 }
 
 fn tuple(raw: &WireTuple) -> Option<Tuple> {
-    let address = |bytes: &[u8; 16]| -> Option<IpAddr> {
-        match raw.family {
-            4 => Some(IpAddr::V4(Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]))),
-            6 => Some(IpAddr::V6(Ipv6Addr::from(*bytes))),
-            _ => None,
-        }
-    };
     Some(Tuple {
         proto: Proto::from_number(raw.proto),
-        src: address(&raw.src)?,
+        src: address(raw.family, &raw.src)?,
         sport: u16::from_be_bytes(raw.sport),
-        dst: address(&raw.dst)?,
+        dst: address(raw.family, &raw.dst)?,
         dport: u16::from_be_bytes(raw.dport),
     })
+}
+
+fn address(family: u8, bytes: &[u8; 16]) -> Option<IpAddr> {
+    match family {
+        4 => Some(IpAddr::V4(Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]))),
+        6 => Some(IpAddr::V6(Ipv6Addr::from(*bytes))),
+        _ => None,
+    }
+}
+
+/// The route of an event; `None` also for a type that ends no path (RTN_NAT, RTN_XRESOLVE).
+fn route(raw: &wire::Event) -> Option<RouteTaken> {
+    let kind = match raw.route_type {
+        1 => RouteKind::Unicast,
+        2 => RouteKind::Local,
+        3 => RouteKind::Broadcast,
+        4 => RouteKind::Anycast,
+        5 => RouteKind::Multicast,
+        6 => RouteKind::Blackhole,
+        7 => RouteKind::Unreachable,
+        8 => RouteKind::Prohibit,
+        _ => return None,
+    };
+    Some(RouteTaken { kind, gateway: address(raw.next_hop_family, &raw.next_hop) })
 }

@@ -7,6 +7,7 @@ use crate::core::correlate::story::{Certainty, Line, PacketSeen, RulePath, What}
 use crate::core::model::trace::{Manip, Route, RouteKind, RuleRef};
 use crate::render::style::{Style, columns, wrap};
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 /// The legend of the marks, for the header.
 pub const LEGEND: &str = "● seen   ○ by the rules   ◉ by the rules and seen   ≠ seen against the rules";
@@ -119,7 +120,7 @@ fn place(line: &Line, context: &Context<'_>) -> String {
         What::LocalSend { .. } => "local".to_owned(),
         What::Rules { path, .. } => path.table.to_string(),
         What::Rewrite { .. } | What::Disagreement { .. } => "conntrack".to_owned(),
-        What::Route(_) => "route".to_owned(),
+        What::Route { .. } => "route".to_owned(),
         What::Drop { .. } => "drop".to_owned(),
         What::Note { .. } => String::new(),
     }
@@ -139,7 +140,15 @@ fn text(line: &Line, context: &Context<'_>, style: Style, room: usize, previous:
             lines
         }
         What::Rewrite { manip, before, after } => vec![style.bold(rewritten(*manip, before, after))],
-        What::Route(route) => wrap(&route_text(route), room),
+        What::Route { route, taken: Some(taken) } if line.certainty == Certainty::Differs => {
+            let (taken, route) =
+                (way_text(taken.kind, taken.dst, taken.interface.as_deref(), taken.gateway), route_text(route));
+            let text = format!(
+                "the kernel took {taken}; its routes say {route}: they changed meanwhile, or porttrace is wrong"
+            );
+            wrap(&text, room).iter().map(|text| style.bad(text)).collect()
+        }
+        What::Route { route, .. } => wrap(&route_text(route), room),
         What::Drop { reason, .. } => {
             vec![style.bad(format!("the kernel dropped it: {}", context.drop_reason(*reason)))]
         }
@@ -242,11 +251,15 @@ fn rewritten(
 }
 
 fn route_text(route: &Route) -> String {
-    let via = route.gateway.map_or_else(String::new, |gateway| format!(" via {gateway}"));
-    match (route.kind, &route.interface) {
-        (RouteKind::Local, _) => format!("{} is this node itself", route.dst),
-        (RouteKind::Unicast, Some(interface)) => format!("{}{via} dev {interface}", route.dst),
-        (RouteKind::None, _) => format!("no route to {}", route.dst),
-        (kind, _) => format!("{} is {kind:?}", route.dst).to_lowercase(),
+    way_text(route.kind, route.dst, route.interface.as_deref(), route.gateway)
+}
+
+fn way_text(kind: RouteKind, dst: IpAddr, interface: Option<&str>, gateway: Option<IpAddr>) -> String {
+    let via = gateway.map_or_else(String::new, |gateway| format!(" via {gateway}"));
+    match (kind, interface) {
+        (RouteKind::Local, _) => format!("{dst} is this node itself"),
+        (RouteKind::Unicast, Some(interface)) => format!("{dst}{via} dev {interface}"),
+        (RouteKind::None, _) => format!("no route to {dst}"),
+        (kind, _) => format!("{dst} is {kind:?}").to_lowercase(),
     }
 }

@@ -182,7 +182,13 @@ fn hop(id: u64, hop: &Line, context: &Context<'_>) -> Value {
         What::Rewrite { manip, before, after } => {
             json!({"kind": "rewrite", "what": manip, "before": tuple(*before), "after": tuple(*after)})
         }
-        What::Route(route) => json!({"kind": "route", "route": route}),
+        What::Route { route, taken } => json!({
+            "kind": "route",
+            "route": route,
+            "taken": taken.as_ref().map(|taken| json!({
+                "dst": taken.dst, "kind": taken.kind, "interface": taken.interface, "gateway": taken.gateway,
+            })),
+        }),
         What::Drop { way, reason } => {
             json!({"kind": "drop", "way": way_name(*way), "reason": context.drop_reason(*reason)})
         }
