@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::commands::{completions, doctor, explain, matrix, ports, simulate, snapshot, watch};
+use crate::commands::{completions, doctor, explain, manual, matrix, ports, simulate, snapshot, watch};
 use clap::{Parser, Subcommand};
 
 /// Why a packet to a Kubernetes port does or does not arrive.
@@ -27,6 +27,8 @@ pub enum Command {
     Matrix(matrix::Args),
     /// Print a completion script for your shell
     Completions(completions::Args),
+    /// Write the manual pages into a directory
+    Manual(manual::Args),
     /// Write all that decides a packet's path on this node into one file, to look at elsewhere
     Snapshot(snapshot::SnapshotArgs),
 }

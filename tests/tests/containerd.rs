@@ -150,8 +150,12 @@ fn a_refusal_names_the_pod_and_what_its_image_exposes() -> Result<()> {
     let original = Tuple::new(Proto::Tcp, answer.local, answer.to);
     let told = watch.connection(original, Duration::from_secs(20))?;
     let text = told.verdict["text"].as_str().context("a verdict")?;
-    ensure!(text.contains("nothing listens on tcp port 8081 in pod default/frontend-a, but on 80 (busybox/"), "{text}");
-    ensure!(text.ends_with("); the image exposes 53/udp, 80/tcp"), "{text}");
+    let cause =
+        "no-listener: nothing listens on 8081 in pod default/frontend-a (it listens on 80; the image exposes 80/tcp)";
+    ensure!(text.ends_with(cause), "{text}");
+    ensure!(told.verdict["finding"]["id"] == "no-listener", "{}", told.verdict);
+    let change = "set containerPort 8081 (hostPort 9088) in pod default/frontend-a to 80";
+    ensure!(told.verdict["advice"] == change, "{}", told.verdict);
     Ok(())
 }
 

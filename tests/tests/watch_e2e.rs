@@ -170,6 +170,15 @@ impl Told {
         if !expected {
             self.fail("the verdict is not what the client met");
         }
+        let finding = &verdict["finding"]["id"];
+        let explained = match self.answer.result {
+            Outcome::Refused => *finding == "no-listener",
+            Outcome::Ok => finding.is_null(),
+            Outcome::Timeout | Outcome::Error => true,
+        };
+        if !explained {
+            self.fail("the finding is not the cause");
+        }
     }
 }
 

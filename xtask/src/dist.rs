@@ -1,4 +1,4 @@
-//! `cargo xtask dist`: a tarball with the optimised binary, completions and the documents.
+//! `cargo xtask dist`: a tarball with the optimised binary, completions, manual pages and the documents.
 use crate::{build, shell, system};
 use anyhow::{Context, Result};
 use std::fs;
@@ -10,7 +10,10 @@ use std::process::Command;
 pub struct Args {}
 
 const SHELLS: [&str; 3] = ["bash", "zsh", "fish"];
-const DOCUMENTS: [&str; 2] = ["README.md", "deploy/daemonset.yaml"];
+const DOCUMENTS: [&str; 5] =
+    ["README.md", "LICENSE-APACHE", "LICENSE-MIT", "deploy/daemonset.yaml", "deploy/rbac.yaml"];
+/// Schemas and the list of findings: the README and `--help` name them.
+const DOCS: &str = "docs";
 
 /// Builds, packs and prints the tarball's path.
 pub fn main(_: &Args) -> Result<()> {
@@ -42,6 +45,13 @@ fn fill(tree: &Path, binary: &Path) -> Result<()> {
     for name in SHELLS {
         let script = shell::output(Command::new(binary).args(["completions", name]))?;
         fs::write(completions.join(format!("porttrace.{name}")), script)?;
+    }
+    shell::output(Command::new(binary).arg("manual").arg(tree.join("man/man1")))?;
+    let docs = tree.join(DOCS);
+    fs::create_dir(&docs)?;
+    for entry in fs::read_dir(system::root().join(DOCS))? {
+        let path = entry?.path();
+        fs::copy(&path, docs.join(path.file_name().unwrap_or_default()))?;
     }
     for document in DOCUMENTS.map(|name| system::root().join(name)).iter().filter(|path| path.exists()) {
         fs::copy(document, tree.join(document.file_name().unwrap_or_default()))?;

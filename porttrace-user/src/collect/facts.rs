@@ -3,7 +3,7 @@
 
 use super::live::{self, Collected};
 use super::pods::{self, Namespace};
-use super::{Timings, cni, kubernetes, netlink};
+use super::{Timings, cni, kube_proxy, kubernetes, netlink};
 use crate::core::model::cluster::{Part, Sandbox};
 use crate::core::model::facts::Facts;
 use crate::core::parse::{self, Files, Metadata, iproute};
@@ -46,7 +46,8 @@ pub fn collect(options: &Options) -> Collected {
             let (files, remarks) = if options.without_api { Default::default() } else { cluster(options) };
             ("kubernetes", files, remarks, start.elapsed())
         });
-        (live::collect(options.node), [pods.join(), cluster.join()])
+        let proxy = scope.spawn(|| ("kube-proxy", proxy(), Remarks::default(), start.elapsed()));
+        (live::collect(options.node), [pods.join(), cluster.join(), proxy.join()])
     });
     let mut remarks = Remarks::default();
     for part in parts {
@@ -99,6 +100,17 @@ fn cluster(options: &Options) -> (Files, Remarks) {
     write(&mut files, "cluster.json", &answer.cluster);
     let node = answer.cluster.known().and_then(|cluster| cluster.pods_of.clone());
     (files, Remarks { node, missing: answer.remarks })
+}
+
+/// What kube-proxy was told; no file when nothing is known of it.
+fn proxy() -> Files {
+    let mut files = Files::new();
+    if let Part::Known(config) = kube_proxy::read() {
+        let mode = format!("{}\n", config.mode);
+        files.insert("proxy-mode.txt".to_owned(), mode.into_bytes());
+        files.insert("kube-proxy-config.json".to_owned(), parse::kube_proxy::write(&config).into_bytes());
+    }
+    files
 }
 
 /// The runtime's sandboxes, then the namespaces that it names and those that it does not know.

@@ -10,6 +10,7 @@ pub mod ctnetlink;
 pub mod doctor;
 pub mod facts;
 mod host;
+pub mod kube_proxy;
 pub mod kubernetes;
 pub mod links;
 pub mod live;

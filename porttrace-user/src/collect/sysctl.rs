@@ -57,6 +57,14 @@ pub fn read() -> BTreeMap<String, String> {
     values
 }
 
+/// How full conntrack's table is, and how full it may get: what changes by the moment.
+pub fn conntrack_counts() -> BTreeMap<String, String> {
+    let mut values = BTreeMap::new();
+    add(&mut values, "netfilter/nf_conntrack_count");
+    add(&mut values, "netfilter/nf_conntrack_max");
+    values
+}
+
 fn names(directory: &Path) -> Vec<String> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()

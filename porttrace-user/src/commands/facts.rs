@@ -52,7 +52,7 @@ impl Source {
         if self.snapshot.is_none() && facts.native.known().is_none() && nix::unistd::geteuid().is_root() {
             facts.native = Part::Known(Vec::new());
         }
-        name_node(&mut facts);
+        facts.name_node();
         Ok(facts)
     }
 
@@ -68,21 +68,6 @@ impl Source {
         }
         Ok(())
     }
-}
-
-/// The node's name in Kubernetes: NODE_NAME, else the Node with this name, else the one with this node's addresses.
-fn name_node(facts: &mut Facts) {
-    let known = |name: &str| facts.cluster.nodes.iter().any(|node| node.name == name);
-    if facts.state.name.as_deref().is_some_and(known) {
-        return;
-    }
-    let by_address = facts
-        .cluster
-        .nodes
-        .iter()
-        .find(|node| node.addresses.iter().any(|address| facts.is_own(*address) == Some(true)))
-        .map(|node| node.name.clone());
-    facts.state.name = by_address.or_else(|| facts.state.name.take());
 }
 
 fn read(path: &Path) -> anyhow::Result<Vec<u8>> {

@@ -78,19 +78,23 @@ pub enum Wins {
 
 /// All claims of a node, by port. Listeners on loopback addresses alone are left out: nobody else can reach them.
 pub fn ports(world: &World<'_>) -> Vec<Port> {
+    of_claims(world, world.owners.all().iter())
+}
+
+/// The claims to one port, whatever the protocol or address.
+pub fn of_port(world: &World<'_>, port: u16) -> Vec<Port> {
+    of_claims(world, world.owners.claims(port))
+}
+
+fn of_claims<'c>(world: &World<'_>, claims: impl Iterator<Item = &'c Claim>) -> Vec<Port> {
     let mut all: BTreeMap<(u16, Proto, Option<IpAddr>), Vec<&Claim>> = BTreeMap::new();
-    for claim in world.owners.all() {
+    for claim in claims {
         if let Some(address) = place(world, claim) {
             all.entry((claim.port, claim.proto, address)).or_default().push(claim);
         }
     }
     // A port that only sockets on loopback hold is no port of the node.
     all.into_iter().map(|((port, proto, address), claims)| one(world, proto, port, address, &claims)).collect()
-}
-
-/// The claims to one port, whatever the protocol or address.
-pub fn of_port(world: &World<'_>, port: u16) -> Vec<Port> {
-    ports(world).into_iter().filter(|one| one.port == port).collect()
 }
 
 /// Whether a claim is to a port of the node (`Some(None)`), to an address that leads here, or to neither.

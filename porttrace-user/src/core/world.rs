@@ -9,6 +9,7 @@ use super::model::state::RouteEntry;
 use super::model::trace::{Packet, RouteKind, RuleRef, Trace};
 use super::simulate::Simulator;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 /// A client's port in predictions: within the ephemeral range of every system.
 const CLIENT_PORT: u16 = 40_000;
@@ -17,8 +18,8 @@ const CLIENT_PORT: u16 = 40_000;
 #[derive(Debug)]
 pub struct World<'a> {
     pub facts: &'a Facts,
-    pub owners: Owners,
-    simulator: Simulator,
+    pub owners: Arc<Owners>,
+    simulator: Arc<Simulator>,
 }
 
 /// A pod on this node: its address, the interface that it is behind, its name where known.
@@ -34,7 +35,12 @@ impl<'a> World<'a> {
         // Predictions are about new connections: entries of older ones would only stand in the way.
         let mut state = facts.state.clone();
         state.conntrack = Some(Vec::new());
-        Self { facts, owners: Owners::of(&facts.state), simulator: Simulator::new(&state) }
+        Self::of(facts, Arc::new(Owners::of(&facts.state)), Arc::new(Simulator::new(&state)))
+    }
+
+    /// The same with claims and simulator that were made of these facts' state before.
+    pub const fn of(facts: &'a Facts, owners: Arc<Owners>, simulator: Arc<Simulator>) -> Self {
+        Self { facts, owners, simulator }
     }
 
     /// The first packet of a connection from `src`, sent by this node if the address is its own, otherwise arriving by the

@@ -1,6 +1,6 @@
 //! Who else works on this node's network: daemons of this network namespace, CNI configurations, eBPF programs of others.
 
-use crate::collect::probe;
+use crate::collect::{kube_proxy, probe};
 use crate::core::doctor::facts::{Cluster, CniConfig, Daemon};
 use crate::core::model::state::Link;
 use serde_json::Value;
@@ -67,8 +67,7 @@ fn daemons() -> Vec<Daemon> {
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
         let Ok(line) = fs::read(entry.path().join("cmdline")) else { continue };
-        let words: Vec<String> =
-            line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect();
+        let words = kube_proxy::words(&line);
         let program = words.first().map(|word| word.rsplit('/').next().unwrap_or_default().to_owned());
         let Some(name) = program.filter(|name| DAEMONS.contains(&name.as_str())) else { continue };
         // A namespace that may not be looked at counts as ours.
@@ -82,25 +81,9 @@ fn daemons() -> Vec<Daemon> {
     found
 }
 
-/// kube-proxy's mode: `mode` of its configuration file when it has one (it then ignores the flag), else `--proxy-mode`, else
-/// what it takes without either. cmd/kube-proxy/app/options.go.
+/// kube-proxy's mode, as it says itself, else as it was told, else what it takes without a word.
 fn proxy_mode(process: &Path, words: &[String]) -> Option<String> {
-    const DEFAULT: &str = "iptables";
-    let flag = |name: &str| {
-        let with_value = format!("{name}=");
-        let joined = words.iter().find_map(|word| word.strip_prefix(&with_value));
-        let apart = || words.iter().position(|word| word == name).and_then(|at| words.get(at + 1)).map(String::as_str);
-        joined.or_else(apart).filter(|value| !value.is_empty()).map(str::to_owned)
-    };
-    if let Some(file) = flag("--config") {
-        // Its files are those of its own root.
-        let inside: PathBuf = process.join("root").join(file.trim_start_matches('/'));
-        let text = fs::read_to_string(inside).ok()?;
-        let mode = text.lines().find_map(|line| line.strip_prefix("mode:"));
-        let mode = mode.map(|mode| mode.split('#').next().unwrap_or_default().trim().trim_matches(['"', '\'']));
-        return Some(mode.filter(|mode| !mode.is_empty()).unwrap_or(DEFAULT).to_owned());
-    }
-    Some(flag("--proxy-mode").unwrap_or_else(|| DEFAULT.to_owned()))
+    kube_proxy::mode_of(process, words).ok()
 }
 
 /// `.conflist` files and their plugins, sorted by name: the runtime takes the first.

@@ -133,6 +133,6 @@ fn summary(set: &Ruleset) -> RuleSet {
         rules: chains().map(|chain| chain.rules.len()).sum(),
         services: begins("KUBE-SVC-"),
         kube_services: jumps,
-        host_ports: begins("CNI-DN-"),
+        host_ports: begins("CNI-DN-") + begins("KUBE-HP-"),
     }
 }

@@ -1,6 +1,7 @@
 //! `porttrace watch PORT…`: the live log.
 
 pub mod args;
+mod diagnosis;
 mod output;
 mod pods;
 mod rules;

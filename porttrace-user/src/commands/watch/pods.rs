@@ -1,4 +1,4 @@
-//! What is known of the pods that refuse connections: what listens in them, who they are, what their images expose.
+//! What is known of the pods that connections fail at: what listens in them, who they are, what their images expose.
 
 use porttrace_user::collect::kubernetes::{ApiError, Watch};
 use porttrace_user::collect::{facts, pods};
@@ -11,13 +11,19 @@ use tokio::runtime::Handle;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::Instant;
 
-/// Read when a refusal asks for it, and kept for a moment.
+/// Read when a connection that failed asks for it, and kept for a moment.
 pub struct Pods {
-    pub sockets: PodSockets,
+    pub listeners: Part<PodSockets>,
     pub workloads: Workloads,
+    pub cluster: Cluster,
+    pub sandboxes: Part<Vec<Sandbox>>,
+    /// Rises whenever any of them changes.
+    pub generation: u64,
     options: facts::Options,
+    nothing: PodSockets,
     read_at: Option<Instant>,
-    sandboxes: Part<Vec<Sandbox>>,
+    /// How long that took.
+    took: Duration,
     asked_at: Option<Instant>,
     api: Following,
 }
@@ -30,8 +36,9 @@ enum Following {
 }
 
 impl Pods {
-    /// Sockets are read again when they are older than this.
+    /// Sockets are read again when they are older than this, and than this many times what reading them took.
     const FRESH: Duration = Duration::from_secs(2);
+    const SHARE: u32 = 20;
     /// A container runtime that did not answer is left alone for this long: a refusal waits for the answer.
     const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -42,11 +49,15 @@ impl Pods {
         let starting =
             spawn_blocking(move || Handle::current().block_on(Watch::start(facts::kubernetes_options(&asked))));
         Self {
-            sockets: PodSockets::default(),
+            listeners: Part::default(),
             workloads: Workloads::default(),
-            options,
-            read_at: None,
+            cluster: Cluster::default(),
             sandboxes: Part::default(),
+            generation: 0,
+            options,
+            nothing: PodSockets::default(),
+            read_at: None,
+            took: Duration::ZERO,
             asked_at: None,
             api: Following::Starting(starting),
         }
@@ -57,12 +68,18 @@ impl Pods {
         self.read_at = None;
     }
 
+    /// What listens in the pods; nothing where nobody could look.
+    pub fn sockets(&self) -> &PodSockets {
+        self.listeners.known().unwrap_or(&self.nothing)
+    }
+
     /// Brings up to date what is known of the pod with this address.
     pub async fn refresh(&mut self, address: IpAddr) {
         let is_fresh = |at: Option<Instant>, age| at.is_some_and(|at| at.elapsed() < age);
-        if is_fresh(self.read_at, Self::FRESH) {
+        if is_fresh(self.read_at, Self::FRESH.max(self.took * Self::SHARE)) {
             return;
         }
+        let begun = Instant::now();
         let known = self.sandboxes.known().map(Vec::as_slice).unwrap_or_default();
         let knows = known.iter().any(|sandbox| sandbox.ready && sandbox.ips.contains(&address));
         let age = if self.sandboxes.known().is_some() { Self::FRESH } else { Self::PATIENCE };
@@ -74,18 +91,31 @@ impl Pods {
             (sandboxes, namespaces)
         });
         if let Ok((sandboxes, namespaces)) = reading.await {
-            self.sandboxes = sandboxes;
-            self.sockets = pods::sockets(&namespaces);
+            let listeners = match &namespaces {
+                Part::Known(_) => Part::Known(pods::sockets(&namespaces)),
+                Part::Missing(why) => Part::Missing(why.clone()),
+            };
+            self.take(listeners, sandboxes).await;
         }
         let now = Instant::now();
         self.read_at = Some(now);
+        self.took = now - begun;
         if asks {
             self.asked_at = Some(now);
         }
-        let cluster = self.cluster().await;
-        if asks || cluster.is_some() {
-            self.workloads = Workloads::new(&cluster.unwrap_or_default(), &self.sandboxes);
+    }
+
+    /// Takes over what was read, and what the API says by now.
+    async fn take(&mut self, listeners: Part<PodSockets>, sandboxes: Part<Vec<Sandbox>>) {
+        let cluster = self.cluster().await.unwrap_or_default();
+        let names_change = cluster != self.cluster || sandboxes != self.sandboxes;
+        if names_change {
+            self.workloads = Workloads::new(&cluster, &sandboxes);
         }
+        if names_change || listeners != self.listeners {
+            self.generation += 1;
+        }
+        (self.cluster, self.sandboxes, self.listeners) = (cluster, sandboxes, listeners);
     }
 
     /// What the API says; nothing when it says nothing.

@@ -3,7 +3,6 @@
 use porttrace_user::collect::live::{self, Options};
 use porttrace_user::collect::ruleset::Fingerprint;
 use porttrace_user::core::kube::owners::Owners;
-use porttrace_user::core::model::rules::Ruleset;
 use porttrace_user::core::model::state::NodeState;
 use porttrace_user::core::model::trace::Flavour;
 use porttrace_user::core::simulate::{Simulator, ipvs_in_use};
@@ -16,9 +15,12 @@ use std::time::{Duration, Instant};
 pub struct Rules {
     pub node: String,
     pub kernel: String,
-    pub owners: Owners,
-    pub simulator: Simulator,
-    pub rulesets: Vec<Arc<Ruleset>>,
+    pub owners: Arc<Owners>,
+    pub simulator: Arc<Simulator>,
+    /// What both were made of; without conntrack's entries.
+    pub state: NodeState,
+    /// Rises whenever it is read again.
+    pub generation: u64,
     warnings: Vec<String>,
     counts: BTreeMap<Flavour, usize>,
     took: Duration,
@@ -50,12 +52,13 @@ impl Rules {
             node: std::env::var("NODE_NAME")
                 .unwrap_or_else(|_| text(uname.as_ref().ok().map(nix::sys::utsname::UtsName::nodename))),
             kernel: text(uname.as_ref().ok().map(nix::sys::utsname::UtsName::release)),
-            owners: Owners::of(&state),
-            simulator: Simulator::new(&state),
-            rulesets: state.rulesets.clone(),
+            owners: Arc::new(Owners::of(&state)),
+            simulator: Arc::new(Simulator::new(&state)),
+            generation: 0,
             warnings: warnings(&state),
             counts: counts(&state),
             took: timings.total,
+            state,
             fingerprint,
             checked_at: Instant::now(),
             stale: false,
@@ -92,7 +95,8 @@ impl Rules {
             return None;
         }
         let before = self.rule_counts();
-        *self = tokio::task::spawn_blocking(Self::read).await.ok()?;
+        let read = tokio::task::spawn_blocking(Self::read).await.ok()?;
+        *self = Self { generation: self.generation + 1, ..read };
         let after = self.rule_counts();
         rules_changed.then(|| {
             if before == after {

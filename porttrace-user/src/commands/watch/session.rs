@@ -1,6 +1,7 @@
 //! One session: start probe and reading of rules side by side, then events in, log out, until told to stop.
 
 use super::args::{Args, BackendChoice, ProtoChoice};
+use super::diagnosis::Diagnosis;
 use super::output::{Clock, Events, Printer};
 use super::pods::Pods;
 use super::rules::Rules;
@@ -10,7 +11,7 @@ use porttrace_user::collect::live;
 use porttrace_user::collect::probe::{Backend, ConntrackBackend, Lost, Probe, ProbeConfig, ProbeInfo, Protos, TcMode};
 use porttrace_user::core::correlate::flow::Flow;
 use porttrace_user::core::correlate::fold::Mode;
-use porttrace_user::core::correlate::judge::{Outcome, Refuser, judge};
+use porttrace_user::core::correlate::judge::{Outcome, judge};
 use porttrace_user::core::correlate::story::tell;
 use porttrace_user::core::correlate::{Correlator, Limits, Update};
 use porttrace_user::core::kube::targets::nat_targets;
@@ -57,6 +58,7 @@ pub async fn run(args: &Args) -> anyhow::Result<bool> {
         limits,
         interfaces,
         pods,
+        diagnosis: Diagnosis::default(),
         events: 0,
         lost: Lost::default(),
         evicted: 0,
@@ -94,6 +96,7 @@ struct Session<'a> {
     limits: Limits,
     interfaces: Interfaces,
     pods: Pods,
+    diagnosis: Diagnosis,
     /// Events read since the start.
     events: u64,
     lost: Lost,
@@ -187,25 +190,36 @@ impl Session<'_> {
     /// Tells a connection, or (`amends`) what became of one that was told as unanswered.
     async fn report(&mut self, flow: Flow, amends: bool) -> anyhow::Result<()> {
         let all = self.args.verbose > 0;
-        let mut story = tell(&flow, self.predict(&flow).as_ref(), &self.interfaces, all);
+        let mut trace = self.predict(&flow);
+        let mut story = tell(&flow, trace.as_ref(), &self.interfaces, all);
         // Before the rules are said to be contradicted, they are read again: they may have changed a moment ago.
         if story.disagrees && self.reload_if_changed().await? {
-            story = tell(&flow, self.predict(&flow).as_ref(), &self.interfaces, all);
+            trace = self.predict(&flow);
+            story = tell(&flow, trace.as_ref(), &self.interfaces, all);
         }
         let outcome = judge(&flow, &self.interfaces);
-        if let Outcome::Refused { by: Refuser::Behind { .. }, from, .. } = outcome {
-            self.pods.refresh(from.ip()).await;
-        }
         let drop_reasons = self.drop_reasons(&flow);
+        let finding = match outcome {
+            Outcome::Answered { .. } | Outcome::JoinedLate => None,
+            _ => {
+                let end = flow.reply.map_or(flow.original.destination(), |reply| reply.source());
+                self.pods.refresh(end.ip()).await;
+                let reason = match &outcome {
+                    Outcome::Dropped { reason, .. } => drop_reasons.get(reason).map(String::as_str),
+                    _ => None,
+                };
+                self.diagnosis.of((&flow, &outcome, &story, trace.as_ref()), reason, &self.rules, &self.pods)
+            }
+        };
         let context = Context {
             interfaces: &self.interfaces,
             owners: &self.rules.owners,
-            pods: &self.pods.sockets,
+            pods: self.pods.sockets(),
             workloads: &self.pods.workloads,
             drop_reasons: &drop_reasons,
             silence_ns: self.limits.silence_ns,
         };
-        let report = Report { flow, story, outcome };
+        let report = Report { flow, story, outcome, finding };
         if amends {
             return Ok(self.printer.amend(&report, &context)?);
         }
@@ -297,7 +311,7 @@ impl Session<'_> {
 /// Tells the probe where the rules may send the watched connections, if it has a use for that.
 fn predict_targets(probe: &mut Probe, rules: &Rules, args: &Args) -> anyhow::Result<()> {
     if probe.wants_predictions() {
-        probe.predict(&nat_targets(rules.rulesets.iter().map(Arc::as_ref), &args.ports))?;
+        probe.predict(&nat_targets(rules.state.rulesets.iter().map(Arc::as_ref), &args.ports))?;
     }
     Ok(())
 }

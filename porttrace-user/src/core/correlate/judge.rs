@@ -41,6 +41,17 @@ pub enum Refusal {
     Icmp { v6: bool, kind: u8, code: u8 },
 }
 
+impl Refusal {
+    /// RST, ABORT and "port unreachable" mean that the host was reached and the port is closed.
+    pub const fn is_port_closed(self) -> bool {
+        match self {
+            Self::TcpReset | Self::SctpAbort => true,
+            Self::Icmp { v6: false, kind, code } => kind == 3 && code == 3,
+            Self::Icmp { v6: true, kind, code } => kind == 1 && code == 4,
+        }
+    }
+}
+
 /// The furthest point at which the request was seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reached {

@@ -1,107 +1,12 @@
-//! hostPorts: stale chains, and several owners of one port.
+//! hostPorts: several owners of one port, and hostIPs.
 
 use super::{Checked, Evidence, Finding, Scene, Severity};
-use crate::core::kube::hash;
-use crate::core::kube::owners::{Claim, ClaimKind};
-use crate::core::model::flow::{Family, Proto};
+use crate::core::kube::owners::ClaimKind;
+use crate::core::model::flow::Family;
 use crate::core::ports::{Kind, Port, PortClaim, Wins};
 use crate::core::world::World;
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
-
-/// A chain of portmap whose pod is gone.
-pub(super) fn stale(scene: &Scene<'_, '_>) -> Checked {
-    let world = scene.world;
-    let facts = world.facts;
-    if facts.sandboxes.known().is_none() && facts.cluster.pods.known().is_none() && facts.listeners.known().is_none() {
-        return Err("neither pods nor sandboxes nor the pods' network namespaces are known".to_owned());
-    }
-    let mut found: BTreeMap<(String, Proto, u16, SocketAddr), Finding> = BTreeMap::new();
-    for claim in world.owners.all() {
-        let ClaimKind::HostPort { to, network, sandbox, chain, .. } = &claim.kind else { continue };
-        let Some(proofs) = gone(world, *to, network.as_deref(), sandbox.as_deref(), chain) else { continue };
-        let shadows = shadowed(scene, claim, *to);
-        let shadow = shadows.as_deref().map_or_else(String::new, |who| format!(", and hides that of {who}"));
-        let sentence = format!(
-            "hostPort {}/{} still leads to {to}, which is no pod's any more{shadow}: packets to it are lost",
-            claim.port, claim.proto
-        );
-        let change = format!(
-            "remove the leftover: `iptables -t nat -F {chain}` and the rule of CNI-HOSTPORT-DNAT that jumps to it (CNI DEL never came for its sandbox)"
-        );
-        let finding = Finding::new(Severity::Error, sentence, change)
-            .with(claim.rule.iter().map(|rule| Evidence::rule(world, rule)))
-            .with(proofs)
-            .port(claim.proto, claim.port)
-            .address(to.ip());
-        found.insert((chain.clone(), claim.proto, claim.port, *to), finding);
-    }
-    Ok(found.into_values().collect())
-}
-
-/// Proofs that the pod behind a chain is gone; `None` when something says that it is there, or nothing says anything.
-fn gone(
-    world: &World<'_>,
-    to: SocketAddr,
-    network: Option<&str>,
-    sandbox: Option<&str>,
-    chain: &str,
-) -> Option<Vec<Evidence>> {
-    let facts = world.facts;
-    let mut proofs = Vec::new();
-    if let Some(sandboxes) = facts.sandboxes.known() {
-        let live = sandboxes.iter().filter(|one| one.ready);
-        let hashes = |id: &str| network.is_some_and(|network| hash::portmap_chain(network, id) == chain);
-        if live.clone().any(|one| hashes(&one.id) || one.ips.contains(&to.ip())) {
-            return None;
-        }
-        let text = match sandbox {
-            Some(id) => {
-                format!("no sandbox of the runtime hashes to {chain}; it was made for {}", id.get(..13).unwrap_or(id))
-            }
-            None => format!("no sandbox of the runtime hashes to {chain}"),
-        };
-        proofs.push(Evidence::new("object", "container runtime", text));
-    }
-    if let Some(pods) = facts.cluster.pods.known() {
-        if pods.iter().any(|pod| pod.ips.contains(&to.ip())) {
-            return None;
-        }
-        proofs.push(Evidence::new("object", "pods", format!("none of {} has {}", pods.len(), to.ip())));
-    }
-    if let Some(namespaces) = facts.listeners.known() {
-        if namespaces.sockets(to.ip()).is_some() {
-            return None;
-        }
-        proofs.push(Evidence::new(
-            "socket",
-            "network namespaces",
-            format!("none that was looked into has {}", to.ip()),
-        ));
-    }
-    if world.behind(to.ip()).is_none()
-        && let Some(interface) = world.interface_towards(to.ip())
-    {
-        proofs.push(Evidence::new("route", to.ip().to_string(), format!("leads out by {interface}, not to a pod")));
-    }
-    (!proofs.is_empty()).then_some(proofs)
-}
-
-/// Whose hostPort stands behind this one in the rules.
-fn shadowed(scene: &Scene<'_, '_>, claim: &Claim, to: SocketAddr) -> Option<String> {
-    let port = port(scene, claim.proto, claim.port)?;
-    let others = port
-        .claims
-        .iter()
-        .filter(|other| other.kind == Kind::HostPort && other.to.is_some_and(|at| at.ip() != to.ip()));
-    let mut loses =
-        others.filter(|other| other.wins == Wins::No && other.to.is_some_and(|at| Family::of(at.ip()) == claim.family));
-    loses.next().map(|other| other.who.clone())
-}
-
-fn port<'s>(scene: &'s Scene<'_, '_>, proto: Proto, port: u16) -> Option<&'s Port> {
-    scene.samples.ports.iter().find(|one| one.port == port && one.proto == proto && one.address.is_none())
-}
+use std::net::IpAddr;
 
 /// Ports that two kinds of claims meet on, with a claim of each.
 fn pairs<'s>(
@@ -144,7 +49,7 @@ fn jump_place(world: &World<'_>, chain: &str) -> Option<u32> {
 /// One port is both a hostPort and a NodePort.
 pub(super) fn and_node_port(scene: &Scene<'_, '_>) -> Checked {
     let kube = jump_place(scene.world, "KUBE-SERVICES");
-    let cni = jump_place(scene.world, "CNI-HOSTPORT-DNAT");
+    let cni = jump_place(scene.world, "CNI-HOSTPORT-DNAT").or_else(|| jump_place(scene.world, "KUBE-HOSTPORTS"));
     Ok(pairs(scene, Kind::HostPort, Kind::NodePort)
         .map(|(port, host, node)| {
             // kube-proxy puts its jump first, but leaves one that is there in its place (proxier.go, EnsureRule with Prepend).

@@ -45,7 +45,8 @@ pub(super) fn loopback_only(scene: &Scene<'_, '_>) -> Checked {
             at.port()
         );
         let change = format!("make the process in {whom} listen on 0.0.0.0 (or ::) instead of 127.0.0.1");
-        Finding::new(Severity::Error, sentence, change)
+        let cause = format!("the process behind {whom} listens on 127.0.0.1:{} only", at.port());
+        Finding::new(Severity::Error, sentence, change).because(cause)
     }))
 }
 
@@ -72,7 +73,7 @@ fn failing(
             By::Service { name, .. } => finding.service(name),
         };
         let finding = failing.iter().fold(finding, |finding, at| {
-            finding.pod(world.facts.pod_at(at.ip()).map(|pod| &pod.name)).address(at.ip())
+            finding.pod(world.facts.pod_at(at.ip()).map(|pod| &pod.name)).address(at.ip()).end(*at)
         });
         found.push(finding);
     }
@@ -91,7 +92,11 @@ fn targets(scene: &Scene<'_, '_>) -> Targets {
             }
         }
     }
-    for service in &scene.world.facts.cluster.services {
+    if scene.world.facts.cluster.services.known().is_none() || scene.world.facts.cluster.slices.known().is_none() {
+        by_rules(scene, &mut targets);
+        return targets;
+    }
+    for service in scene.services() {
         for port in &service.ports {
             let by =
                 By::Service { name: service.name.clone(), port: port.name.clone(), target: port.target.to_string() };
@@ -103,6 +108,19 @@ fn targets(scene: &Scene<'_, '_>) -> Targets {
         }
     }
     targets
+}
+
+/// Without the API, kube-proxy's rules tell where Services lead.
+fn by_rules(scene: &Scene<'_, '_>, targets: &mut Targets) {
+    for (proto, at, service) in scene.world.owners.endpoints() {
+        let Some(name) = super::service_of(service) else { continue };
+        if scene.only.as_ref().is_some_and(|only| !only.contains(&name)) {
+            continue;
+        }
+        let port = service.split_once(':').map_or_else(String::new, |(_, port)| port.to_owned());
+        let by = By::Service { name, port, target: at.port().to_string() };
+        targets.entry((proto, by)).or_default().0.push(at);
+    }
 }
 
 fn silent(world: &World<'_>, sockets: &PodSockets, proto: Proto, by: &By, at: SocketAddr, count: usize) -> Finding {
@@ -123,7 +141,16 @@ fn silent(world: &World<'_>, sockets: &PodSockets, proto: Proto, by: &By, at: So
     let more = if count > 1 { format!("; {} more of its endpoints are like this", count - 1) } else { String::new() };
     let sentence =
         format!("{} leads to {proto} port {} of {whom}, where nothing listens; {listens}{more}", way(by), at.port());
-    Finding::new(Severity::Error, sentence, change(world, at, &whom, by, &best(&others, &exposed)))
+    let place = if whom.starts_with("pod ") { format!("in {whom}") } else { format!("at {whom}") };
+    let cause = match others.as_slice() {
+        [] => format!("nothing listens on any {proto} port {place}{image}"),
+        ports => {
+            let image = image.trim_start_matches(" (").trim_end_matches(')');
+            let image = if image.is_empty() { String::new() } else { format!("; {image}") };
+            format!("nothing listens on {} {place} (it listens on {}{image})", at.port(), either(ports))
+        }
+    };
+    Finding::new(Severity::Error, sentence, change(world, at, &whom, by, &best(&others, &exposed))).because(cause)
 }
 
 /// The ports that are meant, most likely: those that both listen and are exposed, where there are such.

@@ -29,7 +29,7 @@ fn without_local(scene: &Scene<'_, '_>, policy: &str, wanted: impl Fn(&Service) 
     world.facts.cluster.slices.get()?;
     let Some(here) = world.facts.state.name.as_deref() else { return Err("this node's name is not known".to_owned()) };
     let mut found = Vec::new();
-    for service in served(world).filter(|service| wanted(service)) {
+    for service in served(scene).filter(|service| wanted(service)) {
         for port in &service.ports {
             let endpoints = endpoints(world, service, port);
             let mut used: Vec<_> = endpoints.iter().filter(|(_, one)| one.ready).collect();
@@ -53,7 +53,13 @@ fn without_local(scene: &Scene<'_, '_>, policy: &str, wanted: impl Fn(&Service) 
             );
             let change =
                 format!("send clients to {}, run a pod of it here, or set {policy}: Cluster", nodes.join(" or "));
-            found.push(of_service(Severity::Warning, service, sentence, change).with(dropping(world, service, port)));
+            let cause = format!(
+                "Service {} has {policy}: Local and no endpoint on {here} (endpoints are on {})",
+                port_name(service, port),
+                nodes.join(", ")
+            );
+            let finding = of_service(Severity::Warning, service, sentence, change).because(cause);
+            found.push(finding.with(dropping(world, service, port)));
         }
     }
     Ok(found)
@@ -75,7 +81,7 @@ pub(super) fn source_ranges(scene: &Scene<'_, '_>) -> Checked {
     let out = |service: &&Service| {
         !service.source_ranges.is_empty() && service.source_ranges.iter().all(|net| !net.contains(&client))
     };
-    Ok(served(world)
+    Ok(served(scene)
         .filter(out)
         .map(|service| {
             let ranges: Vec<String> = service.source_ranges.iter().map(ToString::to_string).collect();
@@ -86,7 +92,8 @@ pub(super) fn source_ranges(scene: &Scene<'_, '_>) -> Checked {
             );
             let change = format!("add {client} to loadBalancerSourceRanges, or use the NodePort, which they do not guard");
             let object = Evidence::new("object", format!("Service {}", service.name), format!("loadBalancerSourceRanges {ranges}"));
-            of_service(Severity::Warning, service, sentence, change).with([object]).with(firewall(world, service))
+            let cause = format!("loadBalancerSourceRanges of Service {} ({ranges}) leave {client} out", service.name);
+            of_service(Severity::Warning, service, sentence, change).because(cause).with([object]).with(firewall(world, service))
         })
         .collect())
 }
@@ -117,9 +124,11 @@ pub(super) fn node_port_addresses(scene: &Scene<'_, '_>) -> Checked {
     if world.facts.state.addresses.is_none() {
         return Err("the node's addresses are not known".to_owned());
     }
-    let configured = world.facts.proxy.known().map(|config| config.node_port_addresses.as_slice()).unwrap_or_default();
+    let config = world.facts.proxy.known();
+    let configured = config.map(|config| config.node_port_addresses.as_slice()).unwrap_or_default();
+    let primary = config.is_some_and(|config| config.node_port_primary);
     let (mut served, mut rules) = jumps(world);
-    if rules.is_empty() && configured.is_empty() {
+    if rules.is_empty() && configured.is_empty() && !primary {
         return Ok(Vec::new());
     }
     served.sort_unstable();
@@ -131,17 +140,21 @@ pub(super) fn node_port_addresses(scene: &Scene<'_, '_>) -> Checked {
         .find(|port| port.claims.iter().any(|claim| claim.kind == crate::core::ports::Kind::NodePort));
     let Some(example) = any else { return Ok(found) };
     for family in [Family::V4, Family::V6] {
-        let Some(address) = world.node_address(family) else { continue };
+        let Some(address) = asked(scene, family).or_else(|| world.node_address(family)) else { continue };
         let of_family = served.iter().filter(|one| Family::of(**one) == family).count();
         let in_rules = rules.is_empty() || of_family == 0 || served.contains(&address);
-        let in_config = configured.is_empty() || configured.iter().any(|net| net.contains(&address));
+        let is_primary = world.node_address(family) == Some(address);
+        let in_config = configured.is_empty() && !primary
+            || configured.iter().any(|net| net.contains(&address))
+            || primary && is_primary;
         if in_rules && in_config {
             continue;
         }
-        let shown: Vec<String> = if configured.is_empty() {
+        let shown: Vec<String> = if configured.is_empty() && !primary {
             served.iter().map(ToString::to_string).collect()
         } else {
-            configured.iter().map(ToString::to_string).collect()
+            let primary = primary.then(|| "the node's primary addresses".to_owned());
+            primary.into_iter().chain(configured.iter().map(ToString::to_string)).collect()
         };
         let sentence = format!(
             "NodePorts (as {}) are served on {} only, which leaves the node's address {address} out",
@@ -151,11 +164,19 @@ pub(super) fn node_port_addresses(scene: &Scene<'_, '_>) -> Checked {
         let change = format!("add {address} to kube-proxy's nodePortAddresses, or leave it empty for all addresses");
         let config =
             Evidence::new("object", "kube-proxy's configuration", format!("nodePortAddresses {}", shown.join(", ")));
-        let config = Some(config).filter(|_| !configured.is_empty());
+        let config = Some(config).filter(|_| !configured.is_empty() || primary);
         let finding = Finding::new(Severity::Error, sentence, change).with(config).with(std::mem::take(&mut rules));
         found.push(finding.of_node().address(address));
     }
     Ok(found)
+}
+
+/// The address of this node that a connection asked for.
+fn asked(scene: &Scene<'_, '_>, family: Family) -> Option<IpAddr> {
+    scene.only.as_ref()?;
+    let asked = scene.samples.all.first()?.trace.packet.tuple.dst;
+    let ours = !asked.is_loopback() && scene.world.facts.is_own(asked) == Some(true);
+    Some(asked).filter(|_| ours && Family::of(asked) == family)
 }
 
 /// The addresses for which KUBE-SERVICES goes on to KUBE-NODEPORTS; none where it does so for every local address.
@@ -211,5 +232,6 @@ pub(super) fn localhost(scene: &Scene<'_, '_>) -> Checked {
     let evidence = Evidence::setting(world, "net.ipv4.conf.all.route_localnet");
     let finding =
         lost.iter().fold(Finding::new(Severity::Warning, sentence, change), |finding, one| finding.port(one.2, one.3));
-    Ok(vec![finding.with([evidence]).port(proto, port)])
+    let cause = "route_localnet is 0: a packet from 127.0.0.1 may not leave the node".to_owned();
+    Ok(vec![finding.because(cause).with([evidence]).port(proto, port)])
 }

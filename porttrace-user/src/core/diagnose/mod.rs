@@ -2,6 +2,7 @@
 //!
 //! Each check looks at facts alone and never guesses: one whose facts are missing says so. The list is in docs/findings.md.
 
+mod connection;
 mod hostports;
 mod listeners;
 mod local;
@@ -9,18 +10,21 @@ mod network;
 mod node;
 mod samples;
 mod services;
+mod stale;
 mod tables;
 
+pub use connection::{Failed, explaining};
 pub(crate) use listeners::written;
 pub(crate) use services::{endpoints, port_name};
 
-use super::model::cluster::ObjectName;
+use super::model::cluster::{ObjectName, Service};
 use super::model::flow::Proto;
 use super::model::trace::RuleRef;
 use super::world::World;
 use samples::Samples;
 use serde::Serialize;
-use std::net::IpAddr;
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
 
 /// How bad it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -40,6 +44,9 @@ pub struct Finding {
     pub id: &'static str,
     pub severity: Severity,
     pub sentence: String,
+    /// The cause alone, for a line that already says what happened; `None`: the sentence is short enough.
+    #[serde(skip)]
+    pub cause: Option<String>,
     pub evidence: Vec<Evidence>,
     /// What to do about it, an imperative.
     pub change: String,
@@ -64,6 +71,8 @@ pub struct About {
     pub services: Vec<ObjectName>,
     pub pods: Vec<ObjectName>,
     pub addresses: Vec<IpAddr>,
+    /// Endpoints of which it says why they do not answer.
+    pub ends: Vec<SocketAddr>,
     /// The whole node: it concerns everything.
     pub node: bool,
 }
@@ -91,6 +100,16 @@ pub(crate) struct Scene<'w, 'f> {
     pub(crate) samples: Samples,
     /// The client that the question is about.
     pub(crate) client: Option<IpAddr>,
+    /// The question is about one connection that was seen: the samples are that one, and only these Services matter.
+    pub(crate) only: Option<BTreeSet<ObjectName>>,
+}
+
+impl<'f> Scene<'_, 'f> {
+    /// The Services that the question is about.
+    pub(crate) fn services(&self) -> impl Iterator<Item = &'f Service> {
+        let wanted = |service: &&Service| self.only.as_ref().is_none_or(|only| only.contains(&service.name));
+        self.world.facts.cluster.services.iter().filter(wanted)
+    }
 }
 
 type Check = (&'static str, fn(&Scene<'_, '_>) -> Checked);
@@ -99,7 +118,7 @@ type Check = (&'static str, fn(&Scene<'_, '_>) -> Checked);
 const CHECKS: [Check; 32] = [
     ("no-listener", listeners::no_listener),
     ("listens-on-loopback-only", listeners::loopback_only),
-    ("stale-hostport", hostports::stale),
+    ("stale-hostport", stale::stale),
     ("hostport-and-nodeport", hostports::and_node_port),
     ("hostport-and-process", hostports::and_process),
     ("nodeport-and-process", hostports::node_port_and_process),
@@ -138,7 +157,7 @@ pub fn ids() -> impl Iterator<Item = &'static str> {
 
 /// Makes every check.
 pub fn diagnose(world: &World<'_>, client: Option<IpAddr>) -> Report {
-    let scene = Scene { world, samples: Samples::new(world), client };
+    let scene = Scene { world, samples: Samples::new(world), client, only: None };
     let mut report = Report::default();
     for (id, check) in CHECKS {
         match check(&scene) {
@@ -155,12 +174,22 @@ pub fn diagnose(world: &World<'_>, client: Option<IpAddr>) -> Report {
 impl Finding {
     /// A finding whose id is that of the check that makes it.
     pub(crate) fn new(severity: Severity, sentence: String, change: String) -> Self {
-        Self { id: "", severity, sentence, evidence: Vec::new(), change, about: About::default() }
+        Self { id: "", severity, sentence, cause: None, evidence: Vec::new(), change, about: About::default() }
     }
 
     pub(crate) fn with(mut self, evidence: impl IntoIterator<Item = Evidence>) -> Self {
         self.evidence.extend(evidence);
         self
+    }
+
+    pub(crate) fn because(mut self, cause: String) -> Self {
+        self.cause = Some(cause);
+        self
+    }
+
+    /// The cause in the fewest words.
+    pub fn brief(&self) -> &str {
+        self.cause.as_deref().unwrap_or(&self.sentence)
     }
 
     pub(crate) fn port(mut self, proto: Proto, port: u16) -> Self {
@@ -180,6 +209,11 @@ impl Finding {
 
     pub(crate) fn address(mut self, address: IpAddr) -> Self {
         self.about.addresses.push(address);
+        self
+    }
+
+    pub(crate) fn end(mut self, end: SocketAddr) -> Self {
+        self.about.ends.push(end);
         self
     }
 

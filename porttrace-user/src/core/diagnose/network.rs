@@ -24,12 +24,14 @@ pub(super) fn masquerade(scene: &Scene<'_, '_>) -> Checked {
         }
     }
     Ok(found
-        .into_values()
-        .map(|(why, samples, evidence)| {
+        .into_iter()
+        .map(|(kind, (why, samples, evidence))| {
+            // Everybody else gets through; CRI-O means it so.
+            let severity = if kind == "localhost" { Severity::Warning } else { Severity::Error };
             let more = if samples.len() > 1 { format!(" (and so for {})", super::count(samples.len() - 1, "other port")) } else { String::new() };
             let sentence = format!("{}: {why}{more}", samples[0].what);
-            let change = "restore the masquerade rules: KUBE-MARK-MASQ and KUBE-POSTROUTING are kube-proxy's (its clusterCIDR must be right), CNI-HOSTPORT-SETMARK and CNI-HOSTPORT-MASQ are portmap's".to_owned();
-            let finding = samples.iter().fold(Finding::new(Severity::Error, sentence, change), |finding, sample| finding.port(sample.proto, sample.port));
+            let change = "restore the masquerade rules: KUBE-MARK-MASQ and KUBE-POSTROUTING are kube-proxy's (its clusterCIDR must be right), CNI-HOSTPORT-SETMARK and CNI-HOSTPORT-MASQ are portmap's, CRIO-HOSTPORTS-MASQ is CRI-O's".to_owned();
+            let finding = samples.iter().fold(Finding::new(severity, sentence, change), |finding, sample| finding.port(sample.proto, sample.port));
             finding.with(evidence)
         })
         .collect())

@@ -24,7 +24,9 @@ pub(super) fn ip_forward(scene: &Scene<'_, '_>) -> Checked {
         }
         let sentence = format!("{key} is 0: this node forwards nothing, so that no pod can be reached or reach others");
         let change = format!("set {key}=1 (`sysctl -w {key}=1`, and in /etc/sysctl.d for the next boot)");
-        found.push(Finding::new(Severity::Error, sentence, change).with([Evidence::setting(world, key)]).of_node());
+        let cause = format!("{key} is 0: this node forwards nothing");
+        let evidence = [Evidence::setting(world, key)];
+        found.push(Finding::new(Severity::Error, sentence, change).because(cause).with(evidence).of_node());
     }
     Ok(found)
 }
@@ -78,7 +80,9 @@ pub(super) fn forward_policy(scene: &Scene<'_, '_>) -> Checked {
                 more(samples.len())
             );
             let change = "let the CNI or a rule of yours accept traffic to and from the pods' network in FORWARD, or set the policy to ACCEPT (`iptables -P FORWARD ACCEPT`)";
-            about(Finding::new(Severity::Error, sentence, change.to_owned()), &samples).with([Evidence::rule(scene.world, &by)]).of_node()
+            let cause = "the policy DROP of filter FORWARD takes what no rule accepts".to_owned();
+            let finding = Finding::new(Severity::Error, sentence, change.to_owned()).because(cause);
+            about(finding, &samples).with([Evidence::rule(scene.world, &by)]).of_node()
         })
         .collect())
 }
@@ -102,8 +106,9 @@ pub(super) fn network_policy(scene: &Scene<'_, '_>) -> Checked {
         .into_values()
         .map(|(by, samples)| {
             let name = writer(&by.chain).unwrap_or("a plugin");
+            let client = scene.client.map_or_else(|| "outside".to_owned(), |client| client.to_string());
             let sentence = format!(
-                "a network policy ({name}'s chain {}) drops connections from outside to {}{}",
+                "a network policy ({name}'s chain {}) drops connections from {client} to {}{}",
                 by.chain,
                 samples[0].what,
                 more(samples.len())
@@ -117,17 +122,17 @@ pub(super) fn network_policy(scene: &Scene<'_, '_>) -> Checked {
 
 type Dropped<'s> = BTreeMap<RuleRef, (RuleRef, Vec<&'s Sample>)>;
 
-/// Samples from outside that a rule ends, by the rule.
+/// Samples from outside (or the one that was seen) that a rule ends, by the rule.
 fn dropped<'s>(scene: &'s Scene<'_, '_>, wanted: impl Fn(&RuleRef) -> bool) -> Dropped<'s> {
     let mut found = Dropped::new();
-    for sample in scene.samples.all.iter().filter(|sample| sample.from == From::Outside) {
+    for sample in scene.samples.all.iter().filter(|sample| matches!(sample.from, From::Outside | From::Within)) {
         for branch in &sample.trace.branches {
             let by = match &branch.verdict {
                 Verdict::Dropped { reason: DropReason::Rule, by: Some(by) }
                 | Verdict::Rejected { by: Some(by), .. } => by,
                 _ => continue,
             };
-            if wanted(by) && translated(branch) {
+            if wanted(by) && (translated(branch) || scene.only.is_some()) {
                 let (_, samples) = found.entry(by.clone()).or_insert_with(|| (by.clone(), Vec::new()));
                 if samples.last().is_none_or(|last| !std::ptr::eq(*last, sample)) {
                     samples.push(sample);

@@ -15,6 +15,8 @@ pub(crate) enum From {
     Outside,
     /// The node itself, to 127.0.0.1.
     Localhost,
+    /// This node, or a pod of it other than that at the end.
+    Within,
     /// The pod that a hostPort or NodePort leads to, to the node's address.
     Itself,
 }

@@ -9,9 +9,8 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 /// Services that have ports of their own on a node: not headless, not ExternalName.
-pub(super) fn served<'f>(world: &World<'f>) -> impl Iterator<Item = &'f Service> {
-    let all = world.facts.cluster.services.iter();
-    all.filter(|service| service.kind != ServiceType::ExternalName && !service.cluster_ips.is_empty())
+pub(super) fn served<'f>(scene: &Scene<'_, 'f>) -> impl Iterator<Item = &'f Service> {
+    scene.services().filter(|service| service.kind != ServiceType::ExternalName && !service.cluster_ips.is_empty())
 }
 
 /// The EndpointSlices of a Service.
@@ -93,7 +92,7 @@ pub(super) fn without_endpoints(scene: &Scene<'_, '_>) -> Checked {
         return by_rules(world);
     }
     let mut found = Vec::new();
-    for service in served(world) {
+    for service in served(scene) {
         let slices = slices(world, service);
         if slices.iter().any(|slice| !slice.endpoints.is_empty()) {
             continue;
@@ -121,7 +120,10 @@ pub(super) fn without_endpoints(scene: &Scene<'_, '_>) -> Checked {
         let sentence = format!("Service {} has no endpoints: every connection to it is refused ({why})", service.name);
         let evidence = Evidence::new("object", format!("Service {}", service.name), what);
         found.push(
-            of_service(Severity::Error, service, sentence, change).with([evidence]).with(refusals(world, service)),
+            of_service(Severity::Error, service, sentence, change)
+                .because(format!("Service {} has no endpoints ({why})", service.name))
+                .with([evidence])
+                .with(refusals(world, service)),
         );
     }
     Ok(found)
@@ -146,6 +148,7 @@ fn by_rules(world: &World<'_>) -> Checked {
         );
         found.push(
             Finding::new(Severity::Error, sentence, change)
+                .because(format!("Service {name} has no ready endpoints"))
                 .with([Evidence::rule(world, rule)])
                 .service(&service)
                 .port(claim.proto, claim.port),
@@ -160,7 +163,7 @@ pub(super) fn without_ready(scene: &Scene<'_, '_>) -> Checked {
     world.facts.cluster.services.get()?;
     world.facts.cluster.slices.get()?;
     let mut found = Vec::new();
-    for service in served(world) {
+    for service in served(scene) {
         let endpoints: Vec<&Endpoint> = slices(world, service).into_iter().flat_map(|slice| &slice.endpoints).collect();
         // kube-proxy falls back to endpoints that are terminating but still serve (proxy/topology.go).
         let used = |endpoint: &&Endpoint| endpoint.ready || endpoint.serving && endpoint.terminating;
@@ -184,8 +187,13 @@ pub(super) fn without_ready(scene: &Scene<'_, '_>) -> Checked {
                 format!("{} ready=false", addresses.join(", ")),
             )
         });
-        found
-            .push(of_service(Severity::Error, service, sentence, change).with(evidence).with(refusals(world, service)));
+        let count = super::count(endpoints.len(), "endpoint");
+        found.push(
+            of_service(Severity::Error, service, sentence, change)
+                .because(format!("Service {} has {count}, none of which is ready", service.name))
+                .with(evidence)
+                .with(refusals(world, service)),
+        );
     }
     Ok(found)
 }
@@ -199,7 +207,7 @@ pub(super) fn selector(scene: &Scene<'_, '_>) -> Checked {
         return Err(format!("only the pods of {node} are known"));
     }
     let mut found = Vec::new();
-    for service in world.facts.cluster.services.iter().filter(|service| !service.selector.is_empty()) {
+    for service in scene.services().filter(|service| !service.selector.is_empty()) {
         if selected(world, service).is_none_or(|pods| !pods.is_empty()) {
             continue;
         }
@@ -243,7 +251,7 @@ pub(super) fn target_name(scene: &Scene<'_, '_>) -> Checked {
     world.facts.cluster.services.get()?;
     world.facts.cluster.pods.get()?;
     let mut found = Vec::new();
-    for service in world.facts.cluster.services.iter().filter(|service| !service.selector.is_empty()) {
+    for service in scene.services().filter(|service| !service.selector.is_empty()) {
         // Of pods elsewhere that are not known nothing can be said; those that are known decide for themselves.
         let matches = |pod: &&Pod| {
             pod.name.namespace == service.name.namespace
@@ -285,7 +293,7 @@ pub(super) fn rules_differ(scene: &Scene<'_, '_>) -> Checked {
         return Err("there are no iptables rules of kube-proxy here".to_owned());
     }
     let mut found = Vec::new();
-    for service in served(world) {
+    for service in served(scene) {
         for port in &service.ports {
             for family in [Family::V4, Family::V6] {
                 found.extend(differs(world, service, port, family));
@@ -340,7 +348,8 @@ fn differs(world: &World<'_>, service: &Service, port: &ServicePort, family: Fam
     });
     let evidence = rule.map(|rule| Evidence::rule(world, rule));
     let slices = Evidence::new("object", format!("EndpointSlices of {name}"), super::count(known.len(), "endpoint"));
-    Some(of_service(Severity::Error, service, sentence, change.to_owned()).with(evidence).with([slices]))
+    let finding = of_service(Severity::Error, service, sentence, change.to_owned()).with(evidence).with([slices]);
+    Some(gone.iter().fold(finding, |finding, at| finding.address(at.ip())))
 }
 
 fn list(all: &[&SocketAddr]) -> String {

@@ -33,7 +33,8 @@ pub(super) fn conntrack_full(scene: &Scene<'_, '_>) -> Checked {
         "raise {MAX} (kube-proxy's conntrack.maxPerCore), or find who opens so many connections (`conntrack -L`)"
     );
     let evidence = [Evidence::setting(scene.world, COUNT), Evidence::setting(scene.world, MAX)];
-    Ok(vec![Finding::new(Severity::Error, sentence, change).with(evidence).of_node()])
+    let cause = format!("conntrack's table is nearly full ({count} of {max})");
+    Ok(vec![Finding::new(Severity::Error, sentence, change).because(cause).with(evidence).of_node()])
 }
 
 /// A UDP entry that leads where the rules no longer lead: it lives on as long as the client keeps sending.
@@ -76,7 +77,9 @@ pub(super) fn stale_udp(scene: &Scene<'_, '_>) -> Checked {
             );
             let change = format!("`conntrack -D -p udp --orig-dst {} --orig-port-dst {}`, or have the client use another source port", at.ip(), at.port());
             let text = format!("{}, reply {}", entry.original, entry.reply);
+            let cause = format!("an old conntrack entry still sends udp {at} ({who}) {where_to}, {why}");
             let mut finding = Finding::new(Severity::Error, sentence, change)
+                .because(cause)
                 .with([Evidence::new("entry", "conntrack", text)])
                 .with(claim.rule.iter().map(|rule| Evidence::rule(world, rule)))
                 .port(Proto::Udp, at.port());

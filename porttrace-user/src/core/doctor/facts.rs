@@ -119,7 +119,7 @@ pub struct RuleSet {
     /// kube-proxy's chains of Services (`KUBE-SVC-…`), and whether nat's base chains jump to `KUBE-SERVICES`.
     pub services: usize,
     pub kube_services: bool,
-    /// portmap's chains of hostPorts (`CNI-DN-…`).
+    /// portmap's chains of hostPorts (`CNI-DN-…`), and CRI-O's (`KUBE-HP-…`).
     pub host_ports: usize,
 }
 

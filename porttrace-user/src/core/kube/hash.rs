@@ -24,6 +24,16 @@ pub fn portmap_chain(network: &str, sandbox: &str) -> String {
     format!("CNI-DN-{text}")
 }
 
+/// The name of CRI-O's chain for a hostPort of a sandbox: `KUBE-HP-` and 16 letters (internal/hostport/hostport_iptables.go,
+/// `getHostportChain`; the kubelet of dockershim's days did the same). `host_ip` as the pod asks for it, empty for none.
+pub fn crio_chain(sandbox: &str, port: u16, protocol: &str, host_ip: &str) -> String {
+    let protocol = protocol.to_ascii_uppercase();
+    format!("{CRIO}{}", suffix(&[sandbox, &port.to_string(), &protocol, host_ip]))
+}
+
+/// How the names of CRI-O's chains begin.
+pub const CRIO: &str = "KUBE-HP-";
+
 fn suffix(parts: &[&str]) -> String {
     let mut hash = Sha256::new();
     for part in parts {
@@ -41,6 +51,12 @@ mod tests {
     #[test]
     fn the_kubernetes_service_has_its_well_known_chain() {
         assert_eq!(service_suffix("default/kubernetes:https", "tcp"), "NPX46M4PTMTKRN6Y");
+    }
+
+    /// What `printf 'abc8080TCP' | sha256sum` and `base32` make.
+    #[test]
+    fn a_host_port_of_crio_has_its_chain() {
+        assert_eq!(crio_chain("abc", 8080, "tcp", ""), "KUBE-HP-P4J7YZKMGVPXNFWM");
     }
 
     #[test]

@@ -21,7 +21,8 @@ pub struct Claim {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ClaimKind {
-    /// portmap: this node's port → a pod's. `sandbox` is the pod sandbox's ID, `network` the CNI network.
+    /// portmap or CRI-O: this node's port → a pod's. `sandbox` is the pod sandbox's ID, `network` the CNI network, both only
+    /// where portmap's comment tells.
     HostPort {
         to: SocketAddr,
         host_ip: Option<IpAddr>,
@@ -90,6 +91,12 @@ impl Owners {
         of_service.map(|((_, at), _)| *at).collect()
     }
 
+    /// All endpoints that the rules give to Services' ports (`default/frontend:http`), as far as kube-proxy's comments tell.
+    pub fn endpoints(&self) -> impl Iterator<Item = (Proto, SocketAddr, &str)> {
+        let each = self.endpoints.iter();
+        each.flat_map(|((proto, at), services)| services.iter().map(|service| (*proto, *at, service.as_str())))
+    }
+
     /// A name for an endpoint: the Service that it serves (`default/frontend:http`), the first of several.
     pub fn name_of(&self, proto: Proto, address: SocketAddr) -> Option<String> {
         let services = self.endpoints.get(&(proto, address))?;
@@ -126,6 +133,7 @@ struct Asked {
 impl Reader<'_> {
     fn nat(&self, owners: &mut Owners) {
         self.host_ports(owners);
+        self.crio_host_ports(owners);
         for chain in &self.table.chains {
             match chain.name.as_ref() {
                 "KUBE-NODEPORTS" => self.services(chain, owners),
@@ -161,6 +169,28 @@ impl Reader<'_> {
                         rule: Some(self.reference(chain, number)),
                     });
                 }
+            }
+        }
+    }
+
+    /// CRI-O's entries: KUBE-HOSTPORTS asks for the port, the KUBE-HP- chain for the hostIP, and holds the destination
+    /// (internal/hostport/hostport_iptables.go, `Add`).
+    fn crio_host_ports(&self, owners: &mut Owners) {
+        let Some(entries) = self.table.chain("KUBE-HOSTPORTS") else { return };
+        for entry in &entries.rules {
+            let Some(chain) = self.target_chain(entry).filter(|chain| chain.name.starts_with(hash::CRIO)) else {
+                continue;
+            };
+            let wanted = asked(entry);
+            let (Some(proto), Some(&(port, _))) = (wanted.proto, wanted.ports.first()) else { continue };
+            for (number, rule) in (1u32..).zip(&chain.rules) {
+                let Target::Dnat(range) = &rule.target else { continue };
+                let Some(to) = destination(range) else { continue };
+                let host_ip = asked(rule).destination.or(wanted.destination);
+                let chain_name = chain.name.to_string();
+                let kind = ClaimKind::HostPort { to, host_ip, network: None, sandbox: None, chain: chain_name };
+                let rule = Some(self.reference(chain, number));
+                owners.claims.push(Claim { port, proto, family: self.ruleset.family, kind, rule });
             }
         }
     }

@@ -55,9 +55,15 @@ pub struct NativeRule {
 pub struct ProxyConfig {
     /// `iptables`, `nftables`, `ipvs`; empty: its default.
     pub mode: String,
-    /// `nodePortAddresses`; empty: all addresses of the node.
+    /// `nodePortAddresses`; empty (and not primary either): all addresses of the node.
     pub node_port_addresses: Vec<IpNet>,
+    /// `nodePortAddresses: [primary]`: the addresses of the Node object.
+    pub node_port_primary: bool,
     pub cluster_cidrs: Vec<IpNet>,
+    /// `iptables.localhostNodePorts`; `None`: the default, yes.
+    pub localhost_node_ports: Option<bool>,
+    /// `metricsBindAddress`; empty: its default.
+    pub metrics: String,
 }
 
 impl Facts {
@@ -93,6 +99,20 @@ impl Facts {
 
     pub fn service(&self, namespace: &str, name: &str) -> Option<&Service> {
         self.cluster.services.iter().find(|service| service.name.namespace == namespace && service.name.name == name)
+    }
+
+    /// Gives the node its name in Kubernetes: the one that it goes by already if a Node has it, else that of the Node with
+    /// this node's addresses.
+    pub fn name_node(&mut self) {
+        let known = |name: &str| self.cluster.nodes.iter().any(|node| node.name == name);
+        if self.state.name.as_deref().is_some_and(known) {
+            return;
+        }
+        let ours = |address: &IpAddr| self.is_own(*address) == Some(true);
+        let node = self.cluster.nodes.iter().find(|node| node.addresses.iter().any(ours));
+        if let Some(name) = node.map(|node| node.name.clone()) {
+            self.state.name = Some(name);
+        }
     }
 
     /// A name for whoever has this address: `pod default/frontend-a`, else nothing.

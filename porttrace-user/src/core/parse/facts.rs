@@ -2,7 +2,7 @@
 
 use super::notes::Notes;
 use super::objects::Objects;
-use super::{Files, iproute, sockets, state};
+use super::{Files, iproute, kube_proxy, sockets, state};
 use crate::core::model::cluster::{Cluster, Part};
 use crate::core::model::facts::{Facts, NativeChain, NativeRule, NativeTable, ProxyConfig};
 use crate::core::model::pods::PodSockets;
@@ -21,7 +21,8 @@ use std::net::IpAddr;
 /// - `cri.json`: the container runtime's sandboxes, as porttrace keeps them;
 /// - `netns/NAME/state.json`: addresses (`addr`, as `ip -j addr`) and listening sockets (`listen`, the columns of `ss`) of a pod;
 ///   `netns.json`: whether they could be looked into;
-/// - `cni-results.json`: what CNI ADD returned for each pod; `kube-proxy-config.json`.
+/// - `cni-results.json`: what CNI ADD returned for each pod;
+/// - `kube-proxy-config.json`: its KubeProxyConfiguration; `proxy-mode.txt`: the mode that it says that it runs in.
 pub fn facts(files: &Files) -> Facts {
     let mut facts = Facts { state: state(files), ..Facts::default() };
     let mut reader = Reader { files, diagnostics: Vec::new() };
@@ -111,17 +112,23 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// What kube-proxy was told; the mode that it says that it runs in counts before the one that it was told.
     fn proxy(&mut self) -> Part<ProxyConfig> {
         const NAME: &str = "kube-proxy-config.json";
-        let Some(text) = self.text(NAME) else {
-            return Part::Missing("kube-proxy's configuration is not known".to_owned());
-        };
-        match serde_json::from_str::<Value>(&text) {
-            Ok(config) => Part::Known(proxy_config(&config)),
-            Err(error) => {
-                self.note(NAME, format!("not understood: {error}"));
-                Part::Missing("kube-proxy's configuration was not understood".to_owned())
+        let said = self.text("proxy-mode.txt").map(|text| text.trim().to_owned()).filter(|mode| !mode.is_empty());
+        let told = match self.text(NAME).map(|text| kube_proxy::config(&text)) {
+            Some(Ok(config)) => Ok(config),
+            Some(Err(why)) => {
+                self.note(NAME, format!("not understood: {why}"));
+                Err("kube-proxy's configuration was not understood")
             }
+            None => Err("kube-proxy's configuration is not known"),
+        };
+        match (told, said) {
+            (Ok(config), None) => Part::Known(config),
+            (Ok(config), Some(mode)) => Part::Known(ProxyConfig { mode, ..config }),
+            (Err(_), Some(mode)) => Part::Known(ProxyConfig { mode, ..ProxyConfig::default() }),
+            (Err(why), None) => Part::Missing(why.to_owned()),
         }
     }
 }
@@ -177,18 +184,6 @@ fn native_tables(ruleset: &Value) -> Vec<NativeTable> {
         }
     }
     tables
-}
-
-/// kubeproxy.config.k8s.io/v1alpha1, KubeProxyConfiguration.
-fn proxy_config(config: &Value) -> ProxyConfig {
-    let text = |key: &str| config.get(key).and_then(Value::as_str).unwrap_or_default();
-    let nets = |words: Vec<&str>| words.into_iter().filter_map(|word| word.trim().parse::<IpNet>().ok()).collect();
-    let node_port_addresses = config.get("nodePortAddresses").and_then(Value::as_array);
-    ProxyConfig {
-        mode: text("mode").to_owned(),
-        node_port_addresses: nets(node_port_addresses.into_iter().flatten().filter_map(Value::as_str).collect()),
-        cluster_cidrs: nets(text("clusterCIDR").split(',').collect()),
-    }
 }
 
 /// The addresses of a CNI result (`ips[].address`, with a prefix).

@@ -12,6 +12,7 @@ mod iptables_modules;
 mod iptables_options;
 mod iptables_targets;
 pub mod ipvs;
+pub mod kube_proxy;
 pub mod listing;
 pub mod notes;
 pub mod objects;

@@ -20,15 +20,7 @@ pub struct Objects {
 impl Objects {
     /// Reads one text, JSON or YAML.
     pub fn read(&mut self, text: &str, notes: &mut Notes) {
-        let start = text.trim_start();
-        let documents = if start.starts_with('{') {
-            json(text)
-        } else if start.is_empty() {
-            Err("is empty".to_owned())
-        } else {
-            yaml(text)
-        };
-        match documents {
+        match documents(text) {
             Ok(documents) => documents.iter().for_each(|document| self.add(document, notes)),
             Err(why) => notes.add(0, format!("not understood, so that none of its objects are known: {why}")),
         }
@@ -103,6 +95,21 @@ fn part<K, T>(all: Option<BTreeMap<K, T>>, kind: &str, why: &str) -> Part<Vec<T>
     match all {
         Some(all) => Part::Known(all.into_values().collect()),
         None => Part::Missing(format!("{kind} are not known: {why}")),
+    }
+}
+
+/// The documents of a text, JSON or YAML.
+///
+/// # Errors
+/// One sentence when it is neither.
+pub(super) fn documents(text: &str) -> Result<Vec<Value>, String> {
+    let start = text.trim_start();
+    if start.starts_with('{') {
+        json(text)
+    } else if start.is_empty() {
+        Err("is empty".to_owned())
+    } else {
+        yaml(text)
     }
 }
 

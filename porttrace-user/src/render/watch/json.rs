@@ -85,6 +85,7 @@ fn verdict(report: &Report, context: &Context<'_>) -> Value {
         Mood::Unsure => Value::Null,
     };
     fields["text"] = json!(text);
+    fields["finding"] = json!(report.finding);
     fields["advice"] = json!(words::advice(report, context));
     fields["dnat"] = rewrite(flow.dnat(), |tuple| tuple.destination());
     fields["snat"] = rewrite(flow.snat(), |tuple| tuple.source());

@@ -1,6 +1,7 @@
 //! Why a host that was reached refuses a port.
 
 use super::{Context, Report};
+use crate::core::kube::owners::ClaimKind;
 use crate::core::model::flow::Proto;
 use crate::core::model::workloads::Workload;
 use std::net::SocketAddr;
@@ -31,6 +32,34 @@ pub(super) fn no_listener(from: SocketAddr, report: &Report, context: &Context<'
             format!(": nothing seems to listen on {proto} port {port} {place}{hint}{exposes}")
         }
     }
+}
+
+/// What to change where no finding tells: the client asked the pod itself, or rules without comments led there.
+pub(super) fn advice(from: SocketAddr, report: &Report, context: &Context<'_>) -> Option<String> {
+    let asked = report.flow.original;
+    let (proto, port, asked) = (asked.proto, from.port(), asked.dport);
+    if context.pods.only_on_loopback(proto, from.ip(), port) {
+        return Some("let the server in the pod listen on all addresses (0.0.0.0 or ::)".to_owned());
+    }
+    if context.pods.listens(proto, from.ip(), port) != Some(false) {
+        return None;
+    }
+    let ports = context.pods.ports(proto, from.ip())?;
+    let right = match ports.as_slice() {
+        [] => return None,
+        [(only, _)] => only.to_string(),
+        several => format!(
+            "one of {}",
+            several.iter().take(6).map(|(port, _)| port.to_string()).collect::<Vec<_>>().join(", ")
+        ),
+    };
+    let mut claims = context.owners.claims(asked).filter(|claim| claim.proto == proto);
+    claims.find_map(|claim| match &claim.kind {
+        ClaimKind::NodePort { service, .. } | ClaimKind::ServicePort { service, .. } => {
+            Some(format!("Service {service} leads to targetPort {port}: set that targetPort to {right}"))
+        }
+        _ => None,
+    })
 }
 
 /// What Services reach of the same pod.

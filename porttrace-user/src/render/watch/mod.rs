@@ -9,6 +9,7 @@ pub mod words;
 use crate::core::correlate::flow::Flow;
 use crate::core::correlate::judge::Outcome;
 use crate::core::correlate::story::Story;
+use crate::core::diagnose::Finding;
 use crate::core::kube::owners::Owners;
 use crate::core::model::interfaces::Interfaces;
 use crate::core::model::pods::PodSockets;
@@ -44,4 +45,6 @@ pub struct Report {
     pub flow: Flow,
     pub story: Story,
     pub outcome: Outcome,
+    /// Why it failed, where a finding explains it.
+    pub finding: Option<Finding>,
 }

@@ -1,11 +1,10 @@
 //! The words of the live log: verdict sentences, packet labels, durations, sizes.
 
-use super::listener::no_listener;
-use super::{Context, Report};
+use super::{Context, Report, listener};
 use crate::core::correlate::flow::{ACK, FIN, RST, SYN};
 use crate::core::correlate::judge::{Outcome, Reached, Refusal, Refuser};
 use crate::core::correlate::story::PacketSeen;
-use crate::core::kube::owners::ClaimKind;
+use crate::core::diagnose::Severity;
 use crate::core::model::flow::Proto;
 use crate::core::model::trace::{Action, Hop, RuleRef, Verdict};
 use std::net::SocketAddr;
@@ -28,8 +27,19 @@ impl Mood {
     }
 }
 
-/// The verdict in one sentence. `timed` adds how long it took.
+/// The verdict in one sentence: what was seen, and the finding that explains it. `timed` adds how long it took.
 pub fn verdict(report: &Report, context: &Context<'_>, timed: bool) -> (Mood, String) {
+    let (mood, text) = seen(report, context, timed);
+    match &report.finding {
+        None => (mood, text),
+        Some(finding) => {
+            let text = format!("{text}; {}: {}", finding.id, finding.brief());
+            (if finding.severity == Severity::Error { Mood::Bad } else { mood }, text)
+        }
+    }
+}
+
+fn seen(report: &Report, context: &Context<'_>, timed: bool) -> (Mood, String) {
     let time = |after_ns: u64| if timed { format!(" after {}", duration(after_ns)) } else { String::new() };
     match &report.outcome {
         Outcome::Answered { by, after_ns } => {
@@ -61,7 +71,9 @@ pub fn late(verdict: &str) -> String {
 
 /// What to change, where the evidence is plain.
 pub fn advice(report: &Report, context: &Context<'_>) -> Option<String> {
-    let flow = &report.flow;
+    if let Some(finding) = &report.finding {
+        return Some(finding.change.clone());
+    }
     let Outcome::Refused { by, from, how, .. } = &report.outcome else { return None };
     if *by == Refuser::ThisNode {
         let Some(Verdict::Rejected { by: Some(rule), .. }) = predicted_end(report) else { return None };
@@ -69,35 +81,8 @@ pub fn advice(report: &Report, context: &Context<'_>) -> Option<String> {
             "give the Service a ready endpoint: does its selector match a pod, and is that pod ready?".to_owned()
         });
     }
-    if !matches!(by, Refuser::Behind { .. }) || !is_port_refusal(*how) {
-        return None;
-    }
-    let (proto, port, asked) = (flow.original.proto, from.port(), flow.original.dport);
-    if context.pods.only_on_loopback(proto, from.ip(), port) {
-        return Some("let the server in the pod listen on all addresses (0.0.0.0 or ::)".to_owned());
-    }
-    if context.pods.listens(proto, from.ip(), port) != Some(false) {
-        return None;
-    }
-    let ports = context.pods.ports(proto, from.ip())?;
-    let right = match ports.as_slice() {
-        [] => return None,
-        [(only, _)] => only.to_string(),
-        several => format!(
-            "one of {}",
-            several.iter().take(6).map(|(port, _)| port.to_string()).collect::<Vec<_>>().join(", ")
-        ),
-    };
-    let claims = || context.owners.claims(asked).filter(|claim| claim.proto == proto);
-    if claims().any(|claim| matches!(&claim.kind, ClaimKind::HostPort { to, .. } if to == from)) {
-        return Some(format!("hostPort {asked} leads to containerPort {port}: set that containerPort to {right}"));
-    }
-    claims().find_map(|claim| match &claim.kind {
-        ClaimKind::NodePort { service, .. } | ClaimKind::ServicePort { service, .. } => {
-            Some(format!("Service {service} leads to targetPort {port}: set that targetPort to {right}"))
-        }
-        _ => None,
-    })
+    let closed = matches!(by, Refuser::Behind { .. }) && how.is_port_closed();
+    if closed { listener::advice(*from, report, context) } else { None }
 }
 
 /// `10.244.1.9:80 (default/frontend)`.
@@ -118,25 +103,19 @@ fn refused(by: Refuser, from: SocketAddr, how: Refusal, after: &str, report: &Re
         Refuser::Client => format!("given up by the client: it sent RST{after}, before any answer"),
         Refuser::Behind { ifindex } => {
             let interface = context.interfaces.name(ifindex);
-            let why = if is_port_refusal(how) { no_listener(from, report, context) } else { String::new() };
+            let why = match report.finding {
+                None if how.is_port_closed() => listener::no_listener(from, report, context),
+                _ => String::new(),
+            };
             format!("refused by {} behind {interface} ({answer}{after}){why}", who(from, report, context))
         }
         Refuser::ThisNode => match predicted_end(report) {
             Some(Verdict::Rejected { with, by: Some(rule) }) => {
                 format!("rejected by {}{} with {with}{after}", rule_name(rule), comment_of(report, rule))
             }
-            _ if is_port_refusal(how) => format!("refused by this node ({answer}{after}): nothing listens on {from}"),
+            _ if how.is_port_closed() => format!("refused by this node ({answer}{after}): nothing listens on {from}"),
             _ => format!("refused by this node ({answer}{after})"),
         },
-    }
-}
-
-/// RST, ABORT and "port unreachable" mean that the host was reached and the port is closed.
-const fn is_port_refusal(how: Refusal) -> bool {
-    match how {
-        Refusal::TcpReset | Refusal::SctpAbort => true,
-        Refusal::Icmp { v6: false, kind, code } => kind == 3 && code == 3,
-        Refusal::Icmp { v6: true, kind, code } => kind == 1 && code == 4,
     }
 }
 
