@@ -2,7 +2,7 @@
 
 use crate::emit::{body, describe_packet, reserve, submit};
 use crate::flow::is_watched;
-use crate::maps::{TRACKED, is_seen, netns, offset, set_seen, track};
+use crate::maps::{TRACKED, is_passed_over, is_seen, look_again, netns, offset, pass_over, set_seen, track};
 use crate::packet::{NO_TUPLE, Packet};
 use crate::route::describe_route;
 use crate::skb::{
@@ -37,10 +37,22 @@ pub fn hook(ctx: *mut c_void, kind: Kind) {
     if ct == 0 || (info >= REPLY && !first_look) {
         return;
     }
+    let id = id_of(ct);
+    // Entries are used again and again: what was known of this one holds until it begins anew.
+    let begins = first_look && (info == NEW || info == RELATED);
+    if !begins && is_passed_over(id) {
+        return;
+    }
     let ports = original_ports(ct);
     if is_watched(ports.dport, ports.proto) {
+        if begins {
+            look_again(id);
+        }
         watched(&NfContext { state, skb }, ct, info, ports.proto, kind);
-    } else if first_look && info == NEW && is_watched(ports.sport, ports.proto) {
+        return;
+    }
+    pass_over(id);
+    if first_look && info == NEW && is_watched(ports.sport, ports.proto) {
         remember(ct, ROLE_IGNORED, 0, 0);
     }
 }

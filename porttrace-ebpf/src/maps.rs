@@ -33,12 +33,13 @@ static PREDICTED: HashMap<Predicted, u8> = HashMap::with_max_entries(65_536, BPF
 #[map]
 pub static SCRATCH: PerCpuArray<[Packet; 2]> = PerCpuArray::with_max_entries(1, 0);
 
-/// Identities of conntrack entries that are known to TC, at places that follow from them: a packet of an entry that stands
-/// here needs no closer look. Another entry may take the place, and then the look is taken once more.
+/// What is known of conntrack entries, at places that follow from their identities: the identity of one that TC knows too, or
+/// the inverted bits of one that is not watched. A packet of either needs no closer look. Another entry may take the place, and
+/// then the look is taken once more.
 #[map]
 static SEEN: Array<u64> = Array::with_max_entries(SEEN_PLACES, 0);
 
-const SEEN_PLACES: u32 = 1 << 13;
+const SEEN_PLACES: u32 = 1 << 14;
 
 #[unsafe(no_mangle)]
 static OFFSETS: Offsets = Offsets::ZERO;
@@ -97,7 +98,7 @@ pub fn shows_data() -> bool {
     load(&raw const SHOW_DATA) != 0
 }
 
-/// Whether this entry stands in [`SEEN`].
+/// Whether TC knows this watched entry.
 #[inline(always)]
 pub fn is_seen(ct_id: u64) -> bool {
     SEEN.get(seen_place(ct_id)) == Some(&ct_id)
@@ -105,8 +106,32 @@ pub fn is_seen(ct_id: u64) -> bool {
 
 #[inline(always)]
 pub fn set_seen(ct_id: u64) {
+    write_seen(ct_id, ct_id);
+}
+
+/// Whether this entry is known to be of a connection that nobody watches.
+#[inline(always)]
+pub fn is_passed_over(ct_id: u64) -> bool {
+    SEEN.get(seen_place(ct_id)) == Some(&!ct_id)
+}
+
+#[inline(always)]
+pub fn pass_over(ct_id: u64) {
+    write_seen(ct_id, !ct_id);
+}
+
+/// The entry is another connection's now, one that is watched.
+#[inline(always)]
+pub fn look_again(ct_id: u64) {
+    if is_passed_over(ct_id) {
+        write_seen(ct_id, 0);
+    }
+}
+
+#[inline(always)]
+fn write_seen(ct_id: u64, value: u64) {
     if let Some(seen) = SEEN.get_ptr_mut(seen_place(ct_id)) {
-        unsafe { *seen = ct_id };
+        unsafe { *seen = value };
     }
 }
 
