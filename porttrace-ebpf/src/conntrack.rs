@@ -3,14 +3,14 @@
 use crate::emit::{body, describe_packet, reserve, submit};
 use crate::flow::is_watched;
 use crate::maps::{TRACKED, is_passed_over, is_seen, look_again, netns, offset, pass_over, set_seen, track};
-use crate::packet::{NO_TUPLE, Packet};
+use crate::packet::{NO_TUPLE, Packet, UDP};
 use crate::route::describe_route;
 use crate::skb::{
     Access as _, CONFIRMED, DST_NAT, DYING, SRC_NAT, Typed, Untyped, conntrack_netns, conntrack_of, copy_tuple,
-    describe_conntrack, id_of, ifindex_of, may_open, original_ports, packet_of, peek, status_of,
+    describe_conntrack, id_of, ifindex_of, may_be_watched, may_open, original_ports, packet_of, peek, status_of,
 };
 use core::ffi::c_void;
-use porttrace_ebpf::{Kind, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY, WireTuple};
+use porttrace_ebpf::{Kind, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY, Track, WireTuple};
 
 /// `IP_CT_RELATED`.
 const RELATED: u64 = 1;
@@ -34,7 +34,10 @@ pub fn hook(ctx: *mut c_void, kind: Kind) {
     let (ct, info) = conntrack_of::<Typed>(skb);
     // Only the first look at a connection cares for replies: it may have begun before the probe did.
     let first_look = matches!(kind, Kind::AfterConntrack);
-    if ct == 0 || (info >= REPLY && !first_look) {
+    if ct == 0 {
+        return untracked(&NfContext { state, skb }, kind);
+    }
+    if info >= REPLY && !first_look {
         return;
     }
     let id = id_of(ct);
@@ -54,6 +57,24 @@ pub fn hook(ctx: *mut c_void, kind: Kind) {
     pass_over(id);
     if first_look && info == NEW && is_watched(ports.sport, ports.proto) {
         remember(ct, ROLE_IGNORED, 0, 0);
+    }
+}
+
+/// A packet without an entry: conntrack looks at nothing in a namespace whose rules do not ask for it, as in most pods. Where the
+/// packet was routed is still worth telling, of the one that opens a connection.
+#[inline(always)]
+fn untracked(at: &NfContext, kind: Kind) {
+    if !matches!(kind, Kind::LocalIn | Kind::AfterSnat) || !may_be_watched(at.skb) {
+        return;
+    }
+    let mut packet = Packet::ZERO;
+    if !packet_of::<Typed>(at.skb, &mut packet) || !is_watched(packet.tuple.dport, packet.tuple.proto) {
+        return;
+    }
+    // Of datagrams TC knows which one is the first.
+    let is_first = |known: *mut Track| unsafe { (*known).role == ROLE_OPENING && (*known).packets <= 1 };
+    if packet.opens() || TRACKED.get_ptr_mut(&packet.tuple).is_some_and(is_first) && packet.tuple.proto == UDP {
+        emit_hook(at, 0, 0, kind, &packet);
     }
 }
 
@@ -188,7 +209,9 @@ fn emit_hook(at: &NfContext, ct: u64, info: u64, kind: Kind, packet: &Packet) {
     let Some(mut entry) = reserve(kind) else { return };
     let event = body(&mut entry);
     describe_packet(event, packet);
-    describe_conntrack(event, ct, info);
+    if ct != 0 {
+        describe_conntrack(event, ct, info);
+    }
     event.mark = Typed::read(skb + offset!(skb_mark));
     event.hook = Typed::read(state + offset!(state_hook));
     event.ifindex = ifindex_of::<Typed>(Typed::read(state + offset!(state_in)));

@@ -3,7 +3,7 @@
 use crate::conntrack::is_watched_here;
 use crate::emit::{body, describe_packet, reserve, submit};
 use crate::flow::{flags_of, is_watched};
-use crate::maps::{TRACKED, netns, offset, port_bits, reset_has_reason};
+use crate::maps::{TRACKED, netns, offset, port_bits, queue_purge, reset_has_reason};
 use crate::packet::Packet;
 use crate::skb::{Access as _, Typed, conntrack_of, describe_conntrack, packet_of, place_of};
 use aya_ebpf::programs::BtfTracePointContext;
@@ -16,6 +16,9 @@ const ESTABLISHED_REPLY: u64 = 3;
 
 #[inline(always)]
 pub fn dropped(skb: u64, reason: u32) {
+    if reason != 0 && reason == queue_purge() {
+        return;
+    }
     report(Kind::Dropped, skb, reason);
 }
 

@@ -52,6 +52,10 @@ static NETNS: u32 = 0;
 #[unsafe(no_mangle)]
 static RESET_HAS_REASON: u32 = 0;
 
+/// `SKB_DROP_REASON_QUEUE_PURGE`: a socket that closes frees what was delivered to it; 0 where the kernel has no such reason.
+#[unsafe(no_mangle)]
+static QUEUE_PURGE: u32 = 0;
+
 /// The reader is woken when so many more bytes (a power of two) wait for it.
 #[unsafe(no_mangle)]
 static WAKE_BYTES: u32 = 0;
@@ -86,6 +90,11 @@ pub fn load(word: *const u32) -> u32 {
 #[inline(always)]
 pub fn netns() -> u32 {
     load(&raw const NETNS)
+}
+
+#[inline(always)]
+pub fn queue_purge() -> u32 {
+    load(&raw const QUEUE_PURGE)
 }
 
 #[inline(always)]

@@ -1,6 +1,6 @@
 //! Reading `sk_buff` and `nf_conn` through offsets, where no direct access exists.
 
-use crate::maps::offset;
+use crate::maps::{offset, port_bits};
 use crate::packet::{ACK, Bytes, Packet, SCTP, SYN, TCP, parse};
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
 use porttrace_ebpf::{CT_NEW, CT_REPLY, Event, HAS_CONNTRACK, WireTuple};
@@ -93,6 +93,16 @@ pub fn may_open(skb: u64, proto: u8) -> bool {
     // Up to the flags of a TCP header behind an IPv4 header without options.
     let header: [u8; 34] = peek(head + u64::from(network));
     header[0] != 0x45 || header[33] & (SYN | ACK) == SYN
+}
+
+/// Whether the packet may go to a watched port, for little: when in doubt, yes.
+#[inline(always)]
+pub fn may_be_watched(skb: u64) -> bool {
+    let head: u64 = Typed::read(skb + offset!(skb_head));
+    let network: u16 = Typed::read(skb + offset!(skb_network_header));
+    // Up to the ports behind an IPv4 header without options.
+    let header: [u8; 24] = peek(head + u64::from(network));
+    header[0] != 0x45 || port_bits([header[22], header[23]]) != 0
 }
 
 /// `skb->_nfct`: address of the `nf_conn` (0: none) and `enum ip_conntrack_info`.

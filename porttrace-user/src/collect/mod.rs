@@ -1,5 +1,6 @@
 //! The outside, turned into values: a node's state live or from a snapshot, the probe's events.
 
+pub mod attached;
 pub mod attempt;
 mod attributes;
 mod cni;
@@ -10,6 +11,7 @@ pub mod ctnetlink;
 pub mod doctor;
 pub mod facts;
 mod host;
+pub mod inside;
 pub mod kube_proxy;
 pub mod kubernetes;
 pub mod links;

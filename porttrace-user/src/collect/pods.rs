@@ -52,7 +52,7 @@ pub fn namespaces(sandboxes: &[Sandbox]) -> Part<Vec<Namespace>> {
 }
 
 /// Name and path of each namespace, once; a pod's stands before what else is found.
-fn places(sandboxes: &[Sandbox]) -> Vec<(String, PathBuf)> {
+pub(super) fn places(sandboxes: &[Sandbox]) -> Vec<(String, PathBuf)> {
     let inode = |path: &Path| fs::metadata(path).map(|metadata| metadata.ino()).ok();
     let own = inode(Path::new("/proc/thread-self/ns/net"));
     let mut seen: BTreeMap<u64, ()> = own.into_iter().map(|own| (own, ())).collect();

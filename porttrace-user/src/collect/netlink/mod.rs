@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 const SKIP_STATS: u32 = 8;
 
 /// What route netlink tells of the calling thread's network namespace; `None` is what it would not tell.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq)]
 pub struct Network {
     pub links: Option<Vec<Link>>,
     pub addresses: Option<Vec<Address>>,
@@ -46,7 +46,16 @@ pub fn read() -> Network {
     network
 }
 
-fn read_all(reader: &mut Reader) -> Network {
+/// Reads links and addresses alone; the rest stays `None`.
+pub fn read_interfaces() -> Network {
+    let mut notes = Notes::new("netlink");
+    match Connection::open(netlink_sys::protocols::NETLINK_ROUTE) {
+        Ok(connection) => interfaces(&mut Reader { connection, notes: &mut notes }).1,
+        Err(_) => Network::default(),
+    }
+}
+
+fn interfaces(reader: &mut Reader) -> (Names, Network) {
     let mut links = reader.list("links", links_request(), link::link);
     let names: Names = links.iter().flatten().map(|link| (link.index, link.name.clone())).collect();
     link::name_masters(links.as_deref_mut().unwrap_or_default(), &names);
@@ -56,6 +65,11 @@ fn read_all(reader: &mut Reader) -> Network {
     // The kernel lists family by family; `ip addr` shows link by link, and a link's own order decides what is primary.
     let order: BTreeMap<&String, u32> = names.iter().map(|(index, name)| (name, *index)).collect();
     addresses.iter_mut().for_each(|list| list.sort_by_key(|address| order.get(&address.interface).copied()));
+    (names, Network { links, addresses, ..Network::default() })
+}
+
+fn read_all(reader: &mut Reader) -> Network {
+    let (names, interfaces) = interfaces(reader);
     let neighbours = reader.list("neighbours", RouteNetlinkMessage::GetNeighbour(Default::default()), |message| {
         link::neighbour(message, &names)
     });
@@ -72,7 +86,7 @@ fn read_all(reader: &mut Reader) -> Network {
         });
         merge(&mut policy, found);
     }
-    Network { links, addresses, routes, policy, neighbours, diagnostics: Vec::new() }
+    Network { routes, policy, neighbours, ..interfaces }
 }
 
 fn merge<T>(all: &mut Option<Vec<T>>, found: Option<Vec<T>>) {

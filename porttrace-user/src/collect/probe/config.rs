@@ -182,6 +182,16 @@ impl Lost {
     pub const fn total(self) -> u64 {
         self.ring_full + self.track_full + self.conntrack_full
     }
+
+    /// The sums of both.
+    #[must_use]
+    pub const fn plus(self, other: Self) -> Self {
+        Self {
+            ring_full: self.ring_full + other.ring_full,
+            track_full: self.track_full + other.track_full,
+            conntrack_full: self.conntrack_full + other.conntrack_full,
+        }
+    }
 }
 
 /// Packets and payload bytes of one tuple, counted at the first interface that saw it.

@@ -168,6 +168,11 @@ impl Probe {
         self.links.names().get(&index).map(String::as_str)
     }
 
+    /// Names by index of the interfaces that are there now.
+    pub const fn present_interfaces(&self) -> &BTreeMap<u32, String> {
+        self.links.present()
+    }
+
     /// Names by index of all interfaces that are or were there.
     pub const fn interface_names(&self) -> &BTreeMap<u32, String> {
         self.links.names()

@@ -69,6 +69,8 @@ impl Kernel {
         let predicts = u32::from(predicts);
         let offsets = types.offsets.words();
         let reset_has_reason = u32::from(types.reset_has_reason);
+        let mut reasons = types.drop_reasons.iter();
+        let queue_purge = reasons.find(|(_, name)| *name == "QUEUE_PURGE").map_or(0, |(reason, _)| *reason);
         let log_level = if config.kernel_log { u8::MAX } else { 0 };
         // The kernel wants a power of two of pages; aya makes it one in the same way.
         let ring_bytes = config.ring_bytes.next_power_of_two().max(4096);
@@ -81,6 +83,7 @@ impl Kernel {
             .override_global("OFFSETS", &offsets[..], true)
             .override_global("NETNS", &netns, true)
             .override_global("RESET_HAS_REASON", &reset_has_reason, true)
+            .override_global("QUEUE_PURGE", &queue_purge, true)
             .override_global("WAKE_BYTES", &wake_bytes, true)
             .override_global("SHOW_DATA", &show_data, true)
             .override_global("PREDICTS", &predicts, true)

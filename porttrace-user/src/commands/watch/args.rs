@@ -43,6 +43,10 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = BackendChoice::Auto)]
     pub conntrack_backend: BackendChoice,
 
+    /// Follow connections inside the pods of this node that the rules lead to, with the pods' own rules
+    #[arg(long)]
+    pub into_pods: bool,
+
     /// Room for events that are not read yet (64K, 8M); on a busy node more bears longer stalls
     #[arg(long, value_name = "SIZE", default_value = "8M", value_parser = size)]
     pub buffer: u32,

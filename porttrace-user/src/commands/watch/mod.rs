@@ -2,8 +2,10 @@
 
 pub mod args;
 mod diagnosis;
+mod inside;
 mod output;
 mod pods;
+mod probing;
 mod rules;
 mod session;
 

@@ -113,6 +113,7 @@ impl Printer {
                 "kernel": header.kernel,
                 "probes": header.probes,
                 "rules": header.rules,
+                "inside": header.inside,
                 "warnings": header.warnings,
                 "ready_ns": header.ready_ns,
             });

@@ -4,6 +4,7 @@ use porttrace_user::collect::kubernetes::{ApiError, Watch};
 use porttrace_user::collect::{facts, pods};
 use porttrace_user::core::model::cluster::{Cluster, Part, Sandbox};
 use porttrace_user::core::model::pods::PodSockets;
+use porttrace_user::core::model::state::Socket;
 use porttrace_user::core::model::workloads::Workloads;
 use std::net::IpAddr;
 use std::time::Duration;
@@ -71,6 +72,16 @@ impl Pods {
     /// What listens in the pods; nothing where nobody could look.
     pub fn sockets(&self) -> &PodSockets {
         self.listeners.known().unwrap_or(&self.nothing)
+    }
+
+    /// Takes over what a pod's own network namespace says of it; that counts, whatever else has its addresses.
+    pub fn hear(&mut self, addresses: impl IntoIterator<Item = IpAddr>, sockets: &[Socket]) {
+        let mut listeners = self.sockets().clone();
+        listeners.insert(addresses, sockets);
+        if self.listeners.known() != Some(&listeners) {
+            self.listeners = Part::Known(listeners);
+            self.generation += 1;
+        }
     }
 
     /// Brings up to date what is known of the pod with this address.

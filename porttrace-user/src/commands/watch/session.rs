@@ -1,26 +1,29 @@
 //! One session: start probe and reading of rules side by side, then events in, log out, until told to stop.
 
-use super::args::{Args, BackendChoice, ProtoChoice};
+use super::args::Args;
 use super::diagnosis::Diagnosis;
+use super::inside::IntoPods;
 use super::output::{Clock, Events, Printer};
 use super::pods::Pods;
+use super::probing::{probe_config, probes_sentence, reasons};
 use super::rules::Rules;
 use anyhow::Context as _;
 use porttrace_ebpf::Kind;
 use porttrace_user::collect::live;
-use porttrace_user::collect::probe::{Backend, ConntrackBackend, Lost, Probe, ProbeConfig, ProbeInfo, Protos, TcMode};
+use porttrace_user::collect::probe::{Lost, Probe};
 use porttrace_user::core::correlate::flow::Flow;
 use porttrace_user::core::correlate::fold::Mode;
+use porttrace_user::core::correlate::inside::Inside;
 use porttrace_user::core::correlate::judge::{Outcome, judge};
 use porttrace_user::core::correlate::story::tell;
 use porttrace_user::core::correlate::{Correlator, Limits, Update};
-use porttrace_user::core::kube::targets::nat_targets;
+use porttrace_user::core::kube::targets::{NatTarget, nat_targets};
 use porttrace_user::core::model::event::Event;
 use porttrace_user::core::model::interfaces::Interfaces;
 use porttrace_user::core::model::trace::{Packet, Trace};
-use porttrace_user::render::watch::header::{Header, count};
+use porttrace_user::render::watch::header::Header;
 use porttrace_user::render::watch::{Context, Report};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -48,7 +51,12 @@ pub async fn run(args: &Args) -> anyhow::Result<bool> {
     let limits = Limits { silence_ns: nanoseconds(args.timeout), ..Limits::default() };
     let correlator = Correlator::new(args.ports.iter().copied(), limits.clone());
     let interfaces = interfaces_of(&probe);
-    let pods = Pods::follow(args.sources.options(live::Options::default()));
+    let options = args.sources.options(live::Options::default());
+    let mut inside = args.into_pods.then(|| IntoPods::new(probe_config(args), &limits, options.clone()));
+    if let Some(inside) = &mut inside {
+        inside.start(targets(&rules, args)).await;
+    }
+    let pods = Pods::follow(options);
     let mut session = Session {
         args,
         probe,
@@ -59,6 +67,7 @@ pub async fn run(args: &Args) -> anyhow::Result<bool> {
         interfaces,
         pods,
         diagnosis: Diagnosis::default(),
+        inside,
         events: 0,
         lost: Lost::default(),
         evicted: 0,
@@ -97,6 +106,8 @@ struct Session<'a> {
     interfaces: Interfaces,
     pods: Pods,
     diagnosis: Diagnosis,
+    /// With `--into-pods`.
+    inside: Option<IntoPods>,
     /// Events read since the start.
     events: u64,
     lost: Lost,
@@ -108,6 +119,7 @@ impl Session<'_> {
         let info = self.probe.info();
         let mut warnings = info.degradations.clone();
         warnings.extend(self.rules.warnings());
+        warnings.extend(self.inside.iter_mut().flat_map(IntoPods::notes));
         let header = Header {
             ports: &self.args.ports,
             node: &self.rules.node,
@@ -115,6 +127,7 @@ impl Session<'_> {
             owners: &self.rules.owners,
             probes: probes_sentence(info),
             rules: self.rules.sentence(),
+            inside: self.inside.as_ref().map(IntoPods::names),
             warnings: &warnings,
             ready_ns: nanoseconds(started.elapsed()),
         };
@@ -137,6 +150,7 @@ impl Session<'_> {
                     self.take(&mut events);
                     self.follow_links();
                 }
+                () = listen(&mut self.inside) => {}
                 _ = ticks.tick() => {
                     if self.tell_what_is_due().await? {
                         return Ok(());
@@ -198,18 +212,21 @@ impl Session<'_> {
             story = tell(&flow, trace.as_ref(), &self.interfaces, all);
         }
         let outcome = judge(&flow, &self.interfaces);
-        let drop_reasons = self.drop_reasons(&flow);
-        let finding = match outcome {
-            Outcome::Answered { .. } | Outcome::JoinedLate => None,
-            _ => {
-                let end = flow.reply.map_or(flow.original.destination(), |reply| reply.source());
-                self.pods.refresh(end.ip()).await;
-                let reason = match &outcome {
-                    Outcome::Dropped { reason, .. } => drop_reasons.get(reason).map(String::as_str),
-                    _ => None,
-                };
-                self.diagnosis.of((&flow, &outcome, &story, trace.as_ref()), reason, &self.rules, &self.pods)
-            }
+        if !matches!(outcome, Outcome::Answered { .. } | Outcome::JoinedLate) {
+            let end = flow.reply.map_or(flow.original.destination(), |reply| reply.source());
+            self.pods.refresh(end.ip()).await;
+        }
+        let inside = self.look_inside(&flow).await;
+        let drop_reasons = self.drop_reasons(&flow, inside.as_deref());
+        // What the pod's own rules did is not for the node's facts to explain.
+        let finding = if inside.as_deref().is_some_and(Inside::explains) {
+            None
+        } else {
+            let reason = match &outcome {
+                Outcome::Dropped { reason, .. } => drop_reasons.get(reason).map(String::as_str),
+                _ => None,
+            };
+            self.diagnosis.of((&flow, &outcome, &story, trace.as_ref()), reason, &self.rules, &self.pods)
         };
         let context = Context {
             interfaces: &self.interfaces,
@@ -219,17 +236,30 @@ impl Session<'_> {
             drop_reasons: &drop_reasons,
             silence_ns: self.limits.silence_ns,
         };
-        let report = Report { flow, story, outcome, finding };
+        let report = Report { flow, story, outcome, finding, inside };
         if amends {
             return Ok(self.printer.amend(&report, &context)?);
         }
         Ok(self.printer.report(&report, &context, Clock::now())?)
     }
 
+    /// The connection as the pod saw it that it was sent to, if that is followed.
+    async fn look_inside(&mut self, flow: &Flow) -> Option<Box<Inside>> {
+        let pods = self.inside.as_mut()?;
+        let mut inside = pods.tell(flow, self.args.verbose > 0).await?;
+        if let Some((addresses, sockets)) = pods.listeners(&mut inside).await {
+            // The pod's own word counts, whatever else has its address.
+            self.pods.hear(addresses, &sockets);
+        }
+        Some(Box::new(inside))
+    }
+
     /// The kernel's names of the drop reasons that occur in a connection.
-    fn drop_reasons(&self, flow: &Flow) -> BTreeMap<u32, String> {
+    fn drop_reasons(&self, flow: &Flow, inside: Option<&Inside>) -> BTreeMap<u32, String> {
+        let inside = inside.into_iter().flat_map(|inside| &inside.flow.sightings);
         flow.sightings
             .iter()
+            .chain(inside)
             .filter(|seen| seen.event.kind == Kind::Dropped)
             .filter_map(|seen| {
                 let name = self.probe.reason_name(Kind::Dropped, seen.event.reason)?;
@@ -244,6 +274,9 @@ impl Session<'_> {
             self.interfaces = interfaces_of(&self.probe);
             self.rules.expect_changes();
             self.pods.expect_changes();
+            if let Some(inside) = &mut self.inside {
+                inside.expect_changes(None);
+            }
         }
     }
 
@@ -268,11 +301,17 @@ impl Session<'_> {
         }
         self.printer.bundles()?;
         self.reload_if_changed().await?;
+        if let Some(inside) = &mut self.inside {
+            inside.keep_house().await;
+            for text in inside.notes() {
+                self.printer.note(&text, Clock::now(), false)?;
+            }
+        }
         Ok(())
     }
 
     fn tell_lost(&mut self) -> anyhow::Result<()> {
-        let lost = self.probe.lost()?;
+        let lost = self.lost_so_far()?;
         if lost != self.lost {
             self.printer.lost(&reasons(lost), self.events, Clock::now())?;
             self.lost = lost;
@@ -280,10 +319,19 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// On the node, and inside its pods.
+    fn lost_so_far(&self) -> anyhow::Result<Lost> {
+        let lost = self.probe.lost()?;
+        Ok(self.inside.as_ref().map_or(lost, |inside| lost.plus(inside.lost())))
+    }
+
     /// Reads rules, routes and addresses again when they changed; true when they did.
     async fn reload_if_changed(&mut self) -> anyhow::Result<bool> {
         let Some(text) = self.rules.follow().await else { return Ok(false) };
         predict_targets(&mut self.probe, &self.rules, self.args)?;
+        if let Some(inside) = &mut self.inside {
+            inside.expect_changes(Some(targets(&self.rules, self.args)));
+        }
         self.printer.note(&text, Clock::now(), false)?;
         Ok(true)
     }
@@ -300,9 +348,14 @@ impl Session<'_> {
         self.tell(updates).await?;
         self.printer.bundles()?;
         self.tell_lost()?;
+        if let Some(inside) = &mut self.inside {
+            inside.end().await;
+        }
+        // What pods had to tell is theirs.
+        let node = self.probe.lost()?;
         let lost: Vec<String> =
             reasons(self.lost).iter().map(|(reason, count)| format!("{count} events lost: {reason}")).collect();
-        let events = Events { received: self.events, lost: self.lost.ring_full + self.lost.conntrack_full };
+        let events = Events { received: self.events, lost: node.ring_full + node.conntrack_full };
         self.printer.summary(nanoseconds(started.elapsed()), events, &lost)?;
         Ok(!lost.is_empty())
     }
@@ -311,9 +364,22 @@ impl Session<'_> {
 /// Tells the probe where the rules may send the watched connections, if it has a use for that.
 fn predict_targets(probe: &mut Probe, rules: &Rules, args: &Args) -> anyhow::Result<()> {
     if probe.wants_predictions() {
-        probe.predict(&nat_targets(rules.state.rulesets.iter().map(Arc::as_ref), &args.ports))?;
+        probe.predict(&targets(rules, args))?;
     }
     Ok(())
+}
+
+/// Where the rules may send the watched connections.
+fn targets(rules: &Rules, args: &Args) -> BTreeSet<NatTarget> {
+    nat_targets(rules.state.rulesets.iter().map(Arc::as_ref), &args.ports)
+}
+
+/// Never ends without `--into-pods`.
+async fn listen(inside: &mut Option<IntoPods>) {
+    match inside {
+        Some(inside) => inside.listen().await,
+        None => std::future::pending().await,
+    }
 }
 
 fn interfaces_of(probe: &Probe) -> Interfaces {
@@ -324,63 +390,6 @@ fn interfaces_of(probe: &Probe) -> Interfaces {
     interfaces
 }
 
-fn probes_sentence(info: &ProbeInfo) -> String {
-    let conntrack = match info.conntrack_backend {
-        ConntrackBackend::None => "not observed".to_owned(),
-        backend => format!("by {backend}"),
-    };
-    format!(
-        "TC ({}) on {}; conntrack {conntrack}; ready in {} ms, of which attaching {} ms",
-        tc_name(info.tc),
-        count(info.interfaces, "interface"),
-        info.start_time.as_millis(),
-        info.attach_time.as_millis(),
-    )
-}
-
-/// Lost events by reason, only those that occurred.
-fn reasons(lost: Lost) -> Vec<(String, u64)> {
-    [
-        ("ring buffer full", lost.ring_full),
-        ("table of connections full", lost.track_full),
-        ("conntrack's queue full", lost.conntrack_full),
-    ]
-    .into_iter()
-    .filter(|(_, count)| *count > 0)
-    .map(|(reason, count)| (reason.to_owned(), count))
-    .collect()
-}
-
-fn probe_config(args: &Args) -> ProbeConfig {
-    let protos = match args.proto {
-        ProtoChoice::All => Protos::ALL,
-        one => Protos { tcp: one == ProtoChoice::Tcp, udp: one == ProtoChoice::Udp, sctp: one == ProtoChoice::Sctp },
-    };
-    let backend = match args.conntrack_backend {
-        BackendChoice::Auto => Backend::Auto,
-        BackendChoice::Netfilter => Backend::Netfilter,
-        BackendChoice::Kprobe => Backend::Kprobe,
-        BackendChoice::Ctnetlink => Backend::Ctnetlink,
-        BackendChoice::None => Backend::TcOnly,
-    };
-    ProbeConfig {
-        protos,
-        backend,
-        ring_bytes: args.buffer,
-        // Only the whole story shows them.
-        data: args.verbose > 0,
-        kernel_log: args.verbose > 1,
-        ..ProbeConfig::new(args.ports.iter().copied())
-    }
-}
-
 fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
-}
-
-const fn tc_name(mode: TcMode) -> &'static str {
-    match mode {
-        TcMode::Tcx => "tcx",
-        TcMode::Clsact => "clsact",
-    }
 }

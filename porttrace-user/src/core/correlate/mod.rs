@@ -7,6 +7,7 @@
 
 pub mod flow;
 pub mod fold;
+pub mod inside;
 pub mod judge;
 pub mod route;
 pub mod story;
@@ -130,6 +131,12 @@ impl Correlator {
                 self.updates.push(update);
             }
         }
+    }
+
+    /// The newest connection that this tuple opened, with what was seen of it and not yet reported.
+    pub fn opened_by(&self, original: Tuple) -> Option<&Flow> {
+        let flow = self.flows.get(self.index.get(&original)?)?;
+        (flow.original == original).then_some(flow)
     }
 
     /// Lets time pass until `now_ns` and hands out what there is to say, in order of time.

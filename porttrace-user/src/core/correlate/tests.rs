@@ -11,14 +11,14 @@ use crate::core::model::trace::{Branch, Fraction, Hop, Packet, Route, RouteKind,
 
 const ETH0: u32 = 2;
 const VETH: u32 = 7;
-const MS: u64 = 1_000_000;
+pub(super) const MS: u64 = 1_000_000;
 
-fn tuple(text: &str) -> Tuple {
+pub(super) fn tuple(text: &str) -> Tuple {
     let (src, dst) = text.split_once(" → ").expect("a tuple has an arrow");
     Tuple::new(Proto::Tcp, src.parse().expect("source"), dst.parse().expect("destination"))
 }
 
-fn event(time_ns: u64, kind: Kind, ifindex: u32, packet: &str, l4_flags: u8) -> Event {
+pub(super) fn event(time_ns: u64, kind: Kind, ifindex: u32, packet: &str, l4_flags: u8) -> Event {
     Event {
         time_ns,
         kind,
@@ -46,7 +46,7 @@ fn event(time_ns: u64, kind: Kind, ifindex: u32, packet: &str, l4_flags: u8) -> 
     }
 }
 
-fn with_conntrack(mut event: Event, original: &str, reply: &str) -> Event {
+pub(super) fn with_conntrack(mut event: Event, original: &str, reply: &str) -> Event {
     event.conntrack = Some(Conntrack {
         original: tuple(original),
         reply: tuple(reply),
@@ -59,7 +59,7 @@ fn with_conntrack(mut event: Event, original: &str, reply: &str) -> Event {
     event
 }
 
-fn interfaces() -> Interfaces {
+pub(super) fn interfaces() -> Interfaces {
     let mut interfaces = Interfaces::default();
     interfaces.insert(1, "lo", true);
     interfaces.insert(ETH0, "eth0", false);
@@ -68,12 +68,12 @@ fn interfaces() -> Interfaces {
 }
 
 const CLIENT: &str = "172.18.0.4:60218 → 172.18.0.3:9088";
-const TO_POD: &str = "172.18.0.4:60218 → 10.244.1.9:8081";
-const FROM_POD: &str = "10.244.1.9:8081 → 172.18.0.4:60218";
+pub(super) const TO_POD: &str = "172.18.0.4:60218 → 10.244.1.9:8081";
+pub(super) const FROM_POD: &str = "10.244.1.9:8081 → 172.18.0.4:60218";
 const TO_CLIENT: &str = "172.18.0.3:9088 → 172.18.0.4:60218";
 
 /// The founding story: a SYN to hostPort 9088 that the pod refuses.
-fn refused() -> Vec<Event> {
+pub(super) fn refused() -> Vec<Event> {
     vec![
         event(1000, Kind::TcIngress, ETH0, CLIENT, SYN),
         with_conntrack(event(2000, Kind::AfterConntrack, ETH0, CLIENT, SYN), CLIENT, TO_CLIENT),
@@ -84,7 +84,7 @@ fn refused() -> Vec<Event> {
     ]
 }
 
-fn reported(events: Vec<Event>, until: u64) -> Flow {
+pub(super) fn reported(events: Vec<Event>, until: u64) -> Flow {
     let mut correlator = Correlator::new([9088], Limits::default());
     for event in events {
         correlator.push(event);

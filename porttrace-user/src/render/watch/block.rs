@@ -3,6 +3,7 @@
 use super::words::{self, Mood};
 use super::{Context, Report};
 use crate::core::correlate::flow::{End, Way};
+use crate::core::correlate::inside::Inside;
 use crate::core::correlate::story::{Certainty, Line, PacketSeen, RulePath, What};
 use crate::core::model::trace::{Manip, Route, RouteKind, RuleRef};
 use crate::render::style::{Style, columns, wrap};
@@ -20,13 +21,20 @@ const MAX_PLACE: usize = 19;
 /// The block of a connection. `time` is the wall-clock time of its first sighting; `verbose` adds the rules' text.
 pub fn block(report: &Report, context: &Context<'_>, style: Style, time: &str, verbose: bool) -> String {
     let mut out = head(report, style, time);
-    let lines: Vec<(&Line, String)> = report.story.lines.iter().map(|line| (line, place(line, context))).collect();
-    let width = lines.iter().map(|(_, place)| columns(place)).max().unwrap_or(0).min(MAX_PLACE);
+    let lines: Vec<(&Line, Option<&Inside>, String)> =
+        report.lines().into_iter().map(|(line, inside)| (line, inside, place(line, inside, context))).collect();
+    let width = lines.iter().map(|(_, _, place)| columns(place)).max().unwrap_or(0).min(MAX_PLACE);
     let room = style.width.saturating_sub(BEFORE_PLACE + width + 1).max(24);
     let mut previous: Option<&RulePath> = None;
     let mut quoted = BTreeSet::new();
-    for (line, place) in &lines {
-        let mut texts = text(line, context, style, room, previous);
+    let mut was_inside = None;
+    for (line, inside, place) in &lines {
+        if let (None, Some(inside)) = (was_inside, *inside) {
+            let title = format!("inside pod {} (its own network namespace):", inside.name);
+            out.push_str(&format!("{}{}\n", " ".repeat(BEFORE_PLACE), style.bold(format!("┌ {title}"))));
+        }
+        was_inside = *inside;
+        let mut texts = text(line, *inside, context, style, room, previous);
         previous = match &line.what {
             What::Rules { path, .. } => Some(path),
             _ => None,
@@ -45,7 +53,8 @@ pub fn block(report: &Report, context: &Context<'_>, style: Style, time: &str, v
                     mark(line.certainty, style)
                 ));
             } else {
-                out.push_str(&format!("{}{text}\n", " ".repeat(BEFORE_PLACE + width + 1)));
+                let side = if inside.is_some() { "│" } else { " " };
+                out.push_str(&format!("{}{side}{}{text}\n", " ".repeat(BEFORE_PLACE), " ".repeat(width)));
             }
         }
     }
@@ -112,7 +121,13 @@ fn mark(certainty: Certainty, style: Style) -> String {
     }
 }
 
-fn place(line: &Line, context: &Context<'_>) -> String {
+/// Where a line was; a bar stands before what was inside a pod.
+fn place(line: &Line, inside: Option<&Inside>, context: &Context<'_>) -> String {
+    let bar = if inside.is_some() { "│ " } else { "" };
+    format!("{bar}{}", place_name(line, &context.seen_by(inside)))
+}
+
+fn place_name(line: &Line, context: &Context<'_>) -> String {
     match &line.what {
         What::Packet { ifindex, entering, .. } => {
             format!("{} {}", if *entering { "in " } else { "out" }, context.interfaces.name(*ifindex))
@@ -126,10 +141,18 @@ fn place(line: &Line, context: &Context<'_>) -> String {
     }
 }
 
-fn text(line: &Line, context: &Context<'_>, style: Style, room: usize, previous: Option<&RulePath>) -> Vec<String> {
+fn text(
+    line: &Line,
+    inside: Option<&Inside>,
+    context: &Context<'_>,
+    style: Style,
+    room: usize,
+    previous: Option<&RulePath>,
+) -> Vec<String> {
+    let whose = if inside.is_some() { "pod" } else { "node" };
     match &line.what {
         What::Packet { way, packet, again, .. } => packet_text(*way, packet, *again, style, room),
-        What::LocalSend { tuple } => wrap_arrow(&format!("a process of this node sends {tuple}"), room),
+        What::LocalSend { tuple } => wrap_arrow(&format!("a process of this {whose} sends {tuple}"), room),
         What::Rules { path, rewrite } => {
             let mut lines = wrap_path(path, previous, room);
             let mut act = words::action(&path.action);
@@ -141,14 +164,16 @@ fn text(line: &Line, context: &Context<'_>, style: Style, room: usize, previous:
         }
         What::Rewrite { manip, before, after } => vec![style.bold(rewritten(*manip, before, after))],
         What::Route { route, taken: Some(taken) } if line.certainty == Certainty::Differs => {
-            let (taken, route) =
-                (way_text(taken.kind, taken.dst, taken.interface.as_deref(), taken.gateway), route_text(route));
+            let (taken, route) = (
+                way_text(whose, taken.kind, taken.dst, taken.interface.as_deref(), taken.gateway),
+                route_text(whose, route),
+            );
             let text = format!(
                 "the kernel took {taken}; its routes say {route}: they changed meanwhile, or porttrace is wrong"
             );
             wrap(&text, room).iter().map(|text| style.bad(text)).collect()
         }
-        What::Route { route, .. } => wrap(&route_text(route), room),
+        What::Route { route, .. } => wrap(&route_text(whose, route), room),
         What::Drop { reason, .. } => {
             vec![style.bad(format!("the kernel dropped it: {}", context.drop_reason(*reason)))]
         }
@@ -250,14 +275,14 @@ fn rewritten(
     }
 }
 
-fn route_text(route: &Route) -> String {
-    way_text(route.kind, route.dst, route.interface.as_deref(), route.gateway)
+fn route_text(whose: &str, route: &Route) -> String {
+    way_text(whose, route.kind, route.dst, route.interface.as_deref(), route.gateway)
 }
 
-fn way_text(kind: RouteKind, dst: IpAddr, interface: Option<&str>, gateway: Option<IpAddr>) -> String {
+fn way_text(whose: &str, kind: RouteKind, dst: IpAddr, interface: Option<&str>, gateway: Option<IpAddr>) -> String {
     let via = gateway.map_or_else(String::new, |gateway| format!(" via {gateway}"));
     match (kind, interface) {
-        (RouteKind::Local, _) => format!("{dst} is this node itself"),
+        (RouteKind::Local, _) => format!("{dst} is this {whose} itself"),
         (RouteKind::Unicast, Some(interface)) => format!("{dst}{via} dev {interface}"),
         (RouteKind::None, _) => format!("no route to {dst}"),
         (kind, _) => format!("{dst} is {kind:?}").to_lowercase(),

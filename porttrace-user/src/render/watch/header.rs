@@ -17,6 +17,8 @@ pub struct Header<'a> {
     pub probes: String,
     /// One sentence on the rules: how many of which flavour, how fast.
     pub rules: String,
+    /// With `--into-pods`: the pods that are followed inside.
+    pub inside: Option<Vec<String>>,
     /// What does not work here and what that costs, a sentence each.
     pub warnings: &'a [String],
     pub ready_ns: u64,
@@ -41,6 +43,11 @@ pub fn header(header: &Header<'_>, style: Style) -> String {
     }
     out.push_str(&entry("probes", &header.probes, style));
     out.push_str(&entry("rules", &header.rules, style));
+    if let Some(pods) = &header.inside {
+        let said =
+            if pods.is_empty() { "no pod of this node is where the rules lead".to_owned() } else { pods.join(", ") };
+        out.push_str(&entry("inside pods", &said, style));
+    }
     for warning in header.warnings {
         out.push_str(&entry("!", warning, style));
     }

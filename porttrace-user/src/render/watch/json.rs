@@ -3,6 +3,7 @@
 use super::words::{self, Mood};
 use super::{Context, Report};
 use crate::core::correlate::flow::{End, Flow, Way};
+use crate::core::correlate::inside::Inside;
 use crate::core::correlate::judge::{Outcome, Reached, Refusal, Refuser};
 use crate::core::correlate::story::{Certainty, Line, What};
 use crate::core::model::flow::Tuple;
@@ -27,7 +28,11 @@ pub fn line(kind: &str, fields: Value) -> String {
 pub fn flow(report: &Report, context: &Context<'_>, time: &str) -> Vec<String> {
     let flow = &report.flow;
     let mut lines = vec![line("flow-start", start(flow, context, time))];
-    lines.extend(report.story.lines.iter().map(|hop| line("hop", self::hop(flow.id, hop, context))));
+    lines.extend(report.lines().into_iter().map(|(hop, inside)| {
+        let mut fields = self::hop(flow.id, hop, &context.seen_by(inside));
+        fields["inside"] = place(inside);
+        line("hop", fields)
+    }));
     lines.push(line("verdict", verdict(report, context)));
     if let Some(end) = &flow.end {
         lines.push(flow_end(flow.id, flow.start_ns, end));
@@ -98,6 +103,12 @@ fn verdict(report: &Report, context: &Context<'_>) -> Value {
         "masquerade": branch.masquerade,
         "out": branch.out_interface,
     })));
+    fields["inside"] = report.inside.as_deref().map_or(Value::Null, |inside| {
+        let mut fields = outcome(&inside.outcome, &context.seen_by(Some(inside)));
+        fields["name"] = json!(inside.name);
+        fields["netns"] = json!(inside.netns);
+        fields
+    });
     fields["amends"] = json!(false);
     fields["sightings_not_kept"] = json!(flow.more_sightings);
     fields
@@ -212,6 +223,11 @@ fn hop(id: u64, hop: &Line, context: &Context<'_>) -> Value {
         Certainty::Differs => "differs",
     });
     fields
+}
+
+/// Where a hop was: `null` on the node itself.
+fn place(inside: Option<&Inside>) -> Value {
+    inside.map_or(Value::Null, |inside| json!({"name": inside.name, "netns": inside.netns}))
 }
 
 const fn way_name(way: Way) -> &'static str {

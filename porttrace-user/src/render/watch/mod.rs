@@ -2,14 +2,14 @@
 
 pub mod block;
 pub mod header;
+mod inside;
 pub mod json;
 mod listener;
 pub mod words;
 
-use crate::core::correlate::flow::Flow;
-use crate::core::correlate::judge::Outcome;
-use crate::core::correlate::story::Story;
-use crate::core::diagnose::Finding;
+pub use crate::core::correlate::inside::Report;
+
+use crate::core::correlate::inside::Inside;
 use crate::core::kube::owners::Owners;
 use crate::core::model::interfaces::Interfaces;
 use crate::core::model::pods::PodSockets;
@@ -32,19 +32,14 @@ pub struct Context<'a> {
     pub silence_ns: u64,
 }
 
-impl Context<'_> {
+impl<'a> Context<'a> {
+    /// The same for lines of a pod: its interfaces are others.
+    pub fn seen_by(&self, inside: Option<&'a Inside>) -> Self {
+        Self { interfaces: inside.map_or(self.interfaces, |inside| &inside.interfaces), ..*self }
+    }
+
     /// The kernel's name of a drop reason, or its number.
     pub fn drop_reason(&self, reason: u32) -> String {
         self.drop_reasons.get(&reason).cloned().unwrap_or_else(|| format!("reason {reason}"))
     }
-}
-
-/// One connection, judged and told.
-#[derive(Clone, Debug)]
-pub struct Report {
-    pub flow: Flow,
-    pub story: Story,
-    pub outcome: Outcome,
-    /// Why it failed, where a finding explains it.
-    pub finding: Option<Finding>,
 }

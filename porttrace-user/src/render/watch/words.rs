@@ -1,6 +1,6 @@
 //! The words of the live log: verdict sentences, packet labels, durations, sizes.
 
-use super::{Context, Report, listener};
+use super::{Context, Report, inside, listener};
 use crate::core::correlate::flow::{ACK, FIN, RST, SYN};
 use crate::core::correlate::judge::{Outcome, Reached, Refusal, Refuser};
 use crate::core::correlate::story::PacketSeen;
@@ -43,7 +43,8 @@ fn seen(report: &Report, context: &Context<'_>, timed: bool) -> (Mood, String) {
     let time = |after_ns: u64| if timed { format!(" after {}", duration(after_ns)) } else { String::new() };
     match &report.outcome {
         Outcome::Answered { by, after_ns } => {
-            (Mood::Good, format!("answered by {}{}", who(*by, report, context), time(*after_ns)))
+            let onward = inside::passed_on(report);
+            (Mood::Good, format!("answered by {}{onward}{}", who(*by, report, context), time(*after_ns)))
         }
         Outcome::Refused { by, from, how, after_ns } => {
             (Mood::Bad, refused(*by, *from, *how, &time(*after_ns), report, context))
@@ -103,8 +104,9 @@ fn refused(by: Refuser, from: SocketAddr, how: Refusal, after: &str, report: &Re
         Refuser::Client => format!("given up by the client: it sent RST{after}, before any answer"),
         Refuser::Behind { ifindex } => {
             let interface = context.interfaces.name(ifindex);
-            let why = match report.finding {
-                None if how.is_port_closed() => listener::no_listener(from, report, context),
+            let why = match (inside::refused(report), &report.finding) {
+                (Some(why), _) => why,
+                (None, None) if how.is_port_closed() => listener::no_listener(from, report, context),
                 _ => String::new(),
             };
             format!("refused by {} behind {interface} ({answer}{after}){why}", who(from, report, context))
@@ -173,6 +175,7 @@ fn silent(reached: Reached, tries: usize, report: &Report, context: &Context<'_>
                 "no answer: {what} left {interface}{times} for {}, nothing came back in {wait}",
                 who(to, report, context)
             );
+            let text = format!("{text}{}", inside::silent(report, context));
             if udp { (Mood::Unsure, format!("{text} (a UDP server need not answer)")) } else { (Mood::Bad, text) }
         }
         Reached::LocalIn => {

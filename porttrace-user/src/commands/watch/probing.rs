@@ -1,0 +1,64 @@
+//! What the probe is told to do, and what is said of it.
+
+use super::args::{Args, BackendChoice, ProtoChoice};
+use porttrace_user::collect::probe::{Backend, ConntrackBackend, Lost, ProbeConfig, ProbeInfo, Protos, TcMode};
+use porttrace_user::render::watch::header::count;
+
+/// What runs and how fast, for the header.
+pub fn probes_sentence(info: &ProbeInfo) -> String {
+    let conntrack = match info.conntrack_backend {
+        ConntrackBackend::None => "not observed".to_owned(),
+        backend => format!("by {backend}"),
+    };
+    format!(
+        "TC ({}) on {}; conntrack {conntrack}; ready in {} ms, of which attaching {} ms",
+        tc_name(info.tc),
+        count(info.interfaces, "interface"),
+        info.start_time.as_millis(),
+        info.attach_time.as_millis(),
+    )
+}
+
+/// Lost events by reason, only those that occurred.
+pub fn reasons(lost: Lost) -> Vec<(String, u64)> {
+    [
+        ("ring buffer full", lost.ring_full),
+        ("table of connections full", lost.track_full),
+        ("conntrack's queue full", lost.conntrack_full),
+    ]
+    .into_iter()
+    .filter(|(_, count)| *count > 0)
+    .map(|(reason, count)| (reason.to_owned(), count))
+    .collect()
+}
+
+/// The node's probe as the arguments want it.
+pub fn probe_config(args: &Args) -> ProbeConfig {
+    let protos = match args.proto {
+        ProtoChoice::All => Protos::ALL,
+        one => Protos { tcp: one == ProtoChoice::Tcp, udp: one == ProtoChoice::Udp, sctp: one == ProtoChoice::Sctp },
+    };
+    let backend = match args.conntrack_backend {
+        BackendChoice::Auto => Backend::Auto,
+        BackendChoice::Netfilter => Backend::Netfilter,
+        BackendChoice::Kprobe => Backend::Kprobe,
+        BackendChoice::Ctnetlink => Backend::Ctnetlink,
+        BackendChoice::None => Backend::TcOnly,
+    };
+    ProbeConfig {
+        protos,
+        backend,
+        ring_bytes: args.buffer,
+        // Only the whole story shows them.
+        data: args.verbose > 0,
+        kernel_log: args.verbose > 1,
+        ..ProbeConfig::new(args.ports.iter().copied())
+    }
+}
+
+const fn tc_name(mode: TcMode) -> &'static str {
+    match mode {
+        TcMode::Tcx => "tcx",
+        TcMode::Clsact => "clsact",
+    }
+}

@@ -1,0 +1,81 @@
+//! What a verdict says of the pod's own view of a connection.
+
+use super::words::{drop_words, duration, rule_name};
+use super::{Context, Report};
+use crate::core::correlate::inside::Inside;
+use crate::core::correlate::judge::{Outcome, Reached, Refuser};
+use crate::core::model::trace::Verdict;
+
+/// Where the pod sent an answered connection on to, if it did: ` (pod x passes it on to 10.96.0.10:80)`.
+pub(super) fn passed_on(report: &Report) -> String {
+    let onward = report.inside.as_deref().and_then(|inside| Some((inside, inside.flow.dnat().flatten()?)));
+    onward.map_or_else(String::new, |(inside, to)| format!(" ({} passes it on to {})", pod(inside), to.destination()))
+}
+
+/// Why the pod refused; `None`: its view says no more than that nothing listens.
+pub(super) fn refused(report: &Report) -> Option<String> {
+    let inside = report.inside.as_deref()?;
+    let Outcome::Refused { by, from, .. } = inside.outcome else { return None };
+    match (by, verdict(inside)) {
+        (Refuser::Behind { .. }, _) => Some(format!(": {} passes it on to {from}, which refuses it", pod(inside))),
+        (Refuser::ThisNode, Some(Verdict::Rejected { by: Some(rule), .. })) => {
+            Some(format!(": inside {}, {} rejects it", pod(inside), rule_name(rule)))
+        }
+        _ => None,
+    }
+}
+
+/// How far a connection without an answer came inside the pod.
+pub(super) fn silent(report: &Report, context: &Context<'_>) -> String {
+    let Some(inside) = report.inside.as_deref() else { return String::new() };
+    let pod = pod(inside);
+    match &inside.outcome {
+        Outcome::Dropped { reason, .. } => {
+            let by = match verdict(inside) {
+                Some(Verdict::Dropped { by: Some(rule), .. }) => format!(" by {}", rule_name(rule)),
+                _ => String::new(),
+            };
+            format!("; inside {pod} it was dropped{by} ({})", context.drop_reason(*reason))
+        }
+        Outcome::Silent { reached: Reached::LocalIn, .. } => {
+            format!("; inside {pod} it was handed to the pod's own sockets")
+        }
+        Outcome::Silent { reached: Reached::Left { ifindex }, .. } => {
+            let to = inside.flow.reply.map_or(inside.flow.original.destination(), |reply| reply.source());
+            format!(
+                "; {pod} sent it on to {to} by {}, and no answer came back there either",
+                inside.interfaces.name(*ifindex)
+            )
+        }
+        Outcome::Silent { .. } => {
+            format!("; inside {pod} it arrived and went no further{}", expectation(inside))
+        }
+        Outcome::Answered { by, after_ns } => {
+            format!("; {by} answered inside {pod} after {}, and the answer did not get here", duration(*after_ns))
+        }
+        Outcome::AnswerLost { by, entered, .. } => {
+            let interface = inside.interfaces.name(*entered);
+            format!("; {by} answered, but the answer entered {interface} of {pod} and never left it")
+        }
+        Outcome::Refused { .. } | Outcome::JoinedLate => String::new(),
+    }
+}
+
+/// What the pod's rules say about a packet that vanished there.
+fn expectation(inside: &Inside) -> String {
+    match verdict(inside) {
+        Some(Verdict::Dropped { by: Some(rule), .. }) => format!(": {} drops it", rule_name(rule)),
+        Some(Verdict::Dropped { reason, by: None }) => format!("; predicted: {}", drop_words(reason)),
+        Some(Verdict::Unknown { because, .. }) => format!("; the rules leave it open: {because}"),
+        _ => String::new(),
+    }
+}
+
+fn verdict(inside: &Inside) -> Option<&Verdict> {
+    inside.story.branch.as_ref().map(|branch| &branch.verdict)
+}
+
+/// `pod default/frontend`.
+fn pod(inside: &Inside) -> String {
+    format!("pod {}", inside.name)
+}

@@ -1,0 +1,287 @@
+//! `porttrace watch --into-pods` on real traffic: what happens in the pod's own network namespace, by its own rules.
+
+use nix::sys::signal::Signal;
+use porttrace_tests::bpf::{Held, held_by};
+use porttrace_tests::lab::cni::PortMapping;
+use porttrace_tests::lab::pod::PodSpec;
+use porttrace_tests::lab::rules::{IptablesFlavour, Tools};
+use porttrace_tests::lab::topology::{HOST_PORT, NodeName};
+use porttrace_tests::lab::{Lab, LabOptions, Origin};
+use porttrace_tests::netns::Netns;
+use porttrace_tests::peer::{Answer, Connect, Outcome, Transport};
+use porttrace_tests::privilege::may_run;
+use porttrace_tests::watch::{Connection, Watch};
+use porttrace_user::core::model::flow::{Proto, Tuple};
+use serde_json::{Value, json};
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+const WAIT: Duration = Duration::from_secs(20);
+/// The hostPort of the pod that passes on, as k3s's `svclb` pods do.
+const BALANCED: u16 = 9080;
+
+fn watch(lab: &Lab, arguments: &[&str]) -> Watch {
+    Watch::start(lab.node(NodeName::Worker3), &lab.tools, &[arguments, &["--into-pods"]].concat()).unwrap()
+}
+
+fn connect(lab: &Lab, watch: &mut Watch, v6: bool, port: u16) -> (Answer, Connection) {
+    let request = Connect::new(Transport::Tcp, SocketAddr::new(Origin::Outside.target(v6), port));
+    let answer = lab.connect(Origin::Outside, &request).unwrap();
+    let told = watch.connection(Tuple::new(Proto::Tcp, answer.local, answer.to), WAIT).unwrap();
+    (answer, told)
+}
+
+/// The hops inside the pod with this namespace, in order: kind, certainty, and what tells them apart.
+fn hops(told: &Connection, pod: &Netns) -> Vec<[String; 3]> {
+    let inside = told.hops.iter().filter(|hop| !hop["inside"].is_null());
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    inside
+        .map(|hop| {
+            assert_eq!(hop["inside"], json!({"name": pod.name(), "netns": pod.inode().unwrap()}), "{}", told.report());
+            let what = match hop["kind"].as_str() {
+                Some("packet") => {
+                    format!("{} {} {}", text(&hop["label"]), text(&hop["direction"]), text(&hop["interface"]))
+                }
+                Some("rules") => format!("{} {}", text(&hop["action"]["do"]), text(&hop["hook"])),
+                Some("drop") => text(&hop["reason"]),
+                Some("route") => text(&hop["taken"]["kind"]),
+                _ => text(&hop["text"]),
+            };
+            [text(&hop["kind"]), text(&hop["certainty"]), what]
+        })
+        .collect()
+}
+
+fn hop(kind: &str, certainty: &str, what: &str) -> [String; 3] {
+    [kind, certainty, what].map(str::to_owned)
+}
+
+#[test]
+fn the_pod_itself_refuses_because_nothing_listens() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let lab = Lab::up(LabOptions::default()).unwrap();
+    let mut watch = watch(&lab, &["9088"]);
+    let pod = &lab.pod("frontend", NodeName::Worker3).unwrap().netns;
+    for v6 in [false, true] {
+        let (answer, told) = connect(&lab, &mut watch, v6, HOST_PORT);
+        assert_eq!(answer.result, Outcome::Refused);
+        let mut seen = hops(&told, pod);
+        let note = seen.pop().unwrap();
+        // Its SYN is freed before the RST leaves, or after it.
+        let dropped = seen.iter().position(|seen| *seen == hop("drop", "observed", "NO_SOCKET")).unwrap();
+        seen.remove(dropped);
+        assert_eq!(
+            seen,
+            [
+                hop("packet", "observed", "SYN in eth0"),
+                hop("route", "both", "local"),
+                hop("packet", "observed", "RST out eth0")
+            ],
+            "{}",
+            told.report()
+        );
+        assert!(note[2].starts_with("nothing listens on tcp port 8081 here, but on 80 (lab-peer/"), "{note:?}");
+        let inside = &told.verdict["inside"];
+        assert_eq!(
+            (&inside["outcome"], &inside["refuser"]),
+            (&json!("refused"), &json!("this-node")),
+            "{}",
+            told.report()
+        );
+        let text = told.verdict["text"].as_str().unwrap();
+        assert!(text.contains("nothing listens on") && text.contains("8081"), "{text}");
+        // Between the packet that left for the pod and the one that came back, in the order of time.
+        let times: Vec<u64> = told
+            .hops
+            .iter()
+            .filter(|hop| hop["kind"] == "packet")
+            .filter_map(|hop| hop["offset_ns"].as_u64())
+            .collect();
+        assert!(times.len() == 6 && times.is_sorted(), "{}", told.report());
+    }
+}
+
+/// A pod whose own rules send port 80 on to `to`, and masquerade.
+fn balancer(lab: &mut Lab, to: [IpAddr; 2], port: u16) {
+    let mapping = PortMapping { host_port: BALANCED, container_port: 80, protocol: "tcp", host_ip: None };
+    let spec = PodSpec {
+        name: "svclb",
+        node: NodeName::Worker3,
+        number: 30,
+        mappings: vec![mapping],
+        tcp: Vec::new(),
+        udp: Vec::new(),
+        quiet: true,
+    };
+    let tools = lab.tools.clone();
+    let pod = &lab.add(spec).unwrap().netns;
+    pod.exec(["sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"]).unwrap();
+    for (family, to) in ["iptables", "ip6tables"].into_iter().zip(to) {
+        let dnat =
+            format!("-A PREROUTING -p tcp -m tcp --dport 80 -j DNAT --to-destination {}", SocketAddr::new(to, port));
+        let masquerade = format!("-A POSTROUTING -d {to} -p tcp -j MASQUERADE");
+        tools.restore(pod, family, &format!("*nat\n{dnat}\n{masquerade}\nCOMMIT\n")).unwrap();
+    }
+}
+
+#[test]
+fn a_pod_that_passes_on_is_told_with_its_own_rules() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let mut lab = Lab::up(LabOptions::default()).unwrap();
+    let to = lab.pod("frontend", NodeName::Worker3).unwrap().addresses();
+    balancer(&mut lab, to, 80);
+    let mut watch = watch(&lab, &["9080"]);
+    let pod = lab.pod("svclb", NodeName::Worker3).unwrap();
+    for v6 in [false, true] {
+        let (answer, told) = connect(&lab, &mut watch, v6, BALANCED);
+        assert_eq!(answer.result, Outcome::Ok);
+        // The server saw the balancer's address.
+        let own = pod.addresses()[usize::from(v6)];
+        assert_eq!(answer.saw.map(|saw| saw.ip()), Some(own));
+        assert_eq!(
+            hops(&told, &pod.netns),
+            [
+                hop("packet", "observed", "SYN in eth0"),
+                hop("rules", "both", "dnat PREROUTING"),
+                hop("route", "both", "unicast"),
+                hop("rules", "both", "masquerade POSTROUTING"),
+                hop("packet", "observed", "SYN out eth0"),
+                hop("packet", "observed", "SYN ACK in eth0"),
+                hop("packet", "observed", "SYN ACK out eth0"),
+            ],
+            "{}",
+            told.report()
+        );
+        assert_eq!(told.verdict["inside"]["outcome"], "answered", "{}", told.report());
+        let text = told.verdict["text"].as_str().unwrap();
+        let onward = format!("passes it on to {}", SocketAddr::new(to[usize::from(v6)], 80));
+        assert!(text.contains(&onward), "{text}");
+    }
+}
+
+#[test]
+fn a_refusal_behind_the_pod_and_a_drop_inside_it_are_told_apart() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let mut lab = Lab::up(LabOptions::default()).unwrap();
+    let to = lab.pod("frontend", NodeName::Worker3).unwrap().addresses();
+    balancer(&mut lab, to, 81);
+    let mut watch = watch(&lab, &["9080", "--timeout", "500ms"]);
+    let (answer, told) = connect(&lab, &mut watch, false, BALANCED);
+    assert_eq!(answer.result, Outcome::Refused);
+    assert_eq!(told.verdict["inside"]["refuser"], "behind", "{}", told.report());
+    let text = told.verdict["text"].as_str().unwrap();
+    assert!(text.contains(&format!("passes it on to {}:81, which refuses it", to[0])), "{text}");
+    // The pod's rules change while it is watched.
+    let pod = &lab.pod("svclb", NodeName::Worker3).unwrap().netns;
+    pod.exec([lab.tools.tool("iptables").as_os_str(), "-P".as_ref(), "FORWARD".as_ref(), "DROP".as_ref()]).unwrap();
+    let request = Connect {
+        timeout: Duration::from_millis(300),
+        ..Connect::new(Transport::Tcp, SocketAddr::new(Origin::Outside.target(false), BALANCED))
+    };
+    let named = |told: &Connection| {
+        let text = told.verdict["text"].as_str().unwrap_or_default();
+        text.contains("inside pod") && text.contains("the policy of filter FORWARD")
+    };
+    let deadline = Instant::now() + WAIT;
+    loop {
+        let answer = lab.connect(Origin::Outside, &request).unwrap();
+        assert_eq!(answer.result, Outcome::Timeout);
+        let told = watch.connection(Tuple::new(Proto::Tcp, answer.local, answer.to), WAIT).unwrap();
+        assert_eq!(told.verdict["inside"]["outcome"], "dropped", "{}", told.report());
+        // Within a second of the change the older rules may be told.
+        if named(&told) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{}", told.report());
+    }
+}
+
+#[test]
+fn a_pod_that_is_made_anew_is_followed_again() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let mut lab = Lab::up(LabOptions::default()).unwrap();
+    let mut watch = watch(&lab, &["9088"]);
+    let old = lab.pod("frontend", NodeName::Worker3).unwrap().netns.name().to_owned();
+    let noted =
+        |watch: &Watch, text: &str| watch.others.iter().any(|line| line["type"] == "note" && line["text"] == text);
+    for _ in 0..2 {
+        lab.repair().unwrap();
+        let new = lab.pod("frontend", NodeName::Worker3).unwrap().netns.name().to_owned();
+        let follows = format!("pod {new} is followed inside");
+        let told = watch.read_until(WAIT, |watch| noted(watch, &follows)).unwrap();
+        assert!(told, "{follows}: {:?}", watch.others);
+        let (answer, told) = connect(&lab, &mut watch, false, HOST_PORT);
+        assert_eq!(answer.result, Outcome::Ok);
+        let pod = &lab.pod("frontend", NodeName::Worker3).unwrap().netns;
+        assert_eq!(hops(&told, pod).len(), 3, "{}", told.report());
+        assert_eq!(told.verdict["inside"]["outcome"], "answered", "{}", told.report());
+    }
+    let gone = format!("pod {old} is gone, and no longer followed inside");
+    assert!(noted(&watch, &gone), "{:?}", watch.others);
+}
+
+/// Interfaces of a namespace, by name.
+fn links(netns: &Netns) -> Vec<String> {
+    let links = netns.exec(["ip", "-o", "link"]).unwrap();
+    links.lines().filter_map(|line| Some(line.split(": ").nth(1)?.split('@').next()?.to_owned())).collect()
+}
+
+fn until(mut condition: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + WAIT;
+    while !condition() {
+        if Instant::now() > deadline {
+            return false;
+        }
+        std::thread::yield_now();
+    }
+    true
+}
+
+#[test]
+fn no_namespace_is_kept_alive() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let node = Netns::new("keeper").unwrap();
+    let pod = Netns::new("kept").unwrap();
+    node.exec(["ip", "link", "add", "veth0", "type", "veth", "peer", "name", "eth0", "netns", pod.name()]).unwrap();
+    for (netns, name, address) in [(&node, "veth0", "10.51.0.1/24"), (&pod, "eth0", "10.51.0.2/24")] {
+        netns.exec(["ip", "addr", "add", address, "dev", name]).unwrap();
+        netns.exec(["ip", "link", "set", name, "up"]).unwrap();
+    }
+    let rule = "iptables -t nat -A PREROUTING -p tcp --dport 9088 -j DNAT --to-destination 10.51.0.2:80";
+    node.exec(rule.split(' ')).unwrap();
+    let bin = tempfile::tempdir().unwrap();
+    let tools = Tools::new(bin.path().to_owned(), IptablesFlavour::Nft).unwrap();
+    let mut watch = Watch::start(&node, &tools, &["9088", "--into-pods"]).unwrap();
+    let ready = watch.status("ready", WAIT).unwrap().unwrap();
+    assert_eq!(ready["inside"], json!([pod.name()]));
+    // As a runtime that relies on the kernel: the name goes, and with its last user the namespace, and its interfaces.
+    drop(pod);
+    assert!(until(|| !links(&node).contains(&"veth0".to_owned())), "{:?}", links(&node));
+}
+
+#[test]
+fn sigkill_leaves_nothing_inside_either() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let lab = Lab::up(LabOptions::default()).unwrap();
+    let alone = Watch::start(lab.node(NodeName::Worker3), &lab.tools, &["9088"]).unwrap();
+    let without = held_by(alone.process.id()).unwrap();
+    alone.process.signal(Signal::SIGKILL).unwrap();
+    let mut watch = watch(&lab, &["9088"]);
+    let held = held_by(watch.process.id()).unwrap();
+    assert!(held.links.len() > without.links.len(), "the pod's are among them: {held:?}");
+    watch.process.signal(Signal::SIGKILL).unwrap();
+    assert_eq!(watch.process.wait(WAIT).unwrap(), None);
+    assert!(until(|| held.alive() == Held::default()), "still there: {:?}", held.alive());
+}
