@@ -84,6 +84,14 @@ fn what_cannot_be_asked_is_said_in_one_sentence() {
         (vec!["explain", "nonsense", "--snapshot", BROKEN], 2, "is neither a port"),
         (vec!["explain", "0", "--snapshot", BROKEN], 2, "is neither a port"),
         (vec!["explain", "svc/", "--snapshot", BROKEN], 2, "is neither a port"),
+        (vec!["explain", "80/icmp", "--snapshot", BROKEN], 2, "is neither a port"),
+        (
+            vec!["explain", "default/frontend", "--snapshot", BROKEN],
+            2,
+            "say svc/default/frontend or pod/default/frontend",
+        ),
+        (vec!["explain", "deploy/frontend", "--snapshot", BROKEN], 2, "ask for its Service (svc/frontend)"),
+        (vec!["explain", "pod/client", "-n", "apps", "--snapshot", BROKEN], 1, "there is no pod apps/client"),
         (vec!["explain", "svc/nobody", "--snapshot", BROKEN], 1, "there is no Service default/nobody"),
         (vec!["explain", "svc/kube-dns", "--snapshot", BROKEN], 1, "but kube-system/kube-dns (-n kube-system)"),
         (vec!["explain", "pod/nobody", "--snapshot", BROKEN], 1, "there is no pod default/nobody"),
@@ -97,6 +105,23 @@ fn what_cannot_be_asked_is_said_in_one_sentence() {
     }
     let output = porttrace(&["explain", "9088", "--check", "--snapshot", BROKEN]);
     assert_eq!(output.status.code(), Some(3));
+}
+
+/// Without the API a Service is known by kube-proxy's rules, a pod by the container runtime; what they cannot tell is said.
+#[test]
+fn names_are_known_without_the_api() {
+    let base = format!("{}/../tests/cases/findings/base", env!("CARGO_MANIFEST_DIR"));
+    let nodes = format!("{base}/objects/nodes.json");
+    let asked = |what| text(&["explain", what, "--snapshot", &base, "--objects", &nodes]);
+    let service = asked("svc/web");
+    assert!(service.starts_with("? tcp 30080 on n1 is NodePort of Service default/web:http"), "{service}");
+    assert!(service.contains("Service port    80/tcp (http)    kube-proxy's rules: on 10.96.0.80"), "{service}");
+    assert!(service.contains("selector-matches-nothing"), "{service}");
+    let pod = asked("pod/web");
+    assert!(pod.starts_with("✓ tcp 9088 on n1 is hostPort of pod default/web-1"), "{pod}");
+    assert!(asked("pod/dns").contains("port map of pod default/dns-1 (10.244.1.3)"));
+    let by_snapshot = text(&["explain", "pod/frontend", "--snapshot", BROKEN]);
+    assert!(by_snapshot.contains("port map of pod default/frontend-a"), "{by_snapshot}");
 }
 
 /// Objects on the command line take the place of the snapshot's.

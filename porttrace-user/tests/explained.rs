@@ -106,7 +106,7 @@ impl Seen {
     }
 
     #[track_caller]
-    fn is(self, id: &str) {
+    fn gives(self, id: &str) {
         let finding = self.finding();
         assert_eq!(finding.as_ref().map(|finding| finding.id), Some(id), "{finding:?}");
         let finding = finding.expect("a finding");
@@ -117,7 +117,7 @@ impl Seen {
     }
 
     #[track_caller]
-    fn is_unexplained(self) {
+    fn stays_unexplained(self) {
         let finding = self.finding();
         assert!(finding.is_none(), "{finding:?}");
     }
@@ -142,113 +142,113 @@ fn a_refusal_of_the_pod_is_a_missing_listener() {
         "nothing listens on 8081 in pod default/web-1 (it listens on 8080; the image exposes 8080/tcp)"
     );
     assert_eq!(finding.change, "set containerPort 8081 (hostPort 9088) of container web in pod default/web-1 to 8080");
-    seen("listens-on-loopback-only", OUTSIDE, &node(9088), reset("10.244.1.2:8080")).is("listens-on-loopback-only");
+    seen("listens-on-loopback-only", OUTSIDE, &node(9088), reset("10.244.1.2:8080")).gives("listens-on-loopback-only");
     // Without the API, kube-proxy's comments tell which Service it is.
     let mut by_service = seen("listens-on-loopback-only", OUTSIDE, "10.96.0.80:80", reset("10.244.1.2:8080"));
     by_service.facts.cluster = Default::default();
-    by_service.to("10.244.1.2:8080").is("listens-on-loopback-only");
+    by_service.to("10.244.1.2:8080").gives("listens-on-loopback-only");
     // Where the healthy pod refuses, no fact says why.
-    seen_at("base").is_unexplained();
+    seen_at("base").stays_unexplained();
 }
 
 #[test]
 fn silence_of_a_host_port_is_a_stale_chain_or_another_owner() {
     let finding = seen("stale-hostport", OUTSIDE, &node(9093), LEFT).finding().expect("a finding");
     assert_eq!((finding.id, finding.brief()), ("stale-hostport", "no pod has 10.244.1.9 any more"));
-    seen("stale-hostport-crio", OUTSIDE, &node(9093), LEFT).is("stale-hostport");
+    seen("stale-hostport-crio", OUTSIDE, &node(9093), LEFT).gives("stale-hostport");
     // The healthy hostPort beside it has nothing to do with that.
-    seen("stale-hostport", OUTSIDE, &node(9088), LEFT).is_unexplained();
-    seen("hostport-twice", OUTSIDE, &node(9088), LEFT).is("hostport-twice");
-    seen("hostport-and-nodeport", OUTSIDE, &node(30080), LEFT).to("10.244.1.2:8080").is("hostport-and-nodeport");
-    seen("hostport-and-process", OUTSIDE, &node(9088), LEFT).is("hostport-and-process");
-    seen("nodeport-and-process", OUTSIDE, &node(30080), LEFT).is("nodeport-and-process");
-    seen("base", OUTSIDE, &node(9088), LEFT).is_unexplained();
+    seen("stale-hostport", OUTSIDE, &node(9088), LEFT).stays_unexplained();
+    seen("hostport-twice", OUTSIDE, &node(9088), LEFT).gives("hostport-twice");
+    seen("hostport-and-nodeport", OUTSIDE, &node(30080), LEFT).to("10.244.1.2:8080").gives("hostport-and-nodeport");
+    seen("hostport-and-process", OUTSIDE, &node(9088), LEFT).gives("hostport-and-process");
+    seen("nodeport-and-process", OUTSIDE, &node(30080), LEFT).gives("nodeport-and-process");
+    seen("base", OUTSIDE, &node(9088), LEFT).stays_unexplained();
 }
 
 #[test]
 fn a_rejection_is_a_service_without_endpoints() {
     for id in ["service-without-endpoints", "service-without-ready-endpoints", "selector-matches-nothing"] {
-        seen(id, NODE, "10.96.0.90:80", refused(PORT_UNREACHABLE)).is(id);
+        seen(id, NODE, "10.96.0.90:80", refused(PORT_UNREACHABLE)).gives(id);
         // REJECT does not always answer.
-        seen(id, NODE, "10.96.0.90:80", DROPPED).is(id);
+        seen(id, NODE, "10.96.0.90:80", DROPPED).gives(id);
         // Another Service of the same node is not concerned.
-        seen(id, OUTSIDE, &node(30080), LEFT).to("10.244.1.2:8080").is_unexplained();
+        seen(id, OUTSIDE, &node(30080), LEFT).to("10.244.1.2:8080").stays_unexplained();
     }
     let mut bare = seen("service-without-endpoints", NODE, "10.96.0.90:80", refused(PORT_UNREACHABLE));
     bare.facts.cluster = Default::default();
-    bare.is("service-without-endpoints");
+    bare.gives("service-without-endpoints");
 }
 
 #[test]
 fn a_drop_is_a_traffic_policy_or_a_range() {
-    seen("external-local-without-endpoints", OUTSIDE, &node(30091), ENTERED).is("external-local-without-endpoints");
-    seen("internal-local-without-endpoints", NODE, "10.96.0.91:80", SENT).is("internal-local-without-endpoints");
-    seen("source-ranges-exclude-client", "10.9.9.9", "203.0.113.5:80", DROPPED).is("source-ranges-exclude-client");
+    seen("external-local-without-endpoints", OUTSIDE, &node(30091), ENTERED).gives("external-local-without-endpoints");
+    seen("internal-local-without-endpoints", NODE, "10.96.0.91:80", SENT).gives("internal-local-without-endpoints");
+    seen("source-ranges-exclude-client", "10.9.9.9", "203.0.113.5:80", DROPPED).gives("source-ranges-exclude-client");
     // A client within the range has another reason.
-    seen("source-ranges-exclude-client", "10.1.9.9", "203.0.113.5:80", LEFT).is_unexplained();
+    seen("source-ranges-exclude-client", "10.1.9.9", "203.0.113.5:80", LEFT).stays_unexplained();
 }
 
 #[test]
 fn rules_that_are_behind_and_entries_that_are_older() {
     seen("rules-differ-from-endpoints", OUTSIDE, &node(30080), LEFT)
         .to("10.244.2.2:8080")
-        .is("rules-differ-from-endpoints");
-    seen("stale-udp-entry", "10.244.1.2", "10.96.0.53:53", LEFT).udp().to("10.244.1.99:53").is("stale-udp-entry");
-    seen("stale-udp-entry", "10.244.1.2", "10.96.0.53:53", LEFT).udp().to("10.244.1.3:53").is_unexplained();
+        .gives("rules-differ-from-endpoints");
+    seen("stale-udp-entry", "10.244.1.2", "10.96.0.53:53", LEFT).udp().to("10.244.1.99:53").gives("stale-udp-entry");
+    seen("stale-udp-entry", "10.244.1.2", "10.96.0.53:53", LEFT).udp().to("10.244.1.3:53").stays_unexplained();
 }
 
 #[test]
 fn what_nobody_took_is_bound_to_another_address() {
-    seen("host-ip-not-here", OUTSIDE, &node(9088), refused(Refusal::TcpReset)).is("host-ip-not-here");
+    seen("host-ip-not-here", OUTSIDE, &node(9088), refused(Refusal::TcpReset)).gives("host-ip-not-here");
     seen("nodeport-not-on-address", OUTSIDE, &node(30080), refused(Refusal::TcpReset))
         .to(&node(30080))
-        .is("nodeport-not-on-address");
-    seen("base", OUTSIDE, &node(9099), refused(Refusal::TcpReset)).is_unexplained();
+        .gives("nodeport-not-on-address");
+    seen("base", OUTSIDE, &node(9099), refused(Refusal::TcpReset)).stays_unexplained();
     // Native rules of portmap are not followed: conntrack shows what they did.
     seen("portmap-catches-forwarded", OUTSIDE, "203.0.113.9:9088", LEFT)
         .to("10.244.1.2:8080")
-        .is("portmap-catches-forwarded");
+        .gives("portmap-catches-forwarded");
 }
 
 #[test]
 fn what_this_node_stops() {
-    seen("localhost-not-served", "127.0.0.1", "127.0.0.1:9088", DROPPED).is("localhost-not-served");
-    seen("ip-forward-off", OUTSIDE, &node(9088), ENTERED).is("ip-forward-off");
-    seen("rp-filter-drops", OUTSIDE, "192.168.7.1:9088", ENTERED).by("eth1").is("rp-filter-drops");
+    seen("localhost-not-served", "127.0.0.1", "127.0.0.1:9088", DROPPED).gives("localhost-not-served");
+    seen("ip-forward-off", OUTSIDE, &node(9088), ENTERED).gives("ip-forward-off");
+    seen("rp-filter-drops", OUTSIDE, "192.168.7.1:9088", ENTERED).by("eth1").gives("rp-filter-drops");
     seen("rp-filter-drops", OUTSIDE, "192.168.7.1:9088", DROPPED)
         .reason("IP_RPFILTER")
         .by("eth1")
-        .is("rp-filter-drops");
-    seen("forward-policy-drop", OUTSIDE, &node(9088), DROPPED).is("forward-policy-drop");
+        .gives("rp-filter-drops");
+    seen("forward-policy-drop", OUTSIDE, &node(9088), DROPPED).gives("forward-policy-drop");
     // Also for who asks the pod itself.
-    seen("forward-policy-drop", OUTSIDE, "10.244.1.2:8080", ENTERED).is("forward-policy-drop");
+    seen("forward-policy-drop", OUTSIDE, "10.244.1.2:8080", ENTERED).gives("forward-policy-drop");
     let finding = seen("network-policy-drops", OUTSIDE, &node(9088), DROPPED).finding().expect("a finding");
     assert_eq!(finding.id, "network-policy-drops");
     assert!(finding.sentence.contains("drops connections from 192.0.2.1 to hostPort 9088"), "{}", finding.sentence);
-    seen("conntrack-nearly-full", OUTSIDE, &node(9088), ENTERED).is("conntrack-nearly-full");
-    seen("conntrack-nearly-full", NODE, "10.96.0.80:80", SENT).is("conntrack-nearly-full");
-    seen("mtu-too-big", OUTSIDE, &node(9088), DROPPED).reason("PKT_TOO_BIG").is("mtu-too-big");
+    seen("conntrack-nearly-full", OUTSIDE, &node(9088), ENTERED).gives("conntrack-nearly-full");
+    seen("conntrack-nearly-full", NODE, "10.96.0.80:80", SENT).gives("conntrack-nearly-full");
+    seen("mtu-too-big", OUTSIDE, &node(9088), DROPPED).reason("PKT_TOO_BIG").gives("mtu-too-big");
 }
 
 #[test]
 fn answers_that_go_astray() {
-    seen("masquerade-missing", OUTSIDE, &node(30080), LEFT).to("10.244.2.2:8080").is("masquerade-missing");
-    seen("hairpin-off", "10.244.1.2", "10.96.0.80:80", LEFT).to("10.244.1.2:8080").is("hairpin-off");
-    seen("bridge-nf-call-off", "10.244.1.3", "10.96.0.80:80", LEFT).to("10.244.1.2:8080").is("bridge-nf-call-off");
+    seen("masquerade-missing", OUTSIDE, &node(30080), LEFT).to("10.244.2.2:8080").gives("masquerade-missing");
+    seen("hairpin-off", "10.244.1.2", "10.96.0.80:80", LEFT).to("10.244.1.2:8080").gives("hairpin-off");
+    seen("bridge-nf-call-off", "10.244.1.3", "10.96.0.80:80", LEFT).to("10.244.1.2:8080").gives("bridge-nf-call-off");
     // A pod of this node that asks a pod of another is answered as it is.
-    seen("masquerade-missing", "10.244.1.3", "10.96.0.80:80", LEFT).to("10.244.2.2:8080").is_unexplained();
+    seen("masquerade-missing", "10.244.1.3", "10.96.0.80:80", LEFT).to("10.244.2.2:8080").stays_unexplained();
 }
 
 #[test]
 fn where_rules_do_not_decide() {
     let elsewhere = |case| seen(case, OUTSIDE, &node(30080), LEFT).to("10.244.9.9:1");
-    elsewhere("kube-proxy-replaced").is("kube-proxy-replaced");
-    elsewhere("ipvs-not-followed").is("ipvs-not-followed");
+    elsewhere("kube-proxy-replaced").gives("kube-proxy-replaced");
+    elsewhere("ipvs-not-followed").gives("ipvs-not-followed");
 }
 
 #[test]
 fn what_was_answered_needs_no_finding() {
     let by = "10.244.1.2:8080".parse().expect("an endpoint");
-    seen("hostport-and-process", OUTSIDE, &node(9088), Outcome::Answered { by, after_ns: 1 }).is_unexplained();
-    seen("hostport-and-process", OUTSIDE, &node(9088), Outcome::JoinedLate).is_unexplained();
+    seen("hostport-and-process", OUTSIDE, &node(9088), Outcome::Answered { by, after_ns: 1 }).stays_unexplained();
+    seen("hostport-and-process", OUTSIDE, &node(9088), Outcome::JoinedLate).stays_unexplained();
 }

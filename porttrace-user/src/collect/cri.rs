@@ -44,7 +44,7 @@ const AT_ONCE: usize = 16;
 /// Why nothing is known from the runtime.
 #[derive(Debug, Error)]
 pub enum CriError {
-    #[error("no container runtime listens in the usual places ({}); name its socket with --cri-socket", SOCKETS.join(", "))]
+    #[error("no container runtime listens in the usual places; name its socket with --cri-socket")]
     NoSocket,
     #[error("cannot reach the container runtime at {}: {why}", socket.display())]
     Connect { socket: PathBuf, why: String },
@@ -72,13 +72,18 @@ async fn find(socket: Option<&Path>) -> Result<Runtime, CriError> {
         return Runtime::connect(socket).await;
     }
     let mut first = None;
-    for socket in SOCKETS.into_iter().filter_map(super::host::file).filter(|path| is_socket(path)) {
+    for socket in usual(super::host::file) {
         match Runtime::connect(&socket).await {
             Ok(runtime) => return Ok(runtime),
             Err(error) => drop(first.get_or_insert(error)),
         }
     }
     Err(first.unwrap_or(CriError::NoSocket))
+}
+
+/// The usual sockets that are there; `place` says where a file of the node is to be found.
+fn usual(place: impl Fn(&'static str) -> Option<PathBuf>) -> Vec<PathBuf> {
+    SOCKETS.into_iter().filter_map(place).filter(|path| is_socket(path)).collect()
 }
 
 fn is_socket(path: &Path) -> bool {

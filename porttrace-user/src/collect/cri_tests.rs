@@ -65,3 +65,24 @@ fn an_image_is_found_by_its_id_or_else_by_what_there_is() {
     container.image_id = "bb".to_owned();
     assert_eq!(image_id(&container), "bb");
 }
+
+#[tokio::test]
+async fn usual_sockets_are_found_a_distribution_s_own_first() {
+    let root = tempfile::tempdir().unwrap();
+    let place = |path: &str| root.path().join(path.trim_start_matches('/'));
+    let bound = |path: &str| {
+        fs::create_dir_all(place(path).parent().unwrap()).unwrap();
+        UnixListener::bind(place(path)).unwrap()
+    };
+    let found = || usual(|path| Some(place(path)));
+    assert!(found().is_empty());
+    let _docker = bound("/run/containerd/containerd.sock");
+    let _k3s = bound("/run/k3s/containerd/containerd.sock");
+    // What is no socket is none.
+    fs::create_dir_all(place("/run/crio")).unwrap();
+    fs::write(place("/run/crio/crio.sock"), "").unwrap();
+    assert_eq!(found(), [place("/run/k3s/containerd/containerd.sock"), place("/run/containerd/containerd.sock")]);
+    fs::remove_file(place("/run/crio/crio.sock")).unwrap();
+    let _crio = bound("/run/crio/crio.sock");
+    assert_eq!(found()[1], place("/run/crio/crio.sock"));
+}

@@ -29,10 +29,10 @@ pub fn read() -> Part<ProxyConfig> {
 }
 
 fn read_in(proc: &Path) -> Part<ProxyConfig> {
-    let told = processes(proc).into_iter().find_map(|process| match process.program.as_str() {
-        "kube-proxy" => Some(of_process(&process)),
+    let told = processes(proc).first().map(|process| match process.program.as_str() {
+        "kube-proxy" => told(&process.place, &process.words),
         // Without a word about kube-proxy in its arguments it runs with the defaults; the mode is asked below.
-        _ => Some(Ok(flags(&process.words))),
+        _ => Ok(flags(&process.words)),
     });
     let (mut config, known) = match told {
         Some(Ok(config)) => (config, true),
@@ -116,10 +116,6 @@ pub(super) fn mode_of(place: &Path, words: &[String]) -> Result<String, String> 
         (None, Ok(config)) => Ok(config.mode),
         (None, Err(why)) => Err(why),
     }
-}
-
-fn of_process(process: &Process) -> Result<ProxyConfig, String> {
-    told(&process.place, &process.words)
 }
 
 /// Where its metrics are on the loopback address; nowhere when they are bound to another address.

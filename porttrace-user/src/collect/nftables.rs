@@ -1,7 +1,11 @@
-//! The little that is asked of nf_tables itself: the generation of its rules, and which tables there are.
+//! The little that is asked of nf_tables itself: the generation of its rules, which tables there are, and portmap's own.
 
 use super::attributes::{attributes, be32};
 use super::netlink::socket::{Connection, NetlinkError};
+use super::tool;
+use crate::core::model::cluster::Part;
+use crate::core::model::facts::NativeTable;
+use crate::core::parse;
 use std::collections::BTreeSet;
 
 /// `NFNL_SUBSYS_NFTABLES << 8` with `NFT_MSG_GETTABLE` and `NFT_MSG_GETGEN` (include/uapi/linux/netfilter/nf_tables.h).
@@ -38,6 +42,22 @@ pub fn tables() -> Result<BTreeSet<Table>, NetlinkError> {
         Some((family, String::from_utf8_lossy(name).into_owned()))
     })?;
     Ok(tables.into_iter().collect())
+}
+
+/// portmap's tables of native rules; `nft` is run only where there are any.
+pub fn portmap() -> Part<Vec<NativeTable>> {
+    let tables = match tables() {
+        Ok(tables) => tables,
+        Err(error) => return Part::Missing(format!("native nftables rules are not known: {error}")),
+    };
+    let mut found = Vec::new();
+    for (family, name) in tables.iter().filter(|(_, name)| name == "cni_hostport") {
+        match tool::run("nft", &["-j", "list", "table", family, name]) {
+            Ok(text) => found.extend(parse::native_tables(&String::from_utf8_lossy(&text)).unwrap_or_default()),
+            Err(error) => return Part::Missing(format!("portmap's nftables rules are not known: {error}")),
+        }
+    }
+    Part::Known(found)
 }
 
 /// Whether iptables-nft keeps its rules in a table of this name.

@@ -63,7 +63,8 @@ pub struct Args {
 /// A [`super::Usage`] for something that cannot be asked; otherwise what could not be read or is not known.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let subject = facts::subject(&args.what, &args.namespace)?;
-    let facts = args.source.load()?;
+    let mut facts = args.source.load()?;
+    explain::derive(&mut facts);
     let world = World::new(&facts);
     let explanation = explain::explain(&world, subject, args.from).map_err(|why| anyhow!(why))?;
     let mut out = std::io::stdout().lock();

@@ -121,11 +121,7 @@ pub fn subject(text: &str, namespace: &str) -> Result<porttrace_user::core::expl
     };
     let asked = |rest: &str| Some(object(rest)).filter(|name| !name.name.is_empty() && !name.name.contains('/'));
     let (kind, rest) = text.split_once('/').unwrap_or((text, ""));
-    let wrong = || {
-        Usage(format!(
-            "{text:?} is neither a port (9088, 53/udp) nor an object (svc/NAME, pod/NAME, with -n NAMESPACE): say one of them"
-        ))
-    };
+    let wrong = || wrong(text, kind, rest);
     match kind {
         "svc" | "service" | "services" => asked(rest).map(Subject::Service).ok_or_else(wrong),
         "po" | "pod" | "pods" => asked(rest).map(Subject::Pod).ok_or_else(wrong),
@@ -140,4 +136,43 @@ pub fn subject(text: &str, namespace: &str) -> Result<porttrace_user::core::expl
             Ok(Subject::Port { port, proto })
         }
     }
+}
+
+/// Kinds of objects that have pods, and no ports of their own.
+const CONTROLLERS: [&str; 12] = [
+    "deploy",
+    "deployment",
+    "deployments",
+    "rs",
+    "replicaset",
+    "replicasets",
+    "sts",
+    "statefulset",
+    "statefulsets",
+    "ds",
+    "daemonset",
+    "daemonsets",
+];
+
+/// What to ask instead.
+fn wrong(text: &str, kind: &str, rest: &str) -> Usage {
+    let plain = |name: &str| {
+        !name.is_empty() && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '.'))
+    };
+    Usage(if CONTROLLERS.contains(&kind) && rest.split('/').all(plain) {
+        let name = rest.rsplit('/').next().unwrap_or_default();
+        format!(
+            "{text} has no ports of its own: ask for its Service (svc/{name}), or for one of its pods (pod/{name}: the beginning of its name will do)"
+        )
+    } else if plain(kind) && plain(rest) && kind.parse::<u64>().is_err() {
+        format!("{text} may be of any kind: say svc/{text} or pod/{text}")
+    } else if plain(text) && text.parse::<u64>().is_err() {
+        format!(
+            "{text:?} is neither a port (9088, 53/udp) nor an object: say svc/{text} or pod/{text}, with -n NAMESPACE"
+        )
+    } else {
+        format!(
+            "{text:?} is neither a port (9088, 53/udp) nor an object (svc/NAME, pod/NAME, with -n NAMESPACE): say one of them"
+        )
+    })
 }

@@ -4,6 +4,7 @@ use super::facts::{self, Source};
 use super::output::Colour;
 use anyhow::{Context as _, anyhow};
 use porttrace_user::collect::attempt::attempt;
+use porttrace_user::core::explain;
 use porttrace_user::core::matrix::{self, Matrix};
 use porttrace_user::core::world::World;
 use porttrace_user::render::matrix::{self as printed, Answer};
@@ -56,11 +57,15 @@ pub struct Args {
 /// A [`super::Usage`] for something that cannot be asked; otherwise what could not be read or is not known.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let subject = facts::subject(&args.what, &args.namespace)?;
-    let facts = args.source.load()?;
+    let mut facts = args.source.load()?;
+    explain::derive(&mut facts);
     let world = World::new(&facts);
     let mut matrix = matrix::matrix(&world, subject, args.from).map_err(|why| anyhow!(why))?;
     if args.probe {
         probe(&world, &mut matrix)?;
+        if !matrix.rows.iter().flat_map(|row| row.cells.iter().flatten()).any(|cell| cell.tried.is_some()) {
+            eprintln!("porttrace: nothing was tried: every way from this node may lead to a workload elsewhere");
+        }
     }
     let mut out = std::io::stdout().lock();
     if args.json {

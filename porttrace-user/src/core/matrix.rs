@@ -1,13 +1,14 @@
 //! Who can reach a workload, by which of the ways: the founding experiment, in thought.
 
 use super::diagnose::endpoints;
-use super::explain::Subject;
+use super::explain::{Subject, find_pod};
 use super::model::cluster::ObjectName;
 use super::model::flow::{Family, Proto};
 use super::ports::{self, Kind};
 use super::reach::{self, Outcome, Reach};
 use super::world::World;
 use serde::Serialize;
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// Clients in rows, ways in columns.
@@ -128,15 +129,15 @@ impl ClientKind {
 /// One sentence when the facts do not know the subject, or no way leads to it.
 pub fn matrix(world: &World<'_>, subject: Subject, outside: Option<IpAddr>) -> Result<Matrix, String> {
     let ways = ways(world, &subject)?;
-    let Some(first) = ways.first() else {
+    if ways.is_empty() {
         return Err(
             "no way leads there: nothing on this node claims it, and no Service or pod is known by it".to_owned()
         );
-    };
-    let family = Family::of(first.to.ip());
-    let clients = clients(world, family, &ways, outside);
-    let rows = clients
+    }
+    let families: BTreeSet<Family> = ways.iter().map(|way| Family::of(way.to.ip())).collect();
+    let rows = families
         .into_iter()
+        .flat_map(|family| clients(world, family, &ways, outside))
         .map(|client| Row { cells: ways.iter().map(|way| cell(world, &client, way)).collect(), client })
         .collect();
     Ok(Matrix { subject, node: world.facts.state.name.clone(), ways, rows })
@@ -169,7 +170,8 @@ pub fn probe_source(world: &World<'_>, client: &Client, way: &Way, reach: &Reach
     let own = |address: IpAddr| world.facts.is_own(address) == Some(true) || world.behind(address).is_some();
     let stays = reach.ends.iter().all(|end| own(end.ip()));
     // Refused by a rule before it goes anywhere: the address itself must be the node's.
-    let known = !reach.ends.is_empty() || own(way.to.ip());
+    // Where that is not known, it may be forwarded (IPVS, a match that nobody can decide).
+    let known = !reach.ends.is_empty() || own(way.to.ip()) && reach.outcome != Outcome::Unknown;
     let ours = matches!(client.kind, ClientKind::ThisNode | ClientKind::ThisNodeLoopback);
     (ours && stays && known).then(|| if way.to.ip().is_loopback() { way.to.ip() } else { client.address })
 }
@@ -225,11 +227,7 @@ fn ways(world: &World<'_>, subject: &Subject) -> Result<Vec<Way>, String> {
         Subject::Port { port, proto } => of_port(world, *port, *proto, &mut ways),
         Subject::Service(name) => of_service(world, name, &mut ways)?,
         Subject::Pod(name) => {
-            let pods = world.facts.cluster.pods.get()?;
-            let pod = pods
-                .iter()
-                .find(|pod| pod.name == *name)
-                .ok_or_else(|| format!("there is no pod {name} among the {} that are known", pods.len()))?;
+            let pod = find_pod(world, name)?;
             for port in pod.containers.iter().flat_map(|container| &container.ports) {
                 for address in pod.ips.iter().filter(|address| address.is_ipv4()) {
                     add(
@@ -242,6 +240,13 @@ fn ways(world: &World<'_>, subject: &Subject) -> Result<Vec<Way>, String> {
                 }
                 if let Some(number) = port.host_port {
                     of_port(world, number, Some(port.proto), &mut ways);
+                }
+            }
+            for address in pod.ips.iter().filter(|address| address.is_ipv4()) {
+                let sockets = world.facts.listeners.known().and_then(|all| all.sockets(*address)).unwrap_or_default();
+                for socket in sockets.iter().filter(|socket| !socket.address.is_loopback()) {
+                    let to = SocketAddr::new(*address, socket.port);
+                    add(&mut ways, WayKind::Pod, socket.proto, to, format!("listening on {}", socket.port));
                 }
             }
         }
@@ -354,7 +359,8 @@ fn clients(world: &World<'_>, family: Family, ways: &[Way], outside: Option<IpAd
     add(ClientKind::ThisNodeLoopback, Some(loopback).filter(|_| family == Family::V4), None);
     let other = world.other_node(family);
     add(ClientKind::OtherNode, other.as_ref().map(|(address, _)| *address), other.and_then(|(_, name)| name));
-    let target = ways.iter().find(|way| way.kind == WayKind::Pod).map(|way| way.to.ip());
+    let is_target = |way: &&Way| way.kind == WayKind::Pod && Family::of(way.to.ip()) == family;
+    let target = ways.iter().find(is_target).map(|way| way.to.ip());
     let pods = world.local_pods(family);
     let neighbour = pods.iter().find(|pod| Some(pod.address) != target);
     add(ClientKind::PodHere, neighbour.map(|pod| pod.address), neighbour.and_then(|pod| pod.name.clone()));

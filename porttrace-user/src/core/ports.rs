@@ -252,7 +252,7 @@ fn shown(world: &World<'_>, claim: &Claim) -> PortClaim {
     };
     match &claim.kind {
         ClaimKind::HostPort { to, host_ip, .. } => {
-            let who = world.facts.name_at(to.ip()).unwrap_or_else(|| to.ip().to_string());
+            let who = world.facts.called(to.ip());
             PortClaim { only: *host_ip, to: Some(*to), ..plain(Kind::HostPort, who) }
         }
         ClaimKind::NodePort { service, endpoints } => {

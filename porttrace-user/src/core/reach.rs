@@ -187,6 +187,10 @@ fn forwarded(
     if let Some(gone) = gone(world, to.dst, interface) {
         return (Outcome::Silent, gone);
     }
+    if world.facts.balancer_at(to.dst).is_some() {
+        let text = format!("{whom} gets it, k3s's load balancer: rules inside that pod send it on to its Service");
+        return (Outcome::Unknown, text);
+    }
     (Outcome::Unknown, format!("it goes on to {whom} by {interface}; what listens on {} there is not known", to.dport))
 }
 

@@ -36,7 +36,7 @@ pub fn text(explanation: &Explanation, context: &Context<'_>) -> String {
         heading("live evidence", style, &mut out);
         explanation.live.iter().for_each(|line| paragraph(&mut out, style, "  - ", "    ", line));
     }
-    findings(&explanation.report, context, &mut out);
+    findings(&explanation.report, &explanation.verdict, context, &mut out);
     out
 }
 
@@ -200,7 +200,7 @@ fn end(branch: &Branch) -> String {
 }
 
 /// Findings with their evidence, then what could not be checked.
-pub fn findings(report: &Report, context: &Context<'_>, out: &mut String) {
+pub fn findings(report: &Report, verdict: &[Line], context: &Context<'_>, out: &mut String) {
     let style = context.style;
     let title = match report.findings.len() {
         0 => "findings: none that concerns it".to_owned(),
@@ -208,19 +208,25 @@ pub fn findings(report: &Report, context: &Context<'_>, out: &mut String) {
         count => format!("{count} findings"),
     };
     heading(&title, style, out);
-    report.findings.iter().for_each(|one| finding(one, context, out));
+    report.findings.iter().for_each(|one| finding(one, verdict, context, out));
     unchecked(&report.unchecked, context, out);
 }
 
-fn finding(finding: &Finding, context: &Context<'_>, out: &mut String) {
+/// What the verdict said already is not said again.
+fn finding(finding: &Finding, verdict: &[Line], context: &Context<'_>, out: &mut String) {
     let style = context.style;
     let (lead, id) = match finding.severity {
         Severity::Error => (style.bad("✗"), style.bad(finding.id)),
         Severity::Warning => (style.warn("!"), style.warn(finding.id)),
         Severity::Note => ("i".to_owned(), finding.id.to_owned()),
     };
-    let _ = writeln!(out, "  {lead} {id}");
-    paragraph(out, style, "    ", "    ", &finding.sentence);
+    let tail = finding.sentence.split_once(" leads to ").map_or(finding.sentence.as_str(), |(_, tail)| tail);
+    let is_told = verdict.iter().any(|line| line.sentence.ends_with(tail));
+    let change_is_told = verdict.iter().any(|line| line.change.as_ref() == Some(&finding.change));
+    let _ = writeln!(out, "  {lead} {id}{}", if is_told { style.dim(", as said above, by") } else { String::new() });
+    if !is_told {
+        paragraph(out, style, "    ", "    ", &finding.sentence);
+    }
     let most = if context.verbose > 0 { usize::MAX } else { EVIDENCE };
     for evidence in finding.evidence.iter().take(most) {
         let text = format!("{} {}: {}", evidence.kind, evidence.place, evidence.text);
@@ -231,6 +237,9 @@ fn finding(finding: &Finding, context: &Context<'_>, out: &mut String) {
     if finding.evidence.len() > most {
         let _ =
             writeln!(out, "      {}", style.dim(format!("and {} more (-v shows all)", finding.evidence.len() - most)));
+    }
+    if change_is_told {
+        return;
     }
     for (i, line) in wrap(&clean(&finding.change), style.width.saturating_sub(6)).iter().enumerate() {
         let _ = writeln!(out, "    {} {line}", if i == 0 { "→" } else { " " });

@@ -4,7 +4,8 @@ use super::ports::mark;
 use super::style::{Style, columns, shorten, wrap};
 use super::trace::words::clean;
 use crate::core::diagnose::place;
-use crate::core::matrix::{Cell, Matrix};
+use crate::core::matrix::{Cell, Matrix, Row};
+use crate::core::model::flow::Family;
 use crate::core::reach::Outcome;
 use serde::Serialize;
 use std::fmt::Write;
@@ -26,29 +27,10 @@ pub fn text(matrix: &Matrix, style: Style) -> String {
     let mut out = String::new();
     let probed = matrix.rows.iter().flat_map(|row| &row.cells).flatten().any(|cell| cell.tried.is_some());
     legend(matrix, style, &mut out);
-    let width = if probed { 9 } else { 6 };
-    let _ = write!(out, "\n{}", " ".repeat(CLIENT));
-    for (i, _) in matrix.ways.iter().enumerate() {
-        let _ = write!(out, "{:<width$}", letter(i));
-    }
-    out.push('\n');
     let mut reasons: Vec<(String, String, Outcome)> = Vec::new();
-    for row in &matrix.rows {
-        let _ = write!(out, "{:<CLIENT$}", row.client.kind.name());
-        for cell in &row.cells {
-            let (shown, plain) =
-                cell.as_ref().map_or_else(|| (style.dim("·"), 1), |cell| symbol(cell, style, &mut reasons));
-            let _ = write!(out, "{shown}{}", " ".repeat(width.saturating_sub(plain)));
-        }
-        let used = CLIENT + width * row.cells.len();
-        let example = row
-            .client
-            .name
-            .as_deref()
-            .map_or_else(|| row.client.address.to_string(), |name| format!("{} {}", row.client.address, clean(name)));
-        let room = style.width.saturating_sub(used + 1);
-        let shown = if room >= 12 { style.dim(shorten(&example, room)) } else { String::new() };
-        let _ = writeln!(out, "{shown}");
+    // A client of one family has no way to an address of the other: each has a table of its own.
+    for family in [Family::V4, Family::V6] {
+        table(matrix, family, style, &mut reasons, &mut out);
     }
     let _ = writeln!(out, "\n{}", style.dim("✓ works  ✗ fails  ~ works at times  ? not known  · makes no sense"));
     if probed {
@@ -62,6 +44,50 @@ pub fn text(matrix: &Matrix, style: Style) -> String {
         }
     }
     out
+}
+
+fn table(
+    matrix: &Matrix,
+    family: Family,
+    style: Style,
+    reasons: &mut Vec<(String, String, Outcome)>,
+    out: &mut String,
+) {
+    let ways: Vec<usize> = (0..matrix.ways.len()).filter(|at| Family::of(matrix.ways[*at].to.ip()) == family).collect();
+    let rows: Vec<&Row> = matrix.rows.iter().filter(|row| Family::of(row.client.address) == family).collect();
+    if ways.is_empty() {
+        return;
+    }
+    let cells: Vec<Vec<(String, usize)>> = rows
+        .iter()
+        .map(|row| {
+            let shown = ways.iter().map(|at| match row.cells.get(*at) {
+                Some(Some(cell)) => symbol(cell, style, reasons),
+                _ => (style.dim("·"), 1),
+            });
+            shown.collect()
+        })
+        .collect();
+    let width = cells.iter().flatten().map(|(_, plain)| plain + 2).max().unwrap_or(2);
+    let _ = write!(out, "\n{}", " ".repeat(CLIENT));
+    for at in &ways {
+        let _ = write!(out, "{:<width$}", letter(*at));
+    }
+    out.push('\n');
+    for (row, cells) in rows.into_iter().zip(cells) {
+        let _ = write!(out, "{:<CLIENT$}", row.client.kind.name());
+        for (shown, plain) in cells {
+            let _ = write!(out, "{shown}{}", " ".repeat(width.saturating_sub(plain)));
+        }
+        let used = CLIENT + width * ways.len();
+        let example = match row.client.name.as_deref() {
+            Some(name) => format!("{} {}", row.client.address, clean(name)),
+            None => row.client.address.to_string(),
+        };
+        let room = style.width.saturating_sub(used + 1);
+        let shown = if room >= 12 { style.dim(shorten(&example, room)) } else { String::new() };
+        let _ = writeln!(out, "{shown}");
+    }
 }
 
 fn legend(matrix: &Matrix, style: Style, out: &mut String) {

@@ -5,6 +5,7 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use std::env;
 use std::error::Error;
+use std::ffi::OsString;
 use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -20,6 +21,8 @@ const KUBELET: [&str; 6] = [
     "/var/lib/k0s/kubelet.conf",
     "/var/snap/microk8s/current/credentials/kubelet.config",
 ];
+/// The administrator's, where a distribution writes one for root on a node: k3s, RKE2.
+const ADMIN: [&str; 2] = ["/etc/rancher/k3s/k3s.yaml", "/etc/rancher/rke2/rke2.yaml"];
 /// What Kubernetes mounts into a pod.
 const TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
 const CONNECT: Duration = Duration::from_secs(2);
@@ -76,7 +79,7 @@ pub struct Api {
 
 /// Reads the credentials. Nothing is asked of the server yet.
 pub(super) async fn connect(options: &Options) -> Result<Api, ApiError> {
-    let origin = origin(options).ok_or(ApiError::NoConfig)?;
+    let origin = origin(options, Path::new("/"), |name| env::var_os(name)).ok_or(ApiError::NoConfig)?;
     let from = origin.to_string();
     let unusable = |why: String| ApiError::Config { from: from.clone(), why };
     let kubeconfig = match &origin {
@@ -98,20 +101,26 @@ pub(super) async fn connect(options: &Options) -> Result<Api, ApiError> {
     Ok(Api { client, server, from })
 }
 
-fn origin(options: &Options) -> Option<Origin> {
+/// Where credentials are, below `root`; `variable` tells the environment's variables.
+fn origin(options: &Options, root: &Path, variable: impl Fn(&str) -> Option<OsString>) -> Option<Origin> {
     if let Some(path) = &options.kubeconfig {
         return Some(Origin::File(path.clone()));
     }
-    if env::var_os("KUBECONFIG").is_some_and(|value| !value.is_empty()) {
+    if variable("KUBECONFIG").is_some_and(|value| !value.is_empty()) {
         return Some(Origin::Environment);
     }
-    if env::var_os("KUBERNETES_SERVICE_HOST").is_some() && Path::new(TOKEN).exists() {
+    if variable("KUBERNETES_SERVICE_HOST").is_some() && below(root, TOKEN).exists() {
         return Some(Origin::ServiceAccount);
     }
     // The kubelet's speaks of this node's own cluster; what lies at home may speak of any.
-    let home = env::var_os("HOME").map(|home| Path::new(&home).join(".kube/config"));
+    let home = variable("HOME").map(|home| Path::new(&home).join(".kube/config"));
     let readable = |path: &PathBuf| File::open(path).is_ok();
-    KUBELET.iter().map(PathBuf::from).chain(home).find(readable).map(Origin::File)
+    let usual = KUBELET.iter().chain(&ADMIN).map(|path| below(root, path));
+    usual.chain(home).find(readable).map(Origin::File)
+}
+
+fn below(root: &Path, path: &str) -> PathBuf {
+    root.join(path.trim_start_matches('/'))
 }
 
 impl Api {
@@ -173,4 +182,50 @@ fn root(error: &dyn Error) -> String {
 fn line(text: &str) -> String {
     const LONGEST: usize = 300;
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(LONGEST).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    /// A file system with these files, all empty.
+    fn root(files: &[&str]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().expect("a folder");
+        for file in files {
+            let path = below(folder.path(), file);
+            fs::create_dir_all(path.parent().expect("a parent")).expect("a folder");
+            fs::write(path, "").expect("a file");
+        }
+        folder
+    }
+
+    /// What is found, without the root that it was looked for below.
+    fn found(root: &Path, variables: &[(&str, &str)]) -> String {
+        let variable =
+            |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| OsString::from(*value));
+        let origin = origin(&Options::default(), root, variable);
+        let text = origin.map_or_else(String::new, |origin| origin.to_string());
+        text.replace(&root.display().to_string(), "")
+    }
+
+    #[test]
+    fn credentials_are_looked_for_in_order() {
+        let kubeadm = "/etc/kubernetes/kubelet.conf";
+        let agent = "/var/lib/rancher/k3s/agent/kubelet.kubeconfig";
+        let admin = "/etc/rancher/k3s/k3s.yaml";
+        let token = "/var/run/secrets/kubernetes.io/serviceaccount/token";
+        let all = root(&[kubeadm, agent, admin, token]);
+        let in_pod = [("KUBERNETES_SERVICE_HOST", "10.96.0.1")];
+        assert_eq!(found(all.path(), &[("KUBECONFIG", "/x"), in_pod[0]]), "the kubeconfig that KUBECONFIG names");
+        assert_eq!(found(all.path(), &in_pod), "the pod's service account");
+        assert_eq!(found(all.path(), &[("KUBECONFIG", "")]), format!("the kubeconfig {kubeadm}"));
+        // A k3s agent has its kubelet's, a server without an agent the administrator's.
+        assert_eq!(found(root(&[agent, admin]).path(), &[]), format!("the kubeconfig {agent}"));
+        assert_eq!(found(root(&[admin]).path(), &[]), format!("the kubeconfig {admin}"));
+        assert_eq!(found(root(&[]).path(), &in_pod), "");
+        let home = root(&["/root/.kube/config"]);
+        let place = home.path().join("root").display().to_string();
+        assert_eq!(found(home.path(), &[("HOME", &place)]), "the kubeconfig /root/.kube/config");
+    }
 }

@@ -113,10 +113,13 @@ fn facts(rules: &Rules, pods: &Pods) -> Facts {
         cluster: pods.cluster.clone(),
         sandboxes: pods.sandboxes.clone(),
         listeners: pods.listeners.clone(),
+        proxy: pods.makers.proxy.clone(),
+        native: pods.makers.native.clone(),
         ..Facts::default()
     };
     facts.state.name = facts.cluster.pods_of.clone().or_else(|| Some(rules.node.clone()));
     facts.name_node();
+    facts.forget_balancers();
     facts
 }
 

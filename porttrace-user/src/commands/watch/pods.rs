@@ -1,8 +1,10 @@
-//! What is known of the pods that connections fail at: what listens in them, who they are, what their images expose.
+//! What is known of the pods that connections fail at: what listens in them, who they are, what their images expose; and of
+//! who makes the rules that lead there.
 
 use porttrace_user::collect::kubernetes::{ApiError, Watch};
-use porttrace_user::collect::{facts, pods};
+use porttrace_user::collect::{facts, kube_proxy, nftables, pods};
 use porttrace_user::core::model::cluster::{Cluster, Part, Sandbox};
+use porttrace_user::core::model::facts::{NativeTable, ProxyConfig};
 use porttrace_user::core::model::pods::PodSockets;
 use porttrace_user::core::model::state::Socket;
 use porttrace_user::core::model::workloads::Workloads;
@@ -18,6 +20,7 @@ pub struct Pods {
     pub workloads: Workloads,
     pub cluster: Cluster,
     pub sandboxes: Part<Vec<Sandbox>>,
+    pub makers: Makers,
     /// Rises whenever any of them changes.
     pub generation: u64,
     options: facts::Options,
@@ -26,7 +29,24 @@ pub struct Pods {
     /// How long that took.
     took: Duration,
     asked_at: Option<Instant>,
+    makers_at: Option<Instant>,
     api: Following,
+    /// The API's changes that the cluster holds.
+    changes: u64,
+}
+
+/// Who makes rules, beyond what the rules say.
+#[derive(Clone, Default, PartialEq)]
+pub struct Makers {
+    pub proxy: Part<ProxyConfig>,
+    /// portmap's native nftables rules.
+    pub native: Part<Vec<NativeTable>>,
+}
+
+impl Makers {
+    fn read() -> Self {
+        Self { proxy: kube_proxy::read(), native: nftables::portmap() }
+    }
 }
 
 /// The local copy of what the Kubernetes API says.
@@ -54,19 +74,23 @@ impl Pods {
             workloads: Workloads::default(),
             cluster: Cluster::default(),
             sandboxes: Part::default(),
+            makers: Makers::default(),
             generation: 0,
             options,
             nothing: PodSockets::default(),
             read_at: None,
             took: Duration::ZERO,
             asked_at: None,
+            makers_at: None,
             api: Following::Starting(starting),
+            changes: 0,
         }
     }
 
     /// Pods may have come or gone: what was read is old.
     pub fn expect_changes(&mut self) {
         self.read_at = None;
+        self.makers_at = None;
     }
 
     /// What listens in the pods; nothing where nobody could look.
@@ -95,18 +119,19 @@ impl Pods {
         let knows = known.iter().any(|sandbox| sandbox.ready && sandbox.ips.contains(&address));
         let age = if self.sandboxes.known().is_some() { Self::FRESH } else { Self::PATIENCE };
         let asks = !knows && !is_fresh(self.asked_at, age);
-        let (options, known) = (self.options.clone(), self.sandboxes.clone());
+        let asks_makers = !is_fresh(self.makers_at, Self::PATIENCE);
+        let (options, known, makers) = (self.options.clone(), self.sandboxes.clone(), self.makers.clone());
         let reading = spawn_blocking(move || {
             let sandboxes = if asks { facts::sandboxes(&options) } else { known };
             let namespaces = pods::namespaces(sandboxes.known().map(Vec::as_slice).unwrap_or_default());
-            (sandboxes, namespaces)
+            (sandboxes, namespaces, if asks_makers { Makers::read() } else { makers })
         });
-        if let Ok((sandboxes, namespaces)) = reading.await {
+        if let Ok((sandboxes, namespaces, makers)) = reading.await {
             let listeners = match &namespaces {
                 Part::Known(_) => Part::Known(pods::sockets(&namespaces)),
                 Part::Missing(why) => Part::Missing(why.clone()),
             };
-            self.take(listeners, sandboxes).await;
+            self.take(listeners, sandboxes, makers).await;
         }
         let now = Instant::now();
         self.read_at = Some(now);
@@ -114,23 +139,27 @@ impl Pods {
         if asks {
             self.asked_at = Some(now);
         }
+        if asks_makers {
+            self.makers_at = Some(now);
+        }
     }
 
     /// Takes over what was read, and what the API says by now.
-    async fn take(&mut self, listeners: Part<PodSockets>, sandboxes: Part<Vec<Sandbox>>) {
-        let cluster = self.cluster().await.unwrap_or_default();
-        let names_change = cluster != self.cluster || sandboxes != self.sandboxes;
+    async fn take(&mut self, listeners: Part<PodSockets>, sandboxes: Part<Vec<Sandbox>>, makers: Makers) {
+        let cluster = self.changed_cluster().await;
+        let names_change = cluster.is_some() || sandboxes != self.sandboxes;
+        self.cluster = cluster.unwrap_or_else(|| std::mem::take(&mut self.cluster));
         if names_change {
-            self.workloads = Workloads::new(&cluster, &sandboxes);
+            self.workloads = Workloads::new(&self.cluster, &sandboxes);
         }
-        if names_change || listeners != self.listeners {
+        if names_change || listeners != self.listeners || makers != self.makers {
             self.generation += 1;
         }
-        (self.cluster, self.sandboxes, self.listeners) = (cluster, sandboxes, listeners);
+        (self.sandboxes, self.listeners, self.makers) = (sandboxes, listeners, makers);
     }
 
-    /// What the API says; nothing when it says nothing.
-    async fn cluster(&mut self) -> Option<Cluster> {
+    /// What the API says, if that is not what is known already.
+    async fn changed_cluster(&mut self) -> Option<Cluster> {
         if let Following::Starting(starting) = &mut self.api {
             if !starting.is_finished() {
                 return None;
@@ -141,7 +170,12 @@ impl Pods {
             };
         }
         match &self.api {
-            Following::Running(watch) => Some(watch.cluster()),
+            Following::Running(watch) => {
+                let changes = watch.changes();
+                let changed = changes != self.changes;
+                self.changes = changes;
+                changed.then(|| watch.cluster())
+            }
             _ => None,
         }
     }

@@ -282,8 +282,13 @@ impl<'a, 'f> Seen<'a, 'f> {
 
     fn is_too_big(&self) -> bool {
         let told = match self.failed.outcome {
-            Outcome::Refused { how: Refusal::Icmp { v6: false, kind: 3, code: 4 }, .. } => true,
-            Outcome::Refused { how: Refusal::Icmp { v6: true, kind: 2, .. }, .. } => true,
+            Outcome::Refused { how: Refusal::Icmp { v6, kind, code }, .. } => {
+                if *v6 {
+                    *kind == 2
+                } else {
+                    *kind == 3 && *code == 4
+                }
+            }
             _ => false,
         };
         told || self.kernel_says("PKT_TOO_BIG")

@@ -25,7 +25,7 @@ pub(super) fn internal(scene: &Scene<'_, '_>) -> Checked {
 
 fn without_local(scene: &Scene<'_, '_>, policy: &str, wanted: impl Fn(&Service) -> bool, what: &str) -> Checked {
     let world = scene.world;
-    world.facts.cluster.services.get()?;
+    world.facts.asked_services()?;
     world.facts.cluster.slices.get()?;
     let Some(here) = world.facts.state.name.as_deref() else { return Err("this node's name is not known".to_owned()) };
     let mut found = Vec::new();
@@ -76,8 +76,11 @@ fn dropping(world: &World<'_>, service: &Service, port: &ServicePort) -> Option<
 /// `loadBalancerSourceRanges` that leave the client out.
 pub(super) fn source_ranges(scene: &Scene<'_, '_>) -> Checked {
     let world = scene.world;
-    world.facts.cluster.services.get()?;
-    let Some(client) = scene.client else { return Err("no client was named (--from ADDRESS)".to_owned()) };
+    world.facts.asked_services()?;
+    let Some(client) = scene.client else {
+        let any = served(scene).any(|service| !service.source_ranges.is_empty());
+        return if any { Err("no client was named (--from ADDRESS)".to_owned()) } else { Ok(Vec::new()) };
+    };
     let out = |service: &&Service| {
         !service.source_ranges.is_empty() && service.source_ranges.iter().all(|net| !net.contains(&client))
     };

@@ -160,7 +160,7 @@ fn by_rules(world: &World<'_>) -> Checked {
 /// Endpoints, but none that is ready.
 pub(super) fn without_ready(scene: &Scene<'_, '_>) -> Checked {
     let world = scene.world;
-    world.facts.cluster.services.get()?;
+    world.facts.asked_services()?;
     world.facts.cluster.slices.get()?;
     let mut found = Vec::new();
     for service in served(scene) {
@@ -201,7 +201,7 @@ pub(super) fn without_ready(scene: &Scene<'_, '_>) -> Checked {
 /// A selector that matches no pod.
 pub(super) fn selector(scene: &Scene<'_, '_>) -> Checked {
     let world = scene.world;
-    world.facts.cluster.services.get()?;
+    world.facts.asked_services()?;
     world.facts.cluster.pods.get()?;
     if let Some(node) = &world.facts.cluster.pods_of {
         return Err(format!("only the pods of {node} are known"));
@@ -248,7 +248,7 @@ fn nearly(world: &World<'_>, service: &Service) -> Vec<String> {
 /// A targetPort by a name that no container has.
 pub(super) fn target_name(scene: &Scene<'_, '_>) -> Checked {
     let world = scene.world;
-    world.facts.cluster.services.get()?;
+    world.facts.asked_services()?;
     world.facts.cluster.pods.get()?;
     let mut found = Vec::new();
     for service in scene.services().filter(|service| !service.selector.is_empty()) {
@@ -287,7 +287,7 @@ pub(super) fn target_name(scene: &Scene<'_, '_>) -> Checked {
 /// kube-proxy's rules are not those of the EndpointSlices.
 pub(super) fn rules_differ(scene: &Scene<'_, '_>) -> Checked {
     let world = scene.world;
-    world.facts.cluster.services.get()?;
+    world.facts.asked_services()?;
     world.facts.cluster.slices.get()?;
     if !world.writes_iptables() {
         return Err("there are no iptables rules of kube-proxy here".to_owned());

@@ -7,7 +7,8 @@ use crate::core::model::flow::Proto;
 use crate::core::ports::{Kind, Port};
 use crate::core::world::World;
 use serde::Serialize;
-use std::collections::BTreeSet;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 /// The numbers of one workload.
@@ -50,8 +51,15 @@ impl Word {
 /// So many pods of a Service get a map of their own.
 const PODS: usize = 3;
 
-/// So many Services are told of a pod.
-const SERVICES: usize = 6;
+/// Which of the Services that lead to a pod its map tells of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Among {
+    Each,
+    /// One for each port that they lead to.
+    Alike,
+    /// None: a Service was asked for, and has a map of its own.
+    None,
+}
 
 /// The maps of a subject.
 pub(super) fn maps(world: &World<'_>, subject: &Subject, ports: &[Port]) -> Vec<PortMap> {
@@ -63,7 +71,8 @@ pub(super) fn maps(world: &World<'_>, subject: &Subject, ports: &[Port]) -> Vec<
         if world.facts.name_at(address).is_none() && !seen && world.behind(address).is_none() {
             return;
         }
-        let ips = world.facts.pod_at(address).map_or_else(|| vec![address], |pod| pod.ips.clone());
+        let first = world.facts.listeners.known().map_or(address, |pods| pods.first(address));
+        let ips = world.facts.pod_at(address).map_or_else(|| vec![first], |pod| pod.ips.clone());
         if !pods.contains(&ips) {
             pods.push(ips);
         }
@@ -90,9 +99,14 @@ pub(super) fn maps(world: &World<'_>, subject: &Subject, ports: &[Port]) -> Vec<
             local.into_iter().take(PODS).for_each(&mut add_pod);
         }
     }
+    let among = match subject {
+        Subject::Pod(_) => Among::Each,
+        _ if services.is_empty() => Among::Alike,
+        _ => Among::None,
+    };
     let services = services.iter().filter_map(|name| world.facts.service(&name.namespace, &name.name));
     let services = services.map(|service| service_map(world, service));
-    services.chain(pods.iter().take(PODS + 1).map(|ips| pod_map(world, ips))).collect()
+    services.chain(pods.iter().take(PODS + 1).map(|ips| pod_map(world, ips, among))).collect()
 }
 
 /// Services that lead to one of these addresses, with the port and the endpoint.
@@ -113,7 +127,7 @@ fn listens(world: &World<'_>, proto: Proto, address: IpAddr, port: u16) -> Optio
 
 fn service_map(world: &World<'_>, service: &Service) -> PortMap {
     let mut words = Vec::new();
-    let spec = "Service";
+    let spec = if world.facts.derived.is_some() { "kube-proxy's rules" } else { "Service" };
     for port in &service.ports {
         let name = if port.name.is_empty() { String::new() } else { format!(" ({})", port.name) };
         if let Some(number) = port.node_port {
@@ -180,7 +194,7 @@ fn target(world: &World<'_>, service: &Service, port: &ServicePort) -> Word {
     word
 }
 
-fn pod_map(world: &World<'_>, ips: &[IpAddr]) -> PortMap {
+fn pod_map(world: &World<'_>, ips: &[IpAddr], among: Among) -> PortMap {
     let address = ips.iter().copied().find(IpAddr::is_ipv4).or_else(|| ips.first().copied());
     let Some(address) = address else {
         return PortMap { title: "pod without an address".to_owned(), words: Vec::new() };
@@ -200,31 +214,47 @@ fn pod_map(world: &World<'_>, ips: &[IpAddr]) -> PortMap {
             words.push(word.judged(listens(world, port.proto, address, port.port)));
         }
     }
-    let mut services = services_of(world, ips);
-    // What fails comes first, and what is alike is not told ten times.
-    services.sort_by_key(|(_, port, at)| listens(world, port.proto, at.ip(), at.port()));
-    let more = services.len().saturating_sub(SERVICES);
-    for (service, port, at) in services.into_iter().take(SERVICES) {
-        let of = format!("Service {}", service.name);
-        let on_nodes = port.node_port.map_or_else(String::new, |number| format!(", NodePort {number}"));
-        let source = format!("{of}: port {}{on_nodes}", port.port);
+    words.extend(targets(world, ips, pod.map_or("", |pod| &pod.name.name), among));
+    words.push(exposed(world, address));
+    words.extend(listening(world, address));
+    PortMap { title, words }
+}
+
+/// A port of a Service.
+type ServedBy<'f> = (&'f Service, &'f ServicePort);
+
+/// The targetPorts of Services that lead to a pod, those that fail first. Services that lead to the same port share a line, and
+/// the one whose name is most like the pod's stands for them; the others are a matter of their own.
+fn targets(world: &World<'_>, ips: &[IpAddr], pod: &str, among: Among) -> Vec<Word> {
+    if among == Among::None {
+        return Vec::new();
+    }
+    let mut lines: BTreeMap<(Option<bool>, String), Vec<ServedBy<'_>>> = BTreeMap::new();
+    for (service, port, at) in services_of(world, ips) {
         let value = if port.target.to_string() == at.port().to_string() {
             format!("{}/{}", at.port(), port.proto)
         } else {
             format!("{} = {}/{}", port.target, at.port(), port.proto)
         };
-        words.push(Word::new("targetPort", value, source).judged(listens(world, port.proto, at.ip(), at.port())));
+        lines.entry((listens(world, port.proto, at.ip(), at.port()), value)).or_default().push((service, port));
     }
-    if more > 0 {
-        words.push(Word::new(
-            "targetPort",
-            "…",
-            format!("{more} more Services lead here (explain svc/NAME tells of each)"),
-        ));
+    let alike = |service: &Service| service.name.name.chars().zip(pod.chars()).take_while(|(a, b)| a == b).count();
+    let mut words = Vec::new();
+    for ((listens, value), mut services) in lines {
+        services.sort_by_key(|(service, port)| (Reverse(alike(service)), &service.name, port.port));
+        let shown = if among == Among::Each { services.len() } else { 1 };
+        for (service, port) in services.iter().take(shown) {
+            let on_nodes = port.node_port.map_or_else(String::new, |number| format!(", NodePort {number}"));
+            let more = match services.len() - shown {
+                0 => String::new(),
+                1 => "; 1 more Service leads there".to_owned(),
+                more => format!("; {more} more Services lead there"),
+            };
+            let source = format!("Service {}: port {}{on_nodes}{more}", service.name, port.port);
+            words.push(Word::new("targetPort", value.clone(), source).judged(listens));
+        }
     }
-    words.push(exposed(world, address));
-    words.extend(listening(world, address));
-    PortMap { title, words }
+    words
 }
 
 /// hostPorts by the rules, beside what the pod's specification says.

@@ -1,5 +1,6 @@
 //! What a port, a Service or a pod is on this node: who claims it, which number is which, where packets go, what is wrong.
 
+mod derive;
 mod hints;
 mod live;
 mod map;
@@ -15,6 +16,7 @@ use serde::Serialize;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+pub use derive::derive;
 pub use map::{PortMap, Word};
 
 /// What is asked about.
@@ -75,7 +77,7 @@ struct Scope {
 ///
 /// # Errors
 /// One sentence when the facts do not know the Service or the pod.
-pub fn explain(world: &World<'_>, subject: Subject, client: Option<IpAddr>) -> Result<Explanation, String> {
+pub fn explain(world: &World<'_>, mut subject: Subject, client: Option<IpAddr>) -> Result<Explanation, String> {
     let report = diagnose::diagnose(world, client);
     let all = ports::ports(world);
     let (scope, ports) = match &subject {
@@ -95,6 +97,7 @@ pub fn explain(world: &World<'_>, subject: Subject, client: Option<IpAddr>) -> R
         Subject::Pod(name) => {
             let pod = find_pod(world, name)?;
             let ours = |claim: &PortClaim| claim.to.is_some_and(|to| pod.ips.contains(&to.ip()));
+            subject = Subject::Pod(pod.name.clone());
             (scope_of_pod(world, pod), all.into_iter().filter(|one| one.claims.iter().any(ours)).collect())
         }
     };
@@ -102,7 +105,8 @@ pub fn explain(world: &World<'_>, subject: Subject, client: Option<IpAddr>) -> R
     // What is about the port itself comes before what is about its pod's other Services.
     findings
         .sort_by_key(|finding| (finding.severity, !finding.about.ports.iter().any(|port| scope.ports.contains(port))));
-    let report = Report { findings, unchecked: report.unchecked };
+    let unchecked = report.unchecked.into_iter().filter(|one| scope.asks(world, one.id)).collect();
+    let report = Report { findings, unchecked };
     let maps = map::maps(world, &subject, &ports);
     Ok(Explanation {
         verdict: verdict(world, &subject, &ports, &maps, &report),
@@ -117,6 +121,19 @@ pub fn explain(world: &World<'_>, subject: Subject, client: Option<IpAddr>) -> R
 }
 
 impl Scope {
+    /// Whether a check could say anything about the subject: what need not be checked is not missed.
+    fn asks(&self, world: &World<'_>, id: &str) -> bool {
+        let mut services = self.services.iter().filter_map(|name| world.facts.service(&name.namespace, &name.name));
+        match id {
+            "stale-udp-entry" => {
+                let of_service = |service: &Service| service.ports.iter().any(|port| port.proto == Proto::Udp);
+                self.ports.iter().any(|(proto, _)| *proto == Proto::Udp) || services.any(of_service)
+            }
+            "source-ranges-exclude-client" => services.any(|service| !service.source_ranges.is_empty()),
+            _ => true,
+        }
+    }
+
     fn concerns(&self, finding: &Finding) -> bool {
         let about = &finding.about;
         let by_name = about.ports.iter().any(|port| self.ports.contains(port))
@@ -189,13 +206,41 @@ fn find_service<'f>(world: &World<'f>, name: &ObjectName) -> Result<&'f Service,
     })
 }
 
-fn find_pod<'f>(world: &World<'f>, name: &ObjectName) -> Result<&'f Pod, String> {
+/// The pod with this name; where there is none, the only one whose name goes on after it (`frontend` for
+/// `frontend-5b79c8694b-6hjrc`).
+pub(crate) fn find_pod<'f>(world: &World<'f>, name: &ObjectName) -> Result<&'f Pod, String> {
     let pods = world.facts.cluster.pods.get().map_err(|why| format!("cannot explain pod {name}: {why}"))?;
-    pods.iter().find(|pod| pod.name == *name).ok_or_else(|| {
-        let here = world.facts.cluster.pods_of.as_deref();
-        let of_node = here.map_or_else(String::new, |node| format!(" of node {node}"));
-        format!("there is no pod {name} among the {}{of_node} that are known", pods.len())
+    if let Some(pod) = pods.iter().find(|pod| pod.name == *name) {
+        return Ok(pod);
+    }
+    let begins = format!("{}-", name.name);
+    let longer: Vec<&Pod> =
+        pods.iter().filter(|pod| pod.name.namespace == name.namespace && pod.name.name.starts_with(&begins)).collect();
+    // One that runs here is meant before those of other nodes.
+    let here: Vec<&Pod> = longer.iter().copied().filter(|pod| pod.node == world.facts.state.name).collect();
+    if let [only] = here.as_slice() {
+        return Ok(only);
+    }
+    if let ([], [only]) = (here.as_slice(), longer.as_slice()) {
+        return Ok(only);
+    }
+    let near = pods.iter().filter(|pod| pod.name.name == name.name).map(|pod| &pod.name);
+    let of_node = world.facts.cluster.pods_of.as_deref().map_or_else(String::new, |node| format!(" of node {node}"));
+    let none = format!("there is no pod {name} among the {}{of_node} that are known", pods.len());
+    let mut others: Vec<String> = longer.iter().map(|pod| pod.name.name.clone()).collect();
+    others.sort();
+    Err(match (others.as_slice(), near.min()) {
+        ([], None) => none,
+        ([], Some(near)) => format!("there is no pod {name}, but {near} (-n {})", near.namespace),
+        (several, _) => format!("there is no pod {name}; say one of {}", first(several)),
     })
+}
+
+/// `a, b and 3 more`.
+fn first(names: &[String]) -> String {
+    const MOST: usize = 6;
+    let shown = names.iter().take(MOST).cloned().collect::<Vec<_>>().join(", ");
+    if names.len() > MOST { format!("{shown} and {} more", names.len() - MOST) } else { shown }
 }
 
 fn verdict(world: &World<'_>, subject: &Subject, ports: &[Port], maps: &[PortMap], report: &Report) -> Vec<Line> {

@@ -21,6 +21,8 @@ pub struct Facts {
     pub proxy: Part<ProxyConfig>,
     /// Tables of native nftables rules.
     pub native: Part<Vec<NativeTable>>,
+    /// Services are those that kube-proxy's rules name, as the Kubernetes API said nothing, for this reason.
+    pub derived: Option<String>,
 }
 
 /// A table of native nftables rules, as far as findings ask.
@@ -101,6 +103,27 @@ impl Facts {
         self.cluster.services.iter().find(|service| service.name.namespace == namespace && service.name.name == name)
     }
 
+    /// The name of whoever has this address, else the address by which it is called.
+    pub fn called(&self, address: IpAddr) -> String {
+        let first = || self.listeners.known().map_or(address, |pods| pods.first(address)).to_string();
+        self.name_at(address).unwrap_or_else(first)
+    }
+
+    /// The pod of k3s's load balancer with this address: rules in its own network namespace send connections on to a Service,
+    /// and nothing listens in it (klipper-lb, `entry`).
+    pub fn balancer_at(&self, address: IpAddr) -> Option<String> {
+        self.name_at(address).filter(|name| name.split('/').nth(1).is_some_and(|name| name.starts_with("svclb-")))
+    }
+
+    /// Takes the sockets of pods that only send on for what they are: no answer to who takes a connection.
+    pub fn forget_balancers(&mut self) {
+        let Some(pods) = self.listeners.known() else { return };
+        let balancers: Vec<IpAddr> = pods.addresses().filter(|address| self.balancer_at(*address).is_some()).collect();
+        if let Part::Known(pods) = &mut self.listeners {
+            balancers.into_iter().for_each(|address| pods.forget(address));
+        }
+    }
+
     /// Gives the node its name in Kubernetes: the one that it goes by already if a Node has it, else that of the Node with
     /// this node's addresses.
     pub fn name_node(&mut self) {
@@ -112,6 +135,17 @@ impl Facts {
         let node = self.cluster.nodes.iter().find(|node| node.addresses.iter().any(ours));
         if let Some(name) = node.map(|node| node.name.clone()) {
             self.state.name = Some(name);
+        }
+    }
+
+    /// The Services as Kubernetes has them, with selectors and policies.
+    ///
+    /// # Errors
+    /// Why they are not known.
+    pub fn asked_services(&self) -> Result<&[Service], &str> {
+        match &self.derived {
+            Some(why) => Err(why),
+            None => self.cluster.services.get().map(Vec::as_slice),
         }
     }
 

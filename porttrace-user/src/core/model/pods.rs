@@ -2,21 +2,35 @@
 
 use super::flow::Proto;
 use super::state::Socket;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 /// Listening sockets by the address of the network namespace that they are in.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodSockets {
     by_address: BTreeMap<IpAddr, Vec<Socket>>,
+    /// Address → the first of the same namespace.
+    first: BTreeMap<IpAddr, IpAddr>,
 }
 
 impl PodSockets {
     /// Adds a network namespace: its addresses and its sockets.
     pub fn insert(&mut self, addresses: impl IntoIterator<Item = IpAddr>, sockets: &[Socket]) {
-        for address in addresses.into_iter().filter(|address| !address.is_loopback()) {
-            self.by_address.insert(address, sockets.to_vec());
+        let addresses: BTreeSet<IpAddr> = addresses.into_iter().filter(|address| !address.is_loopback()).collect();
+        for address in &addresses {
+            self.by_address.insert(*address, sockets.to_vec());
+            self.first.extend(addresses.first().map(|first| (*address, *first)));
         }
+    }
+
+    /// The address by which a namespace with several is called: its first, IPv4 before IPv6.
+    pub fn first(&self, address: IpAddr) -> IpAddr {
+        self.first.get(&address).copied().unwrap_or(address)
+    }
+
+    /// Forgets a namespace: its sockets do not tell what becomes of connections.
+    pub fn forget(&mut self, address: IpAddr) {
+        self.by_address.remove(&address);
     }
 
     /// The addresses of all namespaces, sorted.

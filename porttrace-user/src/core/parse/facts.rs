@@ -32,6 +32,7 @@ pub fn facts(files: &Files) -> Facts {
     facts.cni = reader.cni();
     facts.proxy = reader.proxy();
     facts.native = reader.native();
+    facts.forget_balancers();
     facts.state.diagnostics.append(&mut reader.diagnostics);
     facts
 }
@@ -139,8 +140,8 @@ impl Reader<'_> {
         let Some(text) = self.text(NAME) else {
             return Part::Missing("native nftables rules are not known".to_owned());
         };
-        match serde_json::from_str::<Value>(&text) {
-            Ok(ruleset) => Part::Known(native_tables(&ruleset)),
+        match native_tables(&text) {
+            Ok(tables) => Part::Known(tables),
             Err(error) => {
                 self.note(NAME, format!("not understood: {error}"));
                 Part::Missing("native nftables rules were not understood".to_owned())
@@ -150,7 +151,11 @@ impl Reader<'_> {
 }
 
 /// `nft -j list ruleset` (libnftables-json): tables, chains and rules in one list, in the order in which they were made.
-fn native_tables(ruleset: &Value) -> Vec<NativeTable> {
+///
+/// # Errors
+/// When it is no JSON.
+pub fn native_tables(text: &str) -> Result<Vec<NativeTable>, serde_json::Error> {
+    let ruleset: Value = serde_json::from_str(text)?;
     let mut tables: Vec<NativeTable> = Vec::new();
     let items = ruleset.get("nftables").and_then(Value::as_array).into_iter().flatten();
     for item in items {
@@ -183,7 +188,7 @@ fn native_tables(ruleset: &Value) -> Vec<NativeTable> {
             _ => {}
         }
     }
-    tables
+    Ok(tables)
 }
 
 /// The addresses of a CNI result (`ips[].address`, with a prefix).

@@ -24,5 +24,5 @@ mod state;
 pub mod sysctl;
 pub mod words;
 
-pub use facts::facts;
+pub use facts::{facts, native_tables};
 pub use state::{FORMAT, Files, Metadata, state};
