@@ -32,6 +32,13 @@ impl Lines {
         lines
     }
 
+    /// The lines of a stream that nobody collects: none, and at its end.
+    pub fn closed() -> Self {
+        let lines = Self::default();
+        lines.state().closed = true;
+        lines
+    }
+
     /// As [`Lines::of`]; each line is also written to `show` before anybody who waits hears of it.
     pub fn of_shown(stream: impl Read + Send + 'static, show: impl Write + Send + 'static) -> Self {
         let lines = Self::default();

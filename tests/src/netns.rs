@@ -149,6 +149,15 @@ impl ChildGuard {
         )
     }
 
+    /// As [`ChildGuard::spawn`]; standard output goes to a file, so that a program that prints much costs us nothing.
+    pub fn spawn_to(mut command: Command, output: File) -> Result<Self> {
+        let name = command.get_program().to_string_lossy().into_owned();
+        command.stdin(Stdio::null()).stdout(output).stderr(Stdio::piped());
+        let mut child = command.spawn().with_context(|| format!("starting {name}"))?;
+        let stderr = child.stderr.take().map(Lines::of).unwrap_or_default();
+        Ok(Self { child, name, stdout: Lines::closed(), stderr })
+    }
+
     fn start(
         mut command: Command,
         out: impl FnOnce(ChildStdout) -> Lines,
@@ -176,10 +185,11 @@ impl ChildGuard {
     /// Waits for the process to end by itself; its exit code (`None` when a signal ended it). Its outputs are then complete.
     pub fn wait(&mut self, timeout: Duration) -> Result<Option<i32>> {
         let deadline = Instant::now() + timeout;
-        if !self.stdout.wait_closed(timeout) {
+        let all_closed = self.stdout.wait_closed(timeout)
+            && self.stderr.wait_closed(deadline.saturating_duration_since(Instant::now()));
+        if !all_closed && matches!(self.child.try_wait(), Ok(None)) {
             bail!("{} still runs after {timeout:?}; it said {:?}", self.name, self.stderr.snapshot());
         }
-        self.stderr.wait_closed(deadline.saturating_duration_since(Instant::now()));
         Ok(self.child.wait().with_context(|| format!("waiting for {}", self.name))?.code())
     }
 }

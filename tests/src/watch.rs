@@ -70,12 +70,7 @@ impl Watch {
         if let Some((name, _)) = backend {
             command.args(["--conntrack-backend", name]);
         }
-        let process = ChildGuard::spawn(command)?;
-        let mut watch = Self { process, read: 0, open: Vec::new(), told: Vec::new(), others: Vec::new() };
-        let Some(ready) = watch.status("ready", READY)? else {
-            watch.process.stderr.wait_closed(Duration::from_secs(1));
-            bail!("porttrace does not get ready: {:?}", watch.process.stderr.snapshot());
-        };
+        let (watch, ready) = Self::of(ChildGuard::spawn(command)?)?;
         let runs = ready["probes"].as_str().unwrap_or_default();
         if let Some((_, header)) = backend
             && !runs.contains(header)
@@ -83,6 +78,16 @@ impl Watch {
             bail!("{BACKEND} asks for {header}, and the header says: {runs}");
         }
         Ok(watch)
+    }
+
+    /// Takes over a process that somebody started, and waits until it is ready; also what it says then.
+    pub fn of(process: ChildGuard) -> Result<(Self, Value)> {
+        let mut watch = Self { process, read: 0, open: Vec::new(), told: Vec::new(), others: Vec::new() };
+        let Some(ready) = watch.status("ready", READY)? else {
+            watch.process.stderr.wait_closed(Duration::from_secs(1));
+            bail!("porttrace does not get ready: {:?}", watch.process.stderr.snapshot());
+        };
+        Ok((watch, ready))
     }
 
     /// Waits until it has told the connection with this original tuple, and hands it out (the oldest that is left).

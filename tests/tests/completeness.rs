@@ -1,125 +1,178 @@
-//! Every rewrite of a watched port is told, with both tuples: as many as clients made connections, to the last one.
+//! Every rewrite of a watched port is told, with both tuples, to the last one: as many as the clients made connections, as
+//! conntrack counted, and the very ones that the servers saw.
 //!
 //! `PORTTRACE_COMPLETENESS=20000` makes so many connections of each kind; the default is small, for every run of the tests.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use porttrace_ebpf::Kind;
 use porttrace_tests::lab::topology::{HOST_PORT, NodeName, service};
 use porttrace_tests::lab::{Lab, LabOptions, Origin, Phase};
+use porttrace_tests::load::{Batch, Made, Mode, NewConnections, Pace, Servers, Until, entries, make};
+use porttrace_tests::peer::Transport;
 use porttrace_tests::privilege::may_run;
 use porttrace_user::collect::probe::{Backend, ConntrackBackend, Lost, Probe, ProbeConfig};
 use porttrace_user::collect::ruleset;
 use porttrace_user::core::kube::targets::nat_targets;
 use porttrace_user::core::model::event::Event;
 use porttrace_user::core::model::flow::{Proto, Tuple};
-use socket2::{Domain, Socket, Type};
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{SocketAddr, SocketAddrV4};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const DEADLINE: Duration = Duration::from_secs(120);
 const FIRST_PORT: u16 = 10_000;
+/// TCP uses each port so often: what conntrack keeps of a reset connection is in the way of the next one.
+const ROUNDS: u16 = 2;
+const CLIENTS: u16 = 2;
+const PORTS: [u16; 3] = [HOST_PORT, service::FRONTEND_NODE_PORT, service::DNS_NODE_PORT];
+const TARGETS: [(Proto, u16); 4] = [
+    (Proto::Tcp, HOST_PORT),
+    (Proto::Udp, HOST_PORT),
+    (Proto::Tcp, service::FRONTEND_NODE_PORT),
+    (Proto::Udp, service::DNS_NODE_PORT),
+];
 const SYN: u8 = 2;
 const ACK: u8 = 16;
 
-/// Connections of each kind.
+/// Connections of each kind; even.
 fn wanted() -> u16 {
-    std::env::var("PORTTRACE_COMPLETENESS").ok().and_then(|text| text.parse().ok()).unwrap_or(2_000)
+    let given = std::env::var("PORTTRACE_COMPLETENESS").ok().and_then(|text| text.parse::<u16>().ok());
+    given.unwrap_or(2_000).next_multiple_of(ROUNDS)
 }
 
-/// What the clients made: how many connections with each original tuple.
-type Made = BTreeMap<Tuple, u64>;
-
-/// Sends from each source port once, to each of the addresses: the same ports again and again, as fast as it goes.
-fn send(lab: &Lab, count: u16) -> Result<Made> {
-    let node = Origin::OtherNode.target(false);
-    let own: Ipv4Addr = NodeName::Worker2.v4();
-    let targets = [
-        (Proto::Tcp, HOST_PORT),
-        (Proto::Udp, HOST_PORT),
-        (Proto::Tcp, service::FRONTEND_NODE_PORT),
-        (Proto::Udp, service::DNS_NODE_PORT),
-    ];
-    lab.netns(Origin::OtherNode)?.run_in(|| {
-        let mut made = Made::new();
-        for (proto, port) in targets {
-            let to = SocketAddr::new(node, port);
-            for number in 0..count {
-                let from = SocketAddr::from((own, FIRST_PORT + number));
-                one(proto, from, to).with_context(|| format!("{proto} {from} to {to}"))?;
-                *made.entry(Tuple::new(proto, from, to)).or_default() += 1;
-            }
-        }
-        Ok(made)
-    })?
+/// How often each source port is used, and the batch that does so.
+fn batch((proto, port): (Proto, u16), count: u16) -> (u16, Batch) {
+    let rounds = if proto == Proto::Tcp { ROUNDS } else { 1 };
+    let ports = FIRST_PORT..FIRST_PORT + count / rounds;
+    let to = SocketAddrV4::new(NodeName::Worker3.v4(), port);
+    (rounds, Batch { proto, from: NodeName::Worker2.v4(), ports, to })
 }
 
-fn one(proto: Proto, from: SocketAddr, to: SocketAddr) -> Result<()> {
-    let kind = if proto == Proto::Tcp { Type::STREAM } else { Type::DGRAM };
-    let socket = Socket::new(Domain::IPV4, kind, None)?;
-    socket.set_reuse_address(true)?;
-    socket.bind(&from.into())?;
-    socket.connect(&to.into())?;
-    if proto == Proto::Udp {
-        socket.send(b"ping")?;
+/// Sends everything: how many connections with each original tuple, and how fast.
+fn send(lab: &Lab, servers: &Servers, count: u16) -> Result<(BTreeMap<Tuple, u64>, Made)> {
+    let netns = lab.netns(Origin::OtherNode)?;
+    let (mut tuples, mut all) = (BTreeMap::new(), Made::default());
+    for target in TARGETS {
+        let (rounds, batch) = batch(target, count);
+        let until = Until::Rounds(u32::from(rounds));
+        let made = make(netns, &batch.split(CLIENTS), until, Pace::AsFastAsPossible, servers)?;
+        println!(
+            "  {} to {}: {} in {:.2} s, {:.0}/s",
+            target.0,
+            target.1,
+            made.connections,
+            made.took.as_secs_f64(),
+            made.rate()
+        );
+        all = Made { connections: all.connections + made.connections, took: all.took + made.took };
+        tuples.extend(batch.ports.clone().map(|port| (batch.tuple(port), u64::from(rounds))));
     }
-    Ok(())
+    Ok((tuples, all))
 }
 
-/// Runs a probe while the clients send, until everything was told or lost; events, and what was lost.
-fn watch(lab: &Lab, backend: Backend, count: u16) -> Result<(ConntrackBackend, Made, Vec<Event>, Lost)> {
-    let ports = [HOST_PORT, service::FRONTEND_NODE_PORT, service::DNS_NODE_PORT];
+/// What a probe told.
+struct Told {
+    runs: ConntrackBackend,
+    /// Reply tuples by original tuple.
+    rewrites: BTreeMap<Tuple, Vec<Tuple>>,
+    events: u64,
+    lost: Lost,
+}
+
+/// Runs a probe while `clients` send, until everything was told or lost.
+fn watch<T: Send>(lab: &Lab, config: &ProbeConfig, clients: impl FnOnce() -> Result<T> + Send) -> Result<(Told, T)> {
     let (ready, sent) = (AtomicBool::new(false), AtomicBool::new(false));
     std::thread::scope(|scope| {
         let clients = scope.spawn(|| {
             while !ready.load(Ordering::Acquire) {
                 std::thread::yield_now();
             }
-            let made = send(lab, count);
+            let made = clients();
             sent.store(true, Ordering::Release);
             made
         });
         let outcome = lab.node(NodeName::Worker3).run_in(|| -> Result<_> {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(async {
-                let started = Probe::start(&ProbeConfig { backend, ..ProbeConfig::new(ports) });
+                let started = Probe::start(config);
                 ready.store(true, Ordering::Release);
                 let mut probe = started?;
                 let (rules, _, _) = ruleset::read_all();
-                probe.predict(&nat_targets(&rules, &ports))?;
+                probe.predict(&nat_targets(&rules, &config.ports))?;
+                let mut told = Told {
+                    runs: probe.info().conntrack_backend,
+                    rewrites: BTreeMap::new(),
+                    events: 0,
+                    lost: Lost::default(),
+                };
                 let mut events = Vec::new();
                 let deadline = Instant::now() + DEADLINE;
                 while !sent.load(Ordering::Acquire) {
                     anyhow::ensure!(Instant::now() < deadline, "the clients do not end");
                     probe.read(&mut events).await?;
+                    told.take(&mut events);
                 }
                 probe.read_now(&mut events)?;
-                Ok((probe.info().conntrack_backend, events, probe.lost()?))
+                told.take(&mut events);
+                told.lost = probe.lost()?;
+                Ok(told)
             })
         });
         let made = clients.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        let (runs, events, lost) = outcome??;
-        Ok((runs, made, events, lost))
+        Ok((outcome??, made))
     })
 }
 
-/// Connections whose rewrite was told: by original tuple, each with the reply tuple that it got.
-fn rewrites(events: &[Event]) -> BTreeMap<Tuple, Vec<Tuple>> {
-    let mut told: BTreeMap<Tuple, Vec<Tuple>> = BTreeMap::new();
-    for event in events {
-        let Some(entry) = event.conntrack else { continue };
-        let is_final = match event.kind {
-            Kind::Confirmed => entry.is_new,
-            // A datagram makes its entry, a SYN opens a connection; on POSTROUTING once.
-            Kind::AfterSnat => entry.is_new || event.l4_flags & (SYN | ACK) == SYN,
-            _ => false,
-        };
-        if is_final && !entry.is_reply {
-            told.entry(entry.original).or_default().push(entry.reply);
+impl Told {
+    /// Keeps of each connection the rewrite that is final.
+    fn take(&mut self, events: &mut Vec<Event>) {
+        for event in events.drain(..) {
+            self.events += 1;
+            let Some(entry) = event.conntrack else { continue };
+            let is_final = match event.kind {
+                Kind::Confirmed => entry.is_new,
+                // A datagram makes its entry, a SYN opens a connection; on POSTROUTING once.
+                Kind::AfterSnat => entry.is_new || event.l4_flags & (SYN | ACK) == SYN,
+                _ => false,
+            };
+            if is_final && !entry.is_reply {
+                self.rewrites.entry(entry.original).or_default().push(entry.reply);
+            }
         }
     }
-    told
+
+    fn rewrites(&self) -> u64 {
+        self.rewrites.values().map(|replies| replies.len() as u64).sum()
+    }
+
+    /// Client and server as the server must see them, and how often.
+    fn arrivals(&self) -> BTreeMap<(Proto, SocketAddr, SocketAddr), u64> {
+        let mut all = BTreeMap::new();
+        for reply in self.rewrites.values().flatten() {
+            *all.entry((reply.proto, reply.destination(), reply.source())).or_default() += 1;
+        }
+        all
+    }
+}
+
+/// What the servers noted: client and server, and how often.
+fn arrivals(servers: &Servers) -> BTreeMap<(Proto, SocketAddr, SocketAddr), u64> {
+    let mut all = BTreeMap::new();
+    for served in servers.log() {
+        let proto = if served.proto == Transport::Tcp { Proto::Tcp } else { Proto::Udp };
+        *all.entry((proto, served.saw, served.local)).or_default() += 1;
+    }
+    all
+}
+
+/// Waits until the servers took what is still on its way.
+fn all_served(servers: &Servers, sent: u64) {
+    let deadline = Instant::now() + DEADLINE;
+    while servers.served() < sent {
+        assert!(Instant::now() < deadline, "{} of {sent} arrived", servers.served());
+        std::thread::yield_now();
+    }
 }
 
 fn nothing_is_missing(backend: Backend, expected: &[ConntrackBackend]) {
@@ -127,27 +180,46 @@ fn nothing_is_missing(backend: Backend, expected: &[ConntrackBackend]) {
         return;
     }
     let count = wanted();
-    let lab = Lab::up(LabOptions { phase: Phase::Fixed, quiet: true, ..LabOptions::default() }).unwrap();
-    let began = Instant::now();
-    let (runs, made, events, lost) = watch(&lab, backend, count).unwrap();
-    let took = began.elapsed();
-    assert!(expected.contains(&runs), "{runs}");
-    let told = rewrites(&events);
-    let captured: usize = made.keys().filter_map(|tuple| told.get(tuple)).map(Vec::len).sum();
-    let sent: u64 = made.values().sum();
+    let lab = Lab::up(LabOptions { phase: Phase::Fixed, bare: true, ..LabOptions::default() }).unwrap();
+    let node = lab.node(NodeName::Worker3);
+    // So that every entry is still there to be compared at the end.
+    for kind in ["udp_timeout", "tcp_timeout_close"] {
+        node.exec(["sysctl", "-qw", &format!("net.netfilter.nf_conntrack_{kind}=300")]).unwrap();
+    }
+    let servers = Servers::in_pods(&lab, Mode::Log).unwrap();
+    let counted = NewConnections::count(node, &lab.tools, &PORTS).unwrap();
+    let config = ProbeConfig { backend, ..ProbeConfig::new(PORTS) };
+    let (told, (made, all)) = watch(&lab, &config, || send(&lab, &servers, count)).unwrap();
     println!(
-        "{runs}: {sent} connections in {:.1} s ({:.0}/s), {captured} rewrites, {} events, lost {lost:?}",
-        took.as_secs_f64(),
-        sent as f64 / took.as_secs_f64(),
-        events.len()
+        "{}: {} connections, {:.0}/s, {} rewrites, {} events, lost {:?}",
+        told.runs,
+        all.connections,
+        all.rate(),
+        told.rewrites(),
+        told.events,
+        told.lost
     );
-    assert_eq!(sent, 4 * u64::from(count));
-    assert_eq!(lost, Lost::default(), "with default buffers nothing is lost");
-    let missing: Vec<&Tuple> = made.keys().filter(|tuple| !told.contains_key(tuple)).take(5).collect();
+    assert!(expected.contains(&told.runs), "{}", told.runs);
+    assert_eq!(all.connections, 4 * u64::from(count));
+    assert_eq!(told.lost, Lost::default(), "with default buffers nothing is lost");
+    all_served(&servers, all.connections);
+
+    // The clients: every connection once.
+    let missing: Vec<&Tuple> = made.keys().filter(|tuple| !told.rewrites.contains_key(tuple)).take(5).collect();
     assert!(missing.is_empty(), "not told: {missing:?}");
-    assert_eq!(captured as u64, sent, "each once");
-    for (original, replies) in &told {
-        assert!(replies.iter().all(|reply| reply.source() != original.destination()), "{original} was not rewritten");
+    let wrong: Vec<_> =
+        told.rewrites.iter().filter(|(tuple, to)| made.get(tuple) != Some(&(to.len() as u64))).take(5).collect();
+    assert!(wrong.is_empty(), "not as often as sent: {wrong:?}");
+    // The node's netfilter: as many new connections of each protocol.
+    assert_eq!(counted.read().unwrap(), [2 * u64::from(count); 2]);
+    // The servers: these clients at these addresses, each as often.
+    assert!(told.arrivals() == arrivals(&servers), "the servers saw others than were told");
+    // Conntrack: its entries have the tuples that were told last.
+    for (proto, port) in TARGETS {
+        let entries = entries(node, proto, port).unwrap();
+        let mut of_port = told.rewrites.iter().filter(|(tuple, _)| tuple.proto == proto && tuple.dport == port);
+        let differs = of_port.find(|(tuple, replies)| entries.get(tuple) != replies.last());
+        assert_eq!(differs, None, "conntrack's entry is {:?}", differs.and_then(|(tuple, _)| entries.get(tuple)));
     }
 }
 

@@ -1,5 +1,5 @@
-//! `porttrace watch` is killed at random moments, while it starts and while it runs: nothing of it stays, and nothing of others
-//! is touched.
+//! `porttrace watch` is killed at random moments, while it starts and while it runs: nothing of it stays, or the next start
+//! removes it; and nothing of others is touched.
 
 use porttrace_tests::bpf::{Held, held_by};
 use porttrace_tests::netns::{ChildGuard, Netns};
@@ -13,10 +13,29 @@ const KILLS: u32 = 50;
 const LONGEST_MS: u64 = 900;
 const DEADLINE: Duration = Duration::from_secs(20);
 
+/// A node with interfaces that are somebody else's: `foreign0` has a clsact with a filter in it, `foreign1` one without,
+/// `foreign2` another queueing discipline, `bare0` none.
+fn node() -> Netns {
+    let node = Netns::new("killed").unwrap();
+    let batch = "ip link add foreign0 type veth peer name foreign1\nip link add foreign2 type veth peer name bare0\n\
+                 ip link set foreign0 up\ntc qdisc add dev foreign0 clsact\ntc qdisc add dev foreign1 clsact\n\
+                 tc qdisc add dev foreign2 root pfifo";
+    for command in batch.lines() {
+        node.exec(command.split(' ')).unwrap();
+    }
+    let mut filter: Vec<&str> = "tc filter add dev foreign0 ingress pref 7 bpf bytecode".split(' ').collect();
+    filter.extend(["1,6 0 0 4294967295,", "flowid", "1:1"]);
+    node.exec(filter).unwrap();
+    node
+}
+
 /// What hangs on the node's interfaces.
 fn attached(node: &Netns) -> String {
-    let listings = ["tc qdisc show", "tc filter show dev foreign0 ingress", "bpftool net show"];
-    listings.map(|listing| node.exec(listing.split(' ')).unwrap()).concat()
+    let mut listings = vec!["tc qdisc show".to_owned(), "bpftool net show".to_owned()];
+    for interface in ["lo", "foreign0", "foreign1", "foreign2", "bare0"] {
+        listings.extend(["ingress", "egress"].map(|side| format!("tc filter show dev {interface} {side}")));
+    }
+    listings.iter().map(|listing| node.exec(listing.split(' ')).unwrap()).collect()
 }
 
 /// xorshift64: the next number.
@@ -27,29 +46,23 @@ fn next(state: &mut u64) -> u64 {
     *state
 }
 
-#[test]
-fn fifty_kills_at_random_moments_leave_nothing() {
-    if !may_run("porttrace watch") {
-        return;
-    }
+fn seed() -> u64 {
     let given = std::env::var("PORTTRACE_SEED").ok().and_then(|text| text.parse::<u64>().ok());
     let clock = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos() as u64;
     let seed = given.unwrap_or(clock) | 1;
     println!("PORTTRACE_SEED={seed}");
-    let mut random = seed;
-    let node = Netns::new("killed").unwrap();
-    node.exec("ip link add foreign0 type veth peer name foreign1".split(' ')).unwrap();
-    node.exec("ip link set foreign0 up".split(' ')).unwrap();
-    node.exec("tc qdisc add dev foreign0 clsact".split(' ')).unwrap();
-    let mut filter: Vec<&str> = "tc filter add dev foreign0 ingress pref 7 bpf bytecode".split(' ').collect();
-    filter.extend(["1,6 0 0 4294967295,", "flowid", "1:1"]);
-    node.exec(filter).unwrap();
-    let before = attached(&node);
+    seed
+}
+
+/// Starts `watch` and kills it, again and again; what it held at the kills, and after how many of them something still hung on
+/// the interfaces.
+fn kill_often(node: &Netns, options: &[&str], before: &str) -> (Held, u32) {
+    let mut random = seed();
     let socket = node.run_in(|| UdpSocket::bind("127.0.0.1:0")).unwrap().unwrap();
-    let mut held = Held::default();
+    let (mut held, mut left) = (Held::default(), 0);
     for _ in 0..KILLS {
         let mut command = node.command(porttrace().unwrap());
-        command.args(["watch", "9088", "--json"]);
+        command.args(["watch", "9088", "--json"]).args(options);
         let child = ChildGuard::spawn(command).unwrap();
         let end = Instant::now() + Duration::from_millis(next(&mut random) % LONGEST_MS);
         while Instant::now() < end {
@@ -62,12 +75,46 @@ fn fifty_kills_at_random_moments_leave_nothing() {
         held.programs.extend(now.programs);
         // A kill, not an end: no destructor of the child runs.
         drop(child);
+        left += u32::from(attached(node) != before);
     }
-    assert!(!held.links.is_empty(), "at least one of {KILLS} came far enough to attach a program");
     println!("{} programs and {} links were held at the kills", held.programs.len(), held.links.len());
+    println!("after {left} of {KILLS} kills something still hung on the interfaces");
+    (held, left)
+}
+
+/// The kernel takes things down after the process is gone.
+fn nothing_is_left(node: &Netns, held: &Held, before: &str) {
     let deadline = Instant::now() + DEADLINE;
-    // The kernel takes them down after the process is gone.
-    while held.alive() != Held::default() || attached(&node) != before {
-        assert!(Instant::now() < deadline, "left: {:?}\n{}\nbefore:\n{before}", held.alive(), attached(&node));
+    while held.alive() != Held::default() || attached(node) != before {
+        assert!(Instant::now() < deadline, "left: {:?}\n{}\nbefore:\n{before}", held.alive(), attached(node));
     }
+}
+
+#[test]
+fn fifty_kills_at_random_moments_leave_nothing() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let node = node();
+    let before = attached(&node);
+    let (held, _) = kill_often(&node, &[], &before);
+    assert!(!held.links.is_empty(), "at least one of {KILLS} came far enough to attach a program");
+    nothing_is_left(&node, &held, &before);
+}
+
+#[test]
+fn after_fifty_kills_with_clsact_the_next_start_removes_everything() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let node = node();
+    let before = attached(&node);
+    let (held, left) = kill_often(&node, &["--tc", "clsact"], &before);
+    assert!(left > 0, "filters outlive their process: at least one of {KILLS} came far enough to attach one");
+    // The next start attaches in the way of this kernel, and need not be asked to clean up.
+    let mut command = node.command(porttrace().unwrap());
+    command.args(["watch", "9088", "--json", "--duration", "1ms"]);
+    let mut last = ChildGuard::spawn(command).unwrap();
+    assert_eq!(last.wait(DEADLINE).unwrap(), Some(0), "{:?}", last.stderr.snapshot());
+    nothing_is_left(&node, &held, &before);
 }

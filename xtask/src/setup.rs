@@ -22,6 +22,8 @@ pub struct Needs {
     pub lab: bool,
     /// Tests in a virtual machine.
     pub vm: bool,
+    /// Measurements beside other tools.
+    pub bench: bool,
 }
 
 /// The oldest bpf-linker release series that links the kernel object, and the version that setup builds.
@@ -35,11 +37,12 @@ const LINKER_PACKAGES: [&str; 7] =
     ["gcc", "g++", "llvm-22-dev", "libpolly-22-dev", "zlib1g-dev", "libzstd-dev", "libxml2-dev"];
 /// What compiles the container runtime's interface (crate k8s-cri).
 const PROTOC_PACKAGE: &str = "protobuf-compiler";
-const LAB_PACKAGES: [&str; 11] = [
+const LAB_PACKAGES: [&str; 12] = [
     "iptables",
     "nftables",
     "conntrack",
     "ipset",
+    "bpftool",
     "containernetworking-plugins",
     "iproute2",
     "procps",
@@ -48,11 +51,12 @@ const LAB_PACKAGES: [&str; 11] = [
     "runc",
     "busybox-static",
 ];
+const BENCH_PACKAGES: [&str; 1] = ["tcpdump"];
 const VM_PACKAGES: [&str; 3] = ["qemu-system-x86", "cpio", "kmod"];
 
 /// Installs what is missing and says what was there.
 pub fn main(args: &Args) -> Result<()> {
-    ensure(Needs { lab: !args.build_only, vm: args.vm })
+    ensure(Needs { lab: !args.build_only, vm: args.vm, ..Needs::default() })
 }
 
 /// Installs what is missing for `needs`; when nothing is, this takes a fraction of a second and changes nothing.
@@ -71,6 +75,7 @@ pub fn ensure(needs: Needs) -> Result<()> {
         wanted.extend((!linker).then_some(LINKER_PACKAGES).iter().flatten());
         wanted.extend((!system::which("protoc")).then_some(PROTOC_PACKAGE));
         wanted.extend(needs.lab.then_some(LAB_PACKAGES).iter().flatten().filter(|package| !provided(package)));
+        wanted.extend(needs.bench.then_some(BENCH_PACKAGES).iter().flatten().filter(|package| !provided(package)));
         wanted.extend(needs.vm.then_some(VM_PACKAGES).iter().flatten());
         install(&wanted)?;
         let core = core.or_else(bpf_core).context(
@@ -208,6 +213,11 @@ fn apt_install(packages: &[&str]) -> Result<()> {
     shell::quietly(&mut apt)
 }
 
+/// The packages of programs that tests and measurements run.
+fn tools_packages() -> impl Iterator<Item = &'static str> {
+    LAB_PACKAGES.into_iter().chain(VM_PACKAGES).chain(BENCH_PACKAGES)
+}
+
 /// What to do on a system whose packages we do not know.
 fn without_apt(missing: &[&str]) -> String {
     let mut advice = Vec::new();
@@ -221,7 +231,7 @@ fn without_apt(missing: &[&str]) -> String {
         advice.push("protoc, the protocol buffers compiler".to_owned());
     }
     let tools: Vec<&str> =
-        missing.iter().copied().filter(|name| LAB_PACKAGES.contains(name) || VM_PACKAGES.contains(name)).collect();
+        missing.iter().copied().filter(|name| tools_packages().any(|package| package == *name)).collect();
     if !tools.is_empty() {
         advice.push(format!("the tools that Debian packages as {}", tools.join(", ")));
     }

@@ -59,7 +59,7 @@ pub fn main(args: &Args) -> Result<()> {
     let needs_build = stages.iter().any(|stage| *stage != Stage::Format);
     let mut outcomes = Vec::new();
     let vm = stages.contains(&Stage::Vm);
-    let needs = setup::Needs { lab: vm || stages.contains(&Stage::Lab), vm };
+    let needs = setup::Needs { lab: vm || stages.contains(&Stage::Lab), vm, ..setup::Needs::default() };
     if needs_build {
         timed(&mut outcomes, "setup", || setup::ensure(needs));
     }

@@ -5,7 +5,7 @@ use netlink_packet_route::link::{LinkAttribute, LinkMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use thiserror::Error;
 use tokio::io::Interest;
@@ -15,6 +15,9 @@ use tokio::io::unix::AsyncFd;
 const LINK_GROUP: u32 = 1;
 /// Room for the messages of some thousand interfaces that appear at once.
 const RECEIVE_BYTES: usize = 4 << 20;
+
+/// Names of vanished interfaces that are kept.
+const GONE: usize = 4096;
 
 /// A change of the set of interfaces.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,8 +41,10 @@ pub struct LinkWatcher {
     /// A socket of its own for listings, so that answers and announcements do not mix.
     lister: Socket,
     present: BTreeMap<u32, String>,
-    /// Every name ever seen, so that late events of a vanished interface can still be told.
+    /// Of these and of the last that vanished, so that late events of a vanished interface can still be told.
     names: BTreeMap<u32, String>,
+    /// Indices that are only in `names`, the oldest first.
+    gone: VecDeque<u32>,
 }
 
 impl LinkWatcher {
@@ -60,7 +65,7 @@ impl LinkWatcher {
         // SAFETY: the socket owns its descriptor, which stays the same until the socket is dropped.
         let socket = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }
             .map_err(|error| LinkError::Socket { action: "poll", error: error.into() })?;
-        Ok(Self { socket, lister, present, names })
+        Ok(Self { socket, lister, present, names, gone: VecDeque::new() })
     }
 
     /// The interfaces that are there now, by index.
@@ -68,7 +73,7 @@ impl LinkWatcher {
         &self.present
     }
 
-    /// Names by index of all interfaces that are or were there; an index that was used twice has the newer name.
+    /// Names by index of all interfaces that are or, not long ago, were there; an index that was used twice has the newer name.
     pub const fn names(&self) -> &BTreeMap<u32, String> {
         &self.names
     }
@@ -107,6 +112,7 @@ impl LinkWatcher {
         let Announcement { index, name, gone } = seen;
         if gone {
             let name = self.present.remove(&index)?;
+            self.forget_oldest(index);
             return Some(LinkChange::Removed { index, name });
         }
         self.names.insert(index, name.clone());
@@ -114,6 +120,18 @@ impl LinkWatcher {
             None => Some(LinkChange::Added { index, name }),
             Some(old) if old != name => Some(LinkChange::Renamed { index, name }),
             Some(_) => None,
+        }
+    }
+
+    /// A node whose pods come and go for months has seen many interfaces.
+    fn forget_oldest(&mut self, gone: u32) {
+        self.gone.push_back(gone);
+        if self.gone.len() > GONE
+            && let Some(oldest) = self.gone.pop_front()
+            && !self.present.contains_key(&oldest)
+            && !self.gone.contains(&oldest)
+        {
+            self.names.remove(&oldest);
         }
     }
 

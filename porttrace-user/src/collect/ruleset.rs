@@ -60,6 +60,11 @@ pub fn read() -> Rules {
             Ok(Ok(text)) => drop(rules.files.insert(file_name(dump).to_owned(), text)),
             Ok(Err(error)) => {
                 rules.files.remove(file_name(dump));
+                // Whether the family has rules is no longer known.
+                let nft = file_name(Dump { flavour: Flavour::IptablesNft, ..dump });
+                if rules.files.get(nft).is_some_and(Vec::is_empty) {
+                    rules.files.remove(nft);
+                }
                 rules.missing.push(format!("{} rules of {} are unknown: {error}", words(dump).0, words(dump).1));
             }
             Err(_) => rules.missing.push(format!("reading {} rules broke off", words(dump).0)),

@@ -51,6 +51,8 @@ pub struct LabOptions {
     pub interface: Interface,
     /// The servers log no requests ([`Pod::served`] then finds none): for measuring.
     pub quiet: bool,
+    /// The pods run no servers: whoever raises the lab brings its own ([`crate::load::Servers`]).
+    pub bare: bool,
 }
 
 /// Where a connection to worker3 starts.
@@ -244,7 +246,10 @@ fn raise_node(
     let ground = Ground { node: Arc::new(netns), data, tools, interface: options.interface };
     let mut pods = Vec::new();
     for spec in pod_specs(name, options.phase) {
-        let spec = PodSpec { quiet: options.quiet, ..spec };
+        let mut spec = PodSpec { quiet: options.quiet, ..spec };
+        if options.bare {
+            (spec.tcp, spec.udp) = (Vec::new(), Vec::new());
+        }
         pods.push(Pod::start(spec, ground.clone())?);
     }
     Ok((name, ground, pods))

@@ -108,7 +108,7 @@ fn suites(kernel: Kernel, extent: Extent) -> Vec<&'static Suite> {
 
 /// Builds what the guest runs, boots, and carries the guest's exit status out.
 pub fn main(args: &Args) -> Result<()> {
-    setup::ensure(setup::Needs { lab: true, vm: true })?;
+    setup::ensure(setup::Needs { lab: true, vm: true, ..setup::Needs::default() })?;
     if args.command.is_empty() {
         let extent = if args.whole { Extent::Whole } else { Extent::Short };
         return test(args.kernel, extent, &binaries::build_all()?, Duration::from_secs(args.deadline));

@@ -23,8 +23,8 @@ const GROUPS: [u32; 2] = [1, 3];
 /// `NFNL_SUBSYS_CTNETLINK << 8` with `IPCTNL_MSG_CT_NEW` and `IPCTNL_MSG_CT_DELETE`.
 const NEW: u16 = 0x0100;
 const DELETE: u16 = 0x0102;
-/// Room for some 30,000 messages that are not read yet.
-const RECEIVE_BYTES: libc::c_int = 32 << 20;
+/// Room for some 30,000 messages that are not read yet, as much as the probe's ring buffer holds.
+pub const RECEIVE_BYTES: u32 = 32 << 20;
 /// Larger than any such message.
 const MESSAGE: usize = 16 << 10;
 const EVENTS: &str = "/proc/sys/net/netfilter/nf_conntrack_events";
@@ -58,8 +58,9 @@ pub struct Listener {
 
 impl Listener {
     /// Subscribes in the network namespace of the calling thread. The kernel filters by the original destination port, so that
-    /// what cannot be held is counted of these connections alone.
-    pub fn open(ports: &[u16]) -> Result<Self, CtnetlinkError> {
+    /// what cannot be held is counted of these connections alone. `bytes`: room for messages that are not read yet, about
+    /// a thousand each.
+    pub fn open(ports: &[u16], bytes: u32) -> Result<Self, CtnetlinkError> {
         match fs::read_to_string(EVENTS).ok().as_deref().map(str::trim) {
             None => return Err(CtnetlinkError::Absent),
             Some("0") => return Err(CtnetlinkError::Off),
@@ -69,7 +70,7 @@ impl Listener {
         let mut socket = Socket::new(NETLINK_NETFILTER).map_err(failed("open"))?;
         socket.bind(&SocketAddr::new(0, 0)).map_err(failed("bind"))?;
         socket.set_non_blocking(true).map_err(failed("set up"))?;
-        enlarge(&socket);
+        make_room(&socket, bytes);
         filter::attach(socket.as_raw_fd(), ports).map_err(failed("filter"))?;
         GROUPS.into_iter().try_for_each(|group| socket.add_membership(group)).map_err(failed("subscribe to"))?;
         Ok(Self { socket, buffer: Vec::with_capacity(MESSAGE) })
@@ -139,8 +140,8 @@ pub fn tuples(entry: &Conntrack) -> [Tuple; 6] {
 }
 
 /// As large as allowed; a smaller queue only overruns sooner, and that is counted.
-fn enlarge(socket: &Socket) {
-    let size = RECEIVE_BYTES;
+fn make_room(socket: &Socket, bytes: u32) {
+    let size = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
     // SAFETY: the option's value is a C int that outlives the call.
     let forced = unsafe {
         libc::setsockopt(
@@ -152,7 +153,7 @@ fn enlarge(socket: &Socket) {
         )
     };
     if forced < 0 {
-        let _ = socket.set_rx_buf_sz(RECEIVE_BYTES);
+        let _ = socket.set_rx_buf_sz(size);
     }
 }
 

@@ -2,7 +2,7 @@
 
 mod cluster;
 
-use super::ctnetlink::Listener;
+use super::ctnetlink::{Listener, RECEIVE_BYTES};
 use super::{netlink, nftables, probe, ruleset, tool};
 use crate::core::doctor::facts::{Conntrack, Facts, RuleSet, Rules, Trial, Trials};
 use crate::core::model::flow::Family;
@@ -58,7 +58,7 @@ fn listen() -> Trial {
     if !probe::capabilities().missing.is_empty() {
         return Trial::Untried("without CAP_NET_ADMIN".to_owned());
     }
-    match Listener::open(&[]) {
+    match Listener::open(&[], RECEIVE_BYTES) {
         Ok(_) => Trial::Works("they can be subscribed to".to_owned()),
         Err(error) => Trial::Fails(error.to_string()),
     }

@@ -95,7 +95,43 @@ impl Connection {
         self.receive(|_, _| ()).map(|_| ())
     }
 
+    /// As [`Connection::change`] for several changes in one system call: the kernel makes them one after the other
+    /// (`netlink_rcv_skb`, net/netlink/af_netlink.c), each whatever came of the ones before, and a process that is killed
+    /// has made all of them or none. What came of each.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked; its refusals are in the result.
+    pub fn change_together<const N: usize>(
+        &mut self,
+        changes: [(u16, u16, &[u8]); N],
+    ) -> Result<[Result<(), NetlinkError>; N], NetlinkError> {
+        let mut bytes = Vec::new();
+        for (kind, flags, request) in changes {
+            let flags = NLM_F_REQUEST | netlink_packet_core::NLM_F_ACK | flags;
+            bytes.extend(self.message(kind, flags, request)?);
+            bytes.resize(bytes.len().next_multiple_of(4), 0);
+        }
+        let last = self.sequence;
+        self.socket.send(&bytes, 0)?;
+        let mut outcomes = std::array::from_fn(|_| Ok(()));
+        for (index, outcome) in outcomes.iter_mut().enumerate() {
+            self.sequence = last.wrapping_sub((N - 1 - index) as u32);
+            *outcome = match self.receive(|_, _| ()) {
+                Err(error @ (NetlinkError::Io(_) | NetlinkError::Malformed)) => return Err(error),
+                answered => answered.map(|_| ()),
+            };
+        }
+        Ok(outcomes)
+    }
+
     fn send(&mut self, kind: u16, flags: u16, request: &[u8]) -> Result<(), NetlinkError> {
+        let bytes = self.message(kind, flags, request)?;
+        self.socket.send(&bytes, 0)?;
+        Ok(())
+    }
+
+    /// A message with the next sequence number.
+    fn message(&mut self, kind: u16, flags: u16, request: &[u8]) -> Result<Vec<u8>, NetlinkError> {
         self.sequence = self.sequence.wrapping_add(1);
         let mut bytes = vec![0; 16];
         let length = u32::try_from(16 + request.len()).map_err(|_| NetlinkError::Malformed)?;
@@ -106,8 +142,7 @@ impl Connection {
         header.set_sequence_number(self.sequence);
         header.set_port_number(0);
         bytes.extend_from_slice(request);
-        self.socket.send(&bytes, 0)?;
-        Ok(())
+        Ok(bytes)
     }
 
     /// Reads the answer to the last request; `false` when the kernel says that it is not consistent.

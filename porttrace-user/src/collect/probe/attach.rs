@@ -1,12 +1,12 @@
 //! The steps of attaching, each with what it costs when it fails.
 
-use super::config::{Backend, ConntrackBackend, ProbeConfig, ProbeError};
+use super::config::{Backend, ConntrackBackend, ProbeConfig, ProbeError, RING_BYTES};
 use super::late;
 use super::object::{Kernel, NETFILTER_PROGRAMS, ProgramType};
 use super::offsets::KernelTypes;
 use super::tc::Attachments;
 use super::{map_error, missing_map};
-use crate::collect::ctnetlink::Listener;
+use crate::collect::ctnetlink::{Listener, RECEIVE_BYTES};
 use aya::EbpfLoader;
 use aya::maps::Array;
 use std::time::Instant;
@@ -60,7 +60,7 @@ pub fn observe_conntrack(
         Ok(Observed { kernel, loaded: Instant::now(), backend: ConntrackBackend::Ctnetlink, listener: Some(listener) })
     };
     if config.backend == Backend::Ctnetlink {
-        return by_events(loader, Listener::open(&config.ports)?, None, degradations);
+        return by_events(loader, Listener::open(&config.ports, events_room(config))?, None, degradations);
     }
     let mut kernel = loaded(loader, config.backend, false)?;
     let done = Instant::now();
@@ -69,13 +69,22 @@ pub fn observe_conntrack(
         Err(why) => why,
     };
     if config.backend == Backend::Auto {
-        match Listener::open(&config.ports) {
+        match Listener::open(&config.ports, events_room(config)) {
             Ok(listener) => return by_events(EbpfLoader::new(), listener, Some(&why), degradations),
             Err(error) => why = format!("{why}; {error}"),
         }
     }
     degradations.push(format!("NAT rewrites are predicted, not observed: {why}"));
     Ok(Observed { kernel, loaded: done, backend: ConntrackBackend::None, listener: None })
+}
+
+/// Room for conntrack's messages, which grows and shrinks with the ring buffer.
+fn events_room(config: &ProbeConfig) -> u32 {
+    u64::from(RECEIVE_BYTES)
+        .saturating_mul(config.ring_bytes.into())
+        .div_ceil(RING_BYTES.into())
+        .try_into()
+        .unwrap_or(u32::MAX)
 }
 
 /// Attaches the conntrack hooks that `wanted` names, or the first that this kernel allows; the inner error says why none runs.

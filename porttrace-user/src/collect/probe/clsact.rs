@@ -73,27 +73,56 @@ impl Clsact {
 
     /// Attaches both programs before all filters that are there: a filter that lets a packet go ends the list.
     pub fn attach(&mut self, index: u32, programs: [BorrowedFd<'_>; 2]) -> io::Result<()> {
-        let made = match self.netlink.change(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, &qdisc(index)) {
-            Ok(()) => true,
+        if self.has_qdisc(index)? || !self.attach_with_qdisc(index, programs)? {
+            self.attach_to_present(index, programs)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the interface has a clsact (or ingress) queueing discipline.
+    fn has_qdisc(&mut self, index: u32) -> io::Result<bool> {
+        match self.netlink.get(RTM_GETQDISC, &message(index, 0, CLSACT_PARENT, 0), |_, _| Some(())) {
+            Ok(found) => Ok(found.is_some()),
+            Err(NetlinkError::Refused(error)) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(error) => Err(plain(error)),
+        }
+    }
+
+    /// Makes the queueing discipline and both filters at once: without a filter nobody could tell later whose it was, and a
+    /// process may be killed at any moment. `false`: somebody else made it just now, and ours is not there.
+    fn attach_with_qdisc(&mut self, index: u32, programs: [BorrowedFd<'_>; 2]) -> io::Result<bool> {
+        let name = format!("{PREFIX}{}{OWNS_QDISC}", self.token);
+        let [ingress, egress] = [0, 1].map(|side| filter(index, SIDES[side], 0, programs[side], &name));
+        let made = NLM_F_CREATE | NLM_F_EXCL;
+        let changes = [
+            (RTM_NEWQDISC, made, &qdisc(index)[..]),
+            (RTM_NEWTFILTER, made, &ingress),
+            (RTM_NEWTFILTER, made, &egress),
+        ];
+        let [qdisc, ingress, egress] = self.netlink.change_together(changes).map_err(plain)?;
+        match qdisc {
+            Ok(()) => {}
             Err(NetlinkError::Refused(error)) if error.raw_os_error() == Some(libc::EEXIST) => {
-                // Another porttrace made it: whichever leaves last takes it away.
-                filters(&mut self.netlink, index)?
-                    .iter()
-                    .any(|filter| owner(&filter.name).is_some_and(|(_, owns)| owns))
+                for filter in filters(&mut self.netlink, index)?.iter().filter(|filter| filter.name == name) {
+                    remove_filter(&mut self.netlink, index, filter)?;
+                }
+                return Ok(false);
             }
             Err(error) => return Err(plain(error)),
-        };
-        self.attached.insert(index, made);
-        let name = format!("{PREFIX}{}{}", self.token, if made { OWNS_QDISC } else { "" });
+        }
+        self.attached.insert(index, true);
+        ingress.and(egress).map_err(plain)?;
+        Ok(true)
+    }
+
+    fn attach_to_present(&mut self, index: u32, programs: [BorrowedFd<'_>; 2]) -> io::Result<()> {
         let present = filters(&mut self.netlink, index)?;
+        // Another porttrace made it: whichever leaves last takes it away.
+        let owns = present.iter().any(|filter| owner(&filter.name).is_some_and(|(_, owns)| owns));
+        self.attached.insert(index, owns);
+        let name = format!("{PREFIX}{}{}", self.token, if owns { OWNS_QDISC } else { "" });
         for (parent, program) in SIDES.into_iter().zip(programs) {
-            let mut request = message(index, 0, parent, before_all(&present, parent) << 16 | ALL_PROTOCOLS);
-            attribute(&mut request, TCA_KIND, b"bpf\0");
-            let mut options = Vec::new();
-            attribute(&mut options, TCA_BPF_FD, &program.as_raw_fd().to_ne_bytes());
-            attribute(&mut options, TCA_BPF_NAME, &[name.as_bytes(), b"\0"].concat());
-            attribute(&mut options, TCA_BPF_FLAGS, &DIRECT_ACTION.to_ne_bytes());
-            attribute(&mut request, TCA_OPTIONS, &options);
+            let request = filter(index, parent, before_all(&present, parent), program, &name);
             self.netlink.change(RTM_NEWTFILTER, NLM_F_CREATE | NLM_F_EXCL, &request).map_err(plain)?;
         }
         Ok(())
@@ -147,24 +176,22 @@ pub fn others() -> io::Result<Vec<(u32, &'static str, String)>> {
     Ok(found)
 }
 
+/// Removes the filters of tokens that are ours; where the queueing discipline is porttrace's and has no others, all of it with
+/// one message, so that it never stays without a filter that says whose it is.
 fn remove(netlink: &mut Connection, index: u32, is_ours: impl Fn(&str) -> bool) -> io::Result<()> {
-    let mut rest = 0;
-    let mut owns_qdisc = false;
-    for filter in filters(netlink, index)? {
-        match owner(&filter.name) {
-            Some((token, owns)) if is_ours(token) => {
-                owns_qdisc |= owns;
-                let mut request = message(index, filter.handle, filter.parent, filter.info);
-                attribute(&mut request, TCA_KIND, b"bpf\0");
-                netlink.change(RTM_DELTFILTER, 0, &request).map_err(plain)?;
-            }
-            _ => rest += 1,
-        }
+    let present = filters(netlink, index)?;
+    let owned = |filter: &&Filter| owner(&filter.name).is_some_and(|(token, _)| is_ours(token));
+    let owns_qdisc = present.iter().filter(owned).any(|filter| owner(&filter.name).is_some_and(|(_, owns)| owns));
+    if owns_qdisc && present.iter().all(|filter| owned(&filter)) {
+        return netlink.change(RTM_DELQDISC, 0, &qdisc(index)).map_err(plain);
     }
-    if owns_qdisc && rest == 0 {
-        netlink.change(RTM_DELQDISC, 0, &qdisc(index)).map_err(plain)?;
-    }
-    Ok(())
+    present.iter().filter(owned).try_for_each(|filter| remove_filter(netlink, index, filter))
+}
+
+fn remove_filter(netlink: &mut Connection, index: u32, filter: &Filter) -> io::Result<()> {
+    let mut request = message(index, filter.handle, filter.parent, filter.info);
+    attribute(&mut request, TCA_KIND, b"bpf\0");
+    netlink.change(RTM_DELTFILTER, 0, &request).map_err(plain)
 }
 
 /// Interfaces with a clsact queueing discipline.
@@ -227,6 +254,18 @@ fn message(index: u32, handle: u32, parent: u32, info: u32) -> Vec<u8> {
 fn qdisc(index: u32) -> Vec<u8> {
     let mut request = message(index, CLSACT_HANDLE, CLSACT_PARENT, 0);
     attribute(&mut request, TCA_KIND, b"clsact\0");
+    request
+}
+
+/// A direct-action filter at priority `pref` (0: the kernel chooses).
+fn filter(index: u32, parent: u32, pref: u32, program: BorrowedFd<'_>, name: &str) -> Vec<u8> {
+    let mut request = message(index, 0, parent, pref << 16 | ALL_PROTOCOLS);
+    attribute(&mut request, TCA_KIND, b"bpf\0");
+    let mut options = Vec::new();
+    attribute(&mut options, TCA_BPF_FD, &program.as_raw_fd().to_ne_bytes());
+    attribute(&mut options, TCA_BPF_NAME, &[name.as_bytes(), b"\0"].concat());
+    attribute(&mut options, TCA_BPF_FLAGS, &DIRECT_ACTION.to_ne_bytes());
+    attribute(&mut request, TCA_OPTIONS, &options);
     request
 }
 

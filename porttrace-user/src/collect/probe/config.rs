@@ -8,7 +8,7 @@ use std::{fmt, io};
 use thiserror::Error;
 
 /// Default size of the ring buffer: some 38,000 events.
-const RING_BYTES: u32 = 8 << 20;
+pub const RING_BYTES: u32 = 8 << 20;
 /// Default number of tuples that the kernel side remembers.
 const TRACKED: u32 = 65_536;
 

@@ -15,6 +15,8 @@ use std::net::SocketAddr;
 
 /// A record may be reserved (and have its time) a moment before it can be read.
 const MARGIN_NS: u64 = 200_000;
+/// After a loss of conntrack's events, so long nothing is taken for sure that an event would tell.
+const DOUBT_NS: u64 = 2_000_000_000;
 /// Long after everything: nothing is held any more.
 const END_NS: u64 = 3_600_000_000_000;
 
@@ -28,6 +30,11 @@ pub struct Late {
     predicted: BTreeSet<(Proto, SocketAddr)>,
     /// Server ports that the kernel side must not pass over.
     ports: BTreeSet<u16>,
+    /// Packets at predicted addresses that no entry claimed.
+    unclaimed: u64,
+    /// Conntrack's events that were lost when it was last looked, and when their number grew.
+    lost: u64,
+    lost_ns: Option<u64>,
 }
 
 impl Late {
@@ -38,7 +45,17 @@ impl Late {
             Vec::new()
         });
         let hold = Hold::new(ports, netns, &older);
-        Self { listener, hold, told: Vec::new(), older, predicted: BTreeSet::new(), ports: BTreeSet::new() }
+        Self {
+            listener,
+            hold,
+            told: Vec::new(),
+            older,
+            predicted: BTreeSet::new(),
+            ports: BTreeSet::new(),
+            unclaimed: 0,
+            lost: 0,
+            lost_ns: None,
+        }
     }
 
     /// Lets the kernel side know the connections that are older than the session.
@@ -54,6 +71,15 @@ impl Late {
             watch_servers(kernel, &mut self.ports, [entry.reply.sport])?;
         }
         Ok(())
+    }
+
+    /// Whether an entry that would claim a packet of now may be among those that were lost.
+    fn may_have_lost_claims(&mut self, now_ns: u64) -> Result<bool, ProbeError> {
+        let lost = self.dropped()?;
+        if lost != std::mem::replace(&mut self.lost, lost) {
+            self.lost_ns = Some(now_ns);
+        }
+        Ok(self.lost_ns.is_some_and(|at| now_ns.saturating_sub(at) < DOUBT_NS))
     }
 
     /// Entries that the kernel could not queue.
@@ -92,17 +118,14 @@ impl Probe {
     pub(super) async fn read_late(&mut self, out: &mut Vec<Event>) -> Result<usize, ProbeError> {
         tokio::select! {
             biased;
-            changes = self.links.changed() => {
-                let changes = changes?;
-                self.follow(&changes);
-                self.changes.extend(changes);
-                return Ok(0);
-            }
+            changes = self.links.changed() => self.pending.extend(changes?),
+            () = std::future::ready(()), if !self.pending.is_empty() => {}
             guard = self.ring.readable() => {
                 guard.map_err(|error| ProbeError::Io { what: "waiting for events", error })?.clear_ready();
             }
             _ = self.looks.tick() => {}
         }
+        self.follow_some();
         let until = monotonic_ns()?;
         self.gather(until.saturating_sub(MARGIN_NS), 0, out)
     }
@@ -124,7 +147,10 @@ impl Probe {
             late.hold.entry(told, now);
         }
         let Released { events, foreign } = late.hold.release(until_ns, now.saturating_add(later_ns));
-        for tuple in foreign {
+        late.unclaimed += foreign.len() as u64;
+        // What lost events may have claimed is not called foreign for good.
+        let sure = !late.may_have_lost_claims(now)?;
+        for tuple in foreign.into_iter().filter(|_| sure) {
             for tuple in [tuple, tuple.inverted()] {
                 set_role(&mut self.tracked, tuple, ROLE_IGNORED);
             }
@@ -137,6 +163,12 @@ impl Probe {
     /// Everything that is there, without waiting any longer for what might belong to it.
     pub(super) fn read_rest(&mut self, out: &mut Vec<Event>) -> Result<usize, ProbeError> {
         self.gather(u64::MAX - 1, END_NS, out)
+    }
+
+    /// Packets at addresses that the rules predict which are in no event: no conntrack entry of a watched connection claimed
+    /// them. They are of other connections, or of one whose entry is among [`Lost::conntrack_full`](super::Lost).
+    pub fn unclaimed(&self) -> u64 {
+        self.late.as_ref().map_or(0, |late| late.unclaimed)
     }
 
     pub(super) fn conntrack_dropped(&self) -> Result<u64, ProbeError> {

@@ -34,7 +34,7 @@ use nix::time::{ClockId, clock_gettime};
 use object::{Kernel, chain};
 use offsets::{KernelTypes, kernel_types};
 use porttrace_ebpf::{self as wire, Kind, Track, WireTuple};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
@@ -47,6 +47,9 @@ use tokio::time::{Interval, MissedTickBehavior, interval};
 
 /// How often the ring buffer is looked into: the kernel side wakes nobody for a single event.
 const LOOK: Duration = Duration::from_millis(10);
+/// Interfaces attached by one call of [`Probe::read`]: with tcx the kernel waits for two grace periods of RCU for each
+/// (`tcx_entry_sync`, include/net/tcx.h), some 16 ms in all, and meanwhile nobody reads events.
+const ATTACHED_AT_ONCE: usize = 2;
 /// Events handed out by one call of [`Probe::read`], at most.
 const BATCH: usize = 4096;
 
@@ -62,6 +65,8 @@ pub struct Probe {
     links: LinkWatcher,
     attachments: Attachments,
     changes: Vec<LinkChange>,
+    /// Changes that are not taken care of yet.
+    pending: VecDeque<LinkChange>,
     kernel: Kernel,
     log: Option<KernelLog>,
     /// With [`ConntrackBackend::Ctnetlink`].
@@ -131,18 +136,14 @@ impl Probe {
         }
         tokio::select! {
             biased;
-            changes = self.links.changed() => {
-                let changes = changes?;
-                self.follow(&changes);
-                self.changes.extend(changes);
-                return Ok(0);
-            }
-            () = std::future::ready(()), if self.has_more => {}
+            changes = self.links.changed() => self.pending.extend(changes?),
+            () = std::future::ready(()), if self.has_more || !self.pending.is_empty() => {}
             guard = self.ring.readable() => {
                 guard.map_err(|error| ProbeError::Io { what: "waiting for events", error })?.clear_ready();
             }
             _ = self.looks.tick() => {}
         }
+        self.follow_some();
         let before = out.len();
         self.has_more = !drain(self.ring.get_mut(), out)?;
         Ok(out.len() - before)
@@ -251,6 +252,7 @@ impl Probe {
             links,
             attachments,
             changes: Vec::new(),
+            pending: VecDeque::new(),
             kernel,
             log,
             late,
@@ -258,11 +260,15 @@ impl Probe {
         })
     }
 
-    /// An interface that refuses our programs costs its sightings, not the whole watch.
-    fn follow(&mut self, changes: &[LinkChange]) {
-        for change in changes {
-            match change {
+    /// Takes care of the oldest changes. An interface that refuses our programs costs its sightings, not the whole watch.
+    fn follow_some(&mut self) {
+        let mut attached = 0;
+        while attached < ATTACHED_AT_ONCE
+            && let Some(change) = self.pending.pop_front()
+        {
+            match &change {
                 LinkChange::Added { index, name } => {
+                    attached += 1;
                     if let Err(error) = attach_interface(&self.kernel, &mut self.attachments, *index, name) {
                         self.info.degradations.push(format!("packets at {name} are not seen: {error}"));
                     }
@@ -270,6 +276,7 @@ impl Probe {
                 LinkChange::Removed { index, .. } => self.attachments.detach(*index),
                 LinkChange::Renamed { .. } => {}
             }
+            self.changes.push(change);
         }
     }
 

@@ -47,6 +47,10 @@ pub struct Args {
     #[arg(long)]
     pub into_pods: bool,
 
+    /// How to attach to interfaces
+    #[arg(long, value_enum, default_value_t = TcChoice::Auto)]
+    pub tc: TcChoice,
+
     /// Room for events that are not read yet (64K, 8M); on a busy node more bears longer stalls
     #[arg(long, value_name = "SIZE", default_value = "8M", value_parser = size)]
     pub buffer: u32,
@@ -86,6 +90,16 @@ pub enum BackendChoice {
     Ctnetlink,
     /// None: NAT is predicted from the rules
     None,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TcChoice {
+    /// tcx links where the kernel has them (6.6 or later), else clsact
+    Auto,
+    /// tcx links: gone with the process
+    Tcx,
+    /// Filters of a clsact queueing discipline: what a killed porttrace leaves, the next one removes
+    Clsact,
 }
 
 fn port(text: &str) -> Result<u16, String> {

@@ -53,12 +53,14 @@ impl Clock {
     }
 }
 
-/// The events of a session: those that user space read, and those for which the ring buffer had no room. Together they are
-/// all that the kernel side had to tell.
+/// The events of a session: those that user space read, and those for which a buffer had no room. Together they are all that
+/// the kernel had to tell.
 #[derive(Clone, Copy, Debug)]
 pub struct Events {
     pub received: u64,
     pub lost: u64,
+    /// Read, and of no watched connection as far as conntrack told.
+    pub unclaimed: u64,
 }
 
 /// Connections that were shown and whose end is still to be shown; older ones are forgotten.
@@ -268,7 +270,7 @@ impl Printer {
             let fields = json!({
                 "state": "ended", "connections": self.connections, "duration_ns": duration_ns,
                 "verdicts": verdicts, "lost": lost,
-                "events": {"received": events.received, "lost": events.lost},
+                "events": {"received": events.received, "lost": events.lost, "unclaimed": events.unclaimed},
             });
             self.line(&json::line("status", fields))?;
         } else {

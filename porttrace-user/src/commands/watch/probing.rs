@@ -1,6 +1,6 @@
 //! What the probe is told to do, and what is said of it.
 
-use super::args::{Args, BackendChoice, ProtoChoice};
+use super::args::{Args, BackendChoice, ProtoChoice, TcChoice};
 use porttrace_user::collect::probe::{Backend, ConntrackBackend, Lost, ProbeConfig, ProbeInfo, Protos, TcMode};
 use porttrace_user::render::watch::header::count;
 
@@ -48,6 +48,11 @@ pub fn probe_config(args: &Args) -> ProbeConfig {
     ProbeConfig {
         protos,
         backend,
+        tc: match args.tc {
+            TcChoice::Auto => None,
+            TcChoice::Tcx => Some(TcMode::Tcx),
+            TcChoice::Clsact => Some(TcMode::Clsact),
+        },
         ring_bytes: args.buffer,
         // Only the whole story shows them.
         data: args.verbose > 0,

@@ -3,11 +3,13 @@
 use porttrace_user::collect::live::{self, Options};
 use porttrace_user::collect::ruleset::Fingerprint;
 use porttrace_user::core::kube::owners::Owners;
+use porttrace_user::core::model::flow::Family;
 use porttrace_user::core::model::state::NodeState;
 use porttrace_user::core::model::trace::Flavour;
+use porttrace_user::core::parse::rulesets::unread_family;
 use porttrace_user::core::simulate::{Simulator, ipvs_in_use};
 use porttrace_user::render::watch::words;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,6 +23,8 @@ pub struct Rules {
     pub state: NodeState,
     /// Rises whenever it is read again.
     pub generation: u64,
+    /// Families whose rules could not be read: nothing can be predicted of their packets.
+    unread: BTreeSet<Family>,
     warnings: Vec<String>,
     counts: BTreeMap<Flavour, usize>,
     took: Duration,
@@ -55,6 +59,7 @@ impl Rules {
             owners: Arc::new(Owners::of(&state)),
             simulator: Arc::new(Simulator::new(&state)),
             generation: 0,
+            unread: state.diagnostics.iter().filter_map(unread_family).collect(),
             warnings: warnings(&state),
             counts: counts(&state),
             took: timings.total,
@@ -63,6 +68,11 @@ impl Rules {
             checked_at: Instant::now(),
             stale: false,
         }
+    }
+
+    /// Whether the rules for packets of a family could be read.
+    pub fn knows(&self, family: Family) -> bool {
+        !self.unread.contains(&family)
     }
 
     /// How many rules were read, and how fast.
@@ -141,6 +151,8 @@ fn warnings(state: &NodeState) -> Vec<String> {
     let mut warnings: Vec<String> = told()
         .take(MOST_WARNINGS)
         .map(|diagnostic| match diagnostic.line {
+            _ if unread_family(diagnostic) == Some(Family::V4) => "nothing is predicted for IPv4 packets".to_owned(),
+            _ if unread_family(diagnostic) == Some(Family::V6) => "nothing is predicted for IPv6 packets".to_owned(),
             0 => format!("{}: {}", diagnostic.source, diagnostic.message),
             line => format!("{} line {line}: {}", diagnostic.source, diagnostic.message),
         })

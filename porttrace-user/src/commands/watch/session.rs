@@ -280,9 +280,10 @@ impl Session<'_> {
         }
     }
 
-    /// What the rules say about the connection's first packet; nothing for a connection that is older than the session.
+    /// What the rules say about the connection's first packet; nothing for a connection that is older than the session, or
+    /// when they could not be read.
     fn predict(&self, flow: &Flow) -> Option<Trace> {
-        if flow.joined_late {
+        if flow.joined_late || !self.rules.knows(flow.original.family()) {
             return None;
         }
         let input = flow.input_ifindex().map(|index| self.interfaces.name(index).into());
@@ -355,7 +356,11 @@ impl Session<'_> {
         let node = self.probe.lost()?;
         let lost: Vec<String> =
             reasons(self.lost).iter().map(|(reason, count)| format!("{count} events lost: {reason}")).collect();
-        let events = Events { received: self.events, lost: node.ring_full + node.conntrack_full };
+        let events = Events {
+            received: self.events,
+            lost: node.ring_full + node.conntrack_full,
+            unclaimed: self.probe.unclaimed(),
+        };
         self.printer.summary(nanoseconds(started.elapsed()), events, &lost)?;
         Ok(!lost.is_empty())
     }

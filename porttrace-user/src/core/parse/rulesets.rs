@@ -15,6 +15,15 @@ pub const RULES: [(&str, Family); 4] = [
     ("ip6tables-legacy-save.txt", Family::V6),
 ];
 
+/// Begins the diagnostic of a family whose rules are in none of the files.
+const NOT_THERE: &str = "not there";
+
+/// Whether this says that a family's rules are in none of the files, and of which.
+pub fn unread_family(diagnostic: &Diagnostic) -> Option<Family> {
+    let family = RULES.iter().find(|(name, _)| *name == diagnostic.source).map(|(_, family)| *family);
+    family.filter(|_| diagnostic.line == 0 && diagnostic.message.starts_with(NOT_THERE))
+}
+
 /// Reads all rules. No more than one set comes out for a flavour and family; a family without a file is said.
 pub fn rulesets(files: &Files) -> (Vec<Ruleset>, Vec<Diagnostic>) {
     let mut found = Vec::<Ruleset>::new();
@@ -45,7 +54,7 @@ pub fn rulesets(files: &Files) -> (Vec<Ruleset>, Vec<Diagnostic>) {
     for (version, family) in [("4", Family::V4), ("6", Family::V6)] {
         let mut of_family = RULES.iter().filter(|(_, of)| *of == family).map(|(name, _)| *name);
         if let (None, Some(first)) = (of_family.clone().find(|name| files.contains_key(*name)), of_family.next()) {
-            let message = format!("not there: IPv{version} packets are followed as if no rule existed");
+            let message = format!("{NOT_THERE}: IPv{version} packets are followed as if no rule existed");
             diagnostics.push(Diagnostic { source: first.to_owned(), line: 0, message });
         }
     }
