@@ -5,13 +5,13 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::process::Command;
 
-/// Measure the optimised build: start, connections a second while watching, kernel programs, the simulator.
+/// Measure the optimised build: the start, the load through the lab with each tool beside, kernel programs, the simulator.
 #[derive(clap::Args)]
 pub struct Args {
     /// Measure this only.
     #[arg(long, value_enum, value_name = "WHAT")]
     only: Option<What>,
-    /// What follows goes to the measurement in the lab (`--rounds`, `--seconds`, `--clients`).
+    /// What follows goes to the measurement in the lab (`--only`, `--rounds`, `--seconds`, `--clients`, `--rate`, `--minutes`).
     #[arg(last = true)]
     arguments: Vec<OsString>,
 }
@@ -23,19 +23,27 @@ enum What {
     Lab,
     /// The simulator, beside iptables' own tools.
     Simulator,
+    /// Ten minutes under load while interfaces and rules change; only when asked for.
+    Soak,
 }
 
 /// Builds once, then measures one thing after the other: nothing else should run meanwhile.
 pub fn main(args: &Args) -> Result<()> {
-    setup::ensure(setup::Needs { lab: true, ..setup::Needs::default() })?;
+    setup::ensure(setup::Needs { lab: true, bench: true, ..setup::Needs::default() })?;
     build::packages(&["porttrace-user", "porttrace-tests"], true)?;
     println!("· {}", machine());
     let binaries = build::directory(true);
     let wanted = |what| args.only.is_none_or(|only| only == what);
-    if wanted(What::Lab) {
+    let in_the_lab = |title, own: &[&str]| {
         let mut lab = system::as_root(&binaries.join("lab-bench"));
-        lab.arg("--porttrace").arg(binaries.join("porttrace")).args(&args.arguments);
-        shell::step("in the lab", || shell::run(&mut lab))?;
+        lab.arg("--porttrace").arg(binaries.join("porttrace")).args(own).args(&args.arguments);
+        shell::step(title, || shell::run(&mut lab))
+    };
+    if wanted(What::Lab) {
+        in_the_lab("in the lab", &[])?;
+    }
+    if args.only == Some(What::Soak) {
+        in_the_lab("soak", &["--only", "soak"])?;
     }
     if wanted(What::Simulator) {
         shell::step("the simulator, beside iptables' own tools", || simulator(&binaries))?;
