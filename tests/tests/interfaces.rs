@@ -26,7 +26,7 @@ const CALM: f64 = 100.0;
 
 /// Interfaces, two a veth pair; `PORTTRACE_INTERFACES=500` makes so many, the default is small, for every run of the tests.
 fn wanted() -> usize {
-    std::env::var("PORTTRACE_INTERFACES").ok().and_then(|text| text.parse::<usize>().ok()).unwrap_or(60) / 2 * 2
+    std::env::var("PORTTRACE_INTERFACES").ok().and_then(|text| text.parse::<usize>().ok()).unwrap_or(40) / 2 * 2
 }
 
 fn lab() -> (Lab, Servers) {

@@ -1,6 +1,7 @@
 //! `porttrace watch` is killed at random moments, while it starts and while it runs: nothing of it stays, or the next start
 //! removes it; and nothing of others is touched.
 
+use nix::sys::signal::Signal;
 use porttrace_tests::bpf::{Held, held_by};
 use porttrace_tests::netns::{ChildGuard, Netns};
 use porttrace_tests::privilege::may_run;
@@ -9,8 +10,6 @@ use std::net::UdpSocket;
 use std::time::{Duration, Instant, SystemTime};
 
 const KILLS: u32 = 50;
-/// A start of an unoptimised build takes about half of this.
-const LONGEST_MS: u64 = 900;
 const DEADLINE: Duration = Duration::from_secs(20);
 
 /// A node with interfaces that are somebody else's: `foreign0` has a clsact with a filter in it, `foreign1` one without,
@@ -54,17 +53,33 @@ fn seed() -> u64 {
     seed
 }
 
+/// How long `watch` takes to get ready here.
+fn start_time(node: &Netns, options: &[&str]) -> Duration {
+    let mut command = node.command(porttrace().unwrap());
+    command.args(["watch", "9088", "--json"]).args(options);
+    let start = Instant::now();
+    let mut watch = ChildGuard::spawn(command).unwrap();
+    let ready = watch.stdout.wait_for(DEADLINE, |line| line.contains("\"state\":\"ready\"").then_some(()));
+    assert!(ready.is_some(), "{:?}", watch.stderr.snapshot());
+    let took = start.elapsed();
+    watch.signal(Signal::SIGINT).unwrap();
+    assert_eq!(watch.wait(DEADLINE).unwrap(), Some(0));
+    took
+}
+
 /// Starts `watch` and kills it, again and again; what it held at the kills, and after how many of them something still hung on
 /// the interfaces.
 fn kill_often(node: &Netns, options: &[&str], before: &str) -> (Held, u32) {
     let mut random = seed();
+    // Half of the kills meet it while it starts.
+    let longest = 2 * start_time(node, options).as_millis() as u64;
     let socket = node.run_in(|| UdpSocket::bind("127.0.0.1:0")).unwrap().unwrap();
     let (mut held, mut left) = (Held::default(), 0);
     for _ in 0..KILLS {
         let mut command = node.command(porttrace().unwrap());
         command.args(["watch", "9088", "--json"]).args(options);
         let child = ChildGuard::spawn(command).unwrap();
-        let end = Instant::now() + Duration::from_millis(next(&mut random) % LONGEST_MS);
+        let end = Instant::now() + Duration::from_millis(next(&mut random) % longest);
         while Instant::now() < end {
             // Traffic of the watched port; nobody need answer.
             let _ = socket.send_to(b"x", "127.0.0.1:9088");

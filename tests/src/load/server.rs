@@ -124,7 +124,7 @@ impl Shared {
         while !self.stop.load(Ordering::Acquire) {
             match listener.accept() {
                 Ok((stream, saw)) => {
-                    self.note(Transport::Tcp, saw.into(), local, mode);
+                    self.note(Transport::Tcp, saw, local, mode);
                     self.connections.fetch_add(1, Ordering::AcqRel);
                     if self.reads.load(Ordering::Acquire) {
                         self.read(stream);
