@@ -2,10 +2,13 @@
 
 use porttrace_user::collect::live::{self, Options};
 use porttrace_user::collect::ruleset::Fingerprint;
+use porttrace_user::collect::sysctl;
 use porttrace_user::core::kube::owners::Owners;
 use porttrace_user::core::model::flow::Family;
 use porttrace_user::core::model::state::NodeState;
 use porttrace_user::core::model::trace::Flavour;
+use porttrace_user::core::parse;
+use porttrace_user::core::parse::notes::Notes;
 use porttrace_user::core::parse::rulesets::unread_family;
 use porttrace_user::core::simulate::{Simulator, ipvs_in_use};
 use porttrace_user::render::watch::words;
@@ -30,6 +33,9 @@ pub struct Rules {
     took: Duration,
     fingerprint: Fingerprint,
     checked_at: Instant,
+    /// When the settings were read, and how long that took.
+    settings_at: Instant,
+    settings_took: Duration,
     /// Something else than a rule changed: an interface came or went.
     stale: bool,
 }
@@ -66,6 +72,8 @@ impl Rules {
             state,
             fingerprint,
             checked_at: Instant::now(),
+            settings_at: Instant::now(),
+            settings_took: Duration::ZERO,
             stale: false,
         }
     }
@@ -89,6 +97,32 @@ impl Rules {
     /// Interfaces changed: routes and addresses are others now.
     pub fn expect_changes(&mut self) {
         self.stale = true;
+    }
+
+    /// Reads the settings (sysctl) again, which change without a word: at most every few seconds, and for at most a twentieth
+    /// of the time. True when one changed.
+    pub async fn follow_settings(&mut self) -> bool {
+        const EVERY: Duration = Duration::from_secs(3);
+        if self.settings_at.elapsed() < EVERY.max(self.settings_took * 20) {
+            return false;
+        }
+        let begun = Instant::now();
+        let mut state = self.state.clone();
+        let reading = tokio::task::spawn_blocking(move || {
+            let text = parse::sysctl::write(&sysctl::read());
+            let now = parse::sysctl::sysctls(&text, &mut Notes::new("sysctl.txt"));
+            if settings(Some(&now)).eq(settings(state.sysctls.as_ref())) {
+                return None;
+            }
+            state.sysctls = Some(now);
+            Some((Arc::new(Simulator::new(&state)), state))
+        });
+        let changed = reading.await.ok().flatten();
+        (self.settings_at, self.settings_took) = (Instant::now(), begun.elapsed());
+        let Some((simulator, state)) = changed else { return false };
+        (self.simulator, self.state) = (simulator, state);
+        self.generation += 1;
+        true
     }
 
     /// Reads again if something changed. The text says what, when it is worth a line.
@@ -132,6 +166,11 @@ impl Rules {
             .collect();
         if said.is_empty() { "no rules".to_owned() } else { said.join(" and ") }
     }
+}
+
+/// Settings; how many entries conntrack has is none.
+fn settings(all: Option<&BTreeMap<String, String>>) -> impl Iterator<Item = (&String, &String)> {
+    all.into_iter().flatten().filter(|(key, _)| *key != "net.netfilter.nf_conntrack_count")
 }
 
 fn counts(state: &NodeState) -> BTreeMap<Flavour, usize> {

@@ -215,6 +215,10 @@ impl Session<'_> {
         if !matches!(outcome, Outcome::Answered { .. } | Outcome::JoinedLate) {
             let end = flow.reply.map_or(flow.original.destination(), |reply| reply.source());
             self.pods.refresh(end.ip()).await;
+            if self.rules.follow_settings().await {
+                trace = self.predict(&flow);
+                story = tell(&flow, trace.as_ref(), &self.interfaces, all);
+            }
         }
         let inside = self.look_inside(&flow).await;
         let drop_reasons = self.drop_reasons(&flow, inside.as_deref());

@@ -2,12 +2,12 @@
 
 use super::services::endpoints;
 use super::{Checked, Evidence, Finding, Scene, Severity, either};
+use crate::core::kube::owners::ClaimKind;
 use crate::core::model::cluster::{ObjectName, Pod};
 use crate::core::model::flow::Proto;
 use crate::core::model::pods::PodSockets;
 use crate::core::model::state::Socket;
 use crate::core::model::trace::RuleRef;
-use crate::core::ports::Kind;
 use crate::core::world::World;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -83,13 +83,14 @@ fn failing(
 /// Everything that leads to an endpoint: portmap's rules, and the Services' EndpointSlices.
 fn targets(scene: &Scene<'_, '_>) -> Targets {
     let mut targets = Targets::new();
-    for port in &scene.samples.ports {
-        for claim in port.claims.iter().filter(|claim| claim.kind == Kind::HostPort) {
-            if let Some(to) = claim.to {
-                let entry = targets.entry((port.proto, By::HostPort(port.port))).or_default();
-                entry.0.push(to);
-                entry.1 = entry.1.take().or_else(|| claim.rule.clone());
+    // Claims that are told together (IPv4 and IPv6 of one pod) have an endpoint each.
+    for claim in scene.world.owners.all() {
+        if let ClaimKind::HostPort { to, .. } = &claim.kind {
+            let entry = targets.entry((claim.proto, By::HostPort(claim.port))).or_default();
+            if !entry.0.contains(to) {
+                entry.0.push(*to);
             }
+            entry.1 = entry.1.take().or_else(|| claim.rule.clone());
         }
     }
     if scene.world.facts.cluster.services.known().is_none() || scene.world.facts.cluster.slices.known().is_none() {

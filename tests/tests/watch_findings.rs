@@ -1,0 +1,135 @@
+//! The finding that `watch` names for a connection that fails, on real traffic: each cause is made on a node of the lab, a
+//! client meets it, and is told it.
+
+use porttrace_tests::lab::topology::{HOST_PORT, NodeName, service};
+use porttrace_tests::lab::{Lab, LabOptions, Origin, Phase};
+use porttrace_tests::netns::Netns;
+use porttrace_tests::peer::{Connect, Outcome, Transport};
+use porttrace_tests::privilege::may_run;
+use porttrace_tests::watch::Watch;
+use porttrace_user::core::model::flow::{Proto, Tuple};
+use serde_json::Value;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+/// A packet that nobody answers is waited for this long.
+const SHORT: Duration = Duration::from_millis(400);
+/// watch notices rules within a second of their change, settings within some.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct Scene {
+    lab: Lab,
+    watch: Watch,
+}
+
+impl Scene {
+    fn set(options: LabOptions) -> Self {
+        let lab = Lab::up(options).unwrap();
+        let ports = ["9088", "30104", "--timeout", "300ms"];
+        let watch = Watch::start(lab.node(NodeName::Worker3), &lab.tools, &ports).unwrap();
+        Self { lab, watch }
+    }
+
+    fn node(&self) -> &Netns {
+        self.lab.node(NodeName::Worker3)
+    }
+
+    fn iptables(&self, arguments: &str) {
+        let tool = self.lab.tools.tool("iptables");
+        let mut command = self.node().command(tool);
+        let output = command.args(arguments.split(' ')).output().unwrap();
+        assert!(output.status.success(), "iptables {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    fn forward(&self, value: &str) {
+        self.node().run_in(|| std::fs::write("/proc/sys/net/ipv4/ip_forward", value)).unwrap().unwrap();
+    }
+
+    /// What a client meets, and the verdict on it.
+    fn connect(&mut self, origin: Origin, port: u16) -> (Outcome, Value) {
+        let to = SocketAddr::new(origin.target(false), port);
+        let request = Connect { timeout: SHORT, ..Connect::new(Transport::Tcp, to) };
+        let answer = self.lab.connect(origin, &request).unwrap();
+        let original = Tuple::new(Proto::Tcp, answer.local, to);
+        (answer.result, self.watch.connection(original, PATIENCE).unwrap().verdict)
+    }
+
+    /// Connects until watch has noticed the cause and names it; the client fails from the first time on.
+    #[track_caller]
+    fn is_told(&mut self, origin: Origin, port: u16, id: &str) -> Value {
+        let begun = Instant::now();
+        loop {
+            let (met, verdict) = self.connect(origin, port);
+            assert_ne!(met, Outcome::Ok, "{id}: {verdict}");
+            if verdict["finding"]["id"] == id {
+                assert_eq!((&verdict["ok"], &verdict["advice"]), (&false.into(), &verdict["finding"]["change"]));
+                let text = verdict["text"].as_str().unwrap();
+                assert!(text.contains(&format!("; {id}: ")), "{text}");
+                return verdict;
+            }
+            assert!(begun.elapsed() < PATIENCE, "{id} was never told, but {verdict:#}");
+        }
+    }
+
+    #[track_caller]
+    fn works(&mut self, origin: Origin, port: u16) {
+        let (met, verdict) = self.connect(origin, port);
+        assert_eq!(met, Outcome::Ok, "{verdict}");
+        assert!(verdict["finding"].is_null(), "{verdict}");
+    }
+}
+
+#[test]
+fn causes_in_the_rules_are_told() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let mut scene = Scene::set(LabOptions { phase: Phase::Fixed, ..LabOptions::default() });
+    scene.works(Origin::Outside, HOST_PORT);
+    let rejected = scene.is_told(Origin::Outside, service::NO_ENDPOINTS_NODE_PORT, "service-without-endpoints");
+    assert_eq!(rejected["outcome"], "refused", "{rejected}");
+
+    scene.iptables("-P FORWARD DROP");
+    let dropped = scene.is_told(Origin::Outside, HOST_PORT, "forward-policy-drop");
+    assert!(["dropped", "silent"].map(Value::from).contains(&dropped["outcome"]), "{dropped}");
+    scene.iptables("-P FORWARD ACCEPT");
+
+    scene.iptables("-N KUBE-NWPLCY-LAB");
+    scene.iptables("-A KUBE-NWPLCY-LAB -s 172.18.0.100/32 -p tcp -m tcp --dport 80 -j DROP");
+    scene.iptables("-I FORWARD -j KUBE-NWPLCY-LAB");
+    let policy = scene.is_told(Origin::Outside, HOST_PORT, "network-policy-drops");
+    assert!(policy["finding"]["sentence"].as_str().unwrap().contains("from 172.18.0.100 to hostPort 9088"), "{policy}");
+    // Whom it lets through is told nothing.
+    scene.works(Origin::OtherNode, HOST_PORT);
+    scene.iptables("-D FORWARD -j KUBE-NWPLCY-LAB");
+    scene.works(Origin::Outside, HOST_PORT);
+}
+
+#[test]
+fn causes_in_the_settings_are_told() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let mut scene = Scene::set(LabOptions { phase: Phase::Fixed, ..LabOptions::default() });
+    scene.works(Origin::Outside, HOST_PORT);
+    scene.forward("0");
+    scene.is_told(Origin::Outside, HOST_PORT, "ip-forward-off");
+    scene.forward("1");
+    scene.works(Origin::Outside, HOST_PORT);
+}
+
+/// A pod that went without CNI DEL leaves its chain behind.
+#[test]
+fn a_stale_host_port_is_told() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let mut scene = Scene::set(LabOptions { phase: Phase::Fixed, ..LabOptions::default() });
+    scene.works(Origin::Outside, HOST_PORT);
+    let chain = "-A CNI-HOSTPORT-DNAT -p tcp -m comment --comment lab -m multiport --dports 30104 -j CNI-DN-lab";
+    scene.iptables("-t nat -N CNI-DN-lab");
+    scene.iptables("-t nat -A CNI-DN-lab -p tcp -m tcp --dport 30104 -j DNAT --to-destination 10.244.1.77:80");
+    scene.iptables(&format!("-t nat {chain}"));
+    let told = scene.is_told(Origin::Outside, service::NO_ENDPOINTS_NODE_PORT, "stale-hostport");
+    assert!(told["text"].as_str().unwrap().ends_with("stale-hostport: no pod has 10.244.1.77 any more"), "{told}");
+}
