@@ -16,7 +16,7 @@ const ESTABLISHED_REPLY: u64 = 3;
 
 #[inline(always)]
 pub fn dropped(skb: u64, reason: u32) {
-    if reason != 0 && reason == queue_purge() {
+    if reason == queue_purge() {
         return;
     }
     report(Kind::Dropped, skb, reason);

@@ -221,7 +221,9 @@ fn a_pod_that_is_made_anew_is_followed_again() {
         let (answer, told) = connect(&lab, &mut watch, false, HOST_PORT);
         assert_eq!(answer.result, Outcome::Ok);
         let pod = &lab.pod("frontend", NodeName::Worker3).unwrap().netns;
-        assert_eq!(hops(&told, pod).len(), 3, "{}", told.report());
+        // Old kernels call it a drop when the server's socket closes and frees what it got.
+        let seen = hops(&told, pod).into_iter().filter(|[kind, ..]| kind != "drop").count();
+        assert_eq!(seen, 3, "{}", told.report());
         assert_eq!(told.verdict["inside"]["outcome"], "answered", "{}", told.report());
     }
     let gone = format!("pod {old} is gone, and no longer followed inside");

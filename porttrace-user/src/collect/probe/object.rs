@@ -70,7 +70,7 @@ impl Kernel {
         let offsets = types.offsets.words();
         let reset_has_reason = u32::from(types.reset_has_reason);
         let mut reasons = types.drop_reasons.iter();
-        let queue_purge = reasons.find(|(_, name)| *name == "QUEUE_PURGE").map_or(0, |(reason, _)| *reason);
+        let queue_purge = reasons.find(|(_, name)| *name == "QUEUE_PURGE").map_or(u32::MAX, |(reason, _)| *reason);
         let log_level = if config.kernel_log { u8::MAX } else { 0 };
         // The kernel wants a power of two of pages; aya makes it one in the same way.
         let ring_bytes = config.ring_bytes.next_power_of_two().max(4096);

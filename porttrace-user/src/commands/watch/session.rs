@@ -11,7 +11,8 @@ use anyhow::Context as _;
 use porttrace_ebpf::Kind;
 use porttrace_user::collect::live;
 use porttrace_user::collect::probe::{Lost, Probe};
-use porttrace_user::core::correlate::flow::Flow;
+use porttrace_user::core::correlate::drops::unknown_answer;
+use porttrace_user::core::correlate::flow::{Flow, Way};
 use porttrace_user::core::correlate::fold::Mode;
 use porttrace_user::core::correlate::inside::Inside;
 use porttrace_user::core::correlate::judge::{Outcome, judge};
@@ -210,6 +211,9 @@ impl Session<'_> {
         if story.disagrees && self.reload_if_changed().await? {
             trace = self.predict(&flow);
             story = tell(&flow, trace.as_ref(), &self.interfaces, all);
+        }
+        if let Some(answer) = unknown_answer(&flow, &self.interfaces) {
+            story.name_dropper(Way::Reply, &self.rules.simulator.trace(&answer));
         }
         let outcome = judge(&flow, &self.interfaces);
         if !matches!(outcome, Outcome::Answered { .. } | Outcome::JoinedLate) {

@@ -1,5 +1,6 @@
 //! One connection told: what was observed, joined with what the rules predict.
 
+use super::drops::DroppedBy;
 use super::flow::{Flow, Way};
 use super::route::{self, Taken};
 use crate::core::model::flow::Tuple;
@@ -61,10 +62,11 @@ pub enum What {
         route: Route,
         taken: Option<Taken>,
     },
-    /// The kernel dropped the packet (`enum skb_drop_reason`).
+    /// The kernel dropped the packet (`enum skb_drop_reason`), and the rule that does so by prediction.
     Drop {
         way: Way,
         reason: u32,
+        by: Option<DroppedBy>,
     },
     /// The observed NAT is none of those that the rules predict.
     Disagreement {
@@ -147,7 +149,7 @@ pub fn tell(flow: &Flow, trace: Option<&Trace>, interfaces: &Interfaces, all: bo
         }
     }
     lines.extend(seen);
-    Story { lines, branch: branch.cloned(), disagrees }
+    Story { lines, branch: branch.cloned(), disagrees }.with_dropper()
 }
 
 /// The branch that did what conntrack says was done (where several did, the one whose route was taken); without conntrack the
@@ -206,7 +208,7 @@ fn observed(flow: &Flow, all: bool) -> Vec<Line> {
                     again: seen.again,
                 }
             }
-            Kind::Dropped => What::Drop { way: seen.way, reason: event.reason },
+            Kind::Dropped => What::Drop { way: seen.way, reason: event.reason, by: None },
             _ => continue,
         };
         lines.push(Line { offset_ns, certainty: Certainty::Observed, what });

@@ -174,8 +174,10 @@ fn text(
             wrap(&text, room).iter().map(|text| style.bad(text)).collect()
         }
         What::Route { route, .. } => wrap(&route_text(whose, route), room),
-        What::Drop { reason, .. } => {
-            vec![style.bad(format!("the kernel dropped it: {}", context.drop_reason(*reason)))]
+        What::Drop { reason, by, .. } => {
+            let by = by.as_ref().map_or_else(String::new, |by| format!(" {}", words::dropper(by)));
+            let text = format!("the kernel dropped it{by}: {}", context.drop_reason(*reason));
+            wrap(&text, room).iter().map(|text| style.bad(text)).collect()
         }
         What::Disagreement { predicted, observed, entry_is_older } => {
             let mut said: Vec<String> =

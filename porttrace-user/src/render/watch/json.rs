@@ -201,9 +201,15 @@ fn hop(id: u64, hop: &Line, context: &Context<'_>) -> Value {
                 "dst": taken.dst, "kind": taken.kind, "interface": taken.interface, "gateway": taken.gateway,
             })),
         }),
-        What::Drop { way, reason } => {
-            json!({"kind": "drop", "way": way_name(*way), "reason": context.drop_reason(*reason)})
-        }
+        What::Drop { way, reason, by } => json!({
+            "kind": "drop",
+            "way": way_name(*way),
+            "reason": context.drop_reason(*reason),
+            "by": by.as_ref().map(|by| json!({
+                "hook": by.hook, "table": by.rule.table, "chain": by.rule.chain, "number": by.rule.number,
+                "because": by.because,
+            })),
+        }),
         What::Disagreement { predicted, observed, entry_is_older } => json!({
             "kind": "disagreement",
             "observed": tuple(*observed),

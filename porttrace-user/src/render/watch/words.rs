@@ -1,6 +1,7 @@
 //! The words of the live log: verdict sentences, packet labels, durations, sizes.
 
 use super::{Context, Report, inside, listener};
+use crate::core::correlate::drops::DroppedBy;
 use crate::core::correlate::flow::{ACK, FIN, RST, SYN};
 use crate::core::correlate::judge::{Outcome, Reached, Refusal, Refuser};
 use crate::core::correlate::story::PacketSeen;
@@ -52,9 +53,10 @@ fn seen(report: &Report, context: &Context<'_>, timed: bool) -> (Mood, String) {
         Outcome::AnswerLost { by, entered, .. } => (
             Mood::Bad,
             format!(
-                "{} answered, but the answer entered {} and never left towards the client",
+                "{} answered, but the answer entered {} and never left towards the client{}",
                 who(*by, report, context),
-                context.interfaces.name(*entered)
+                context.interfaces.name(*entered),
+                report.story.answer_dropped_by().map_or_else(String::new, |by| format!(": dropped {}", dropper(by))),
             ),
         ),
         Outcome::Dropped { reason, .. } => (Mood::Bad, dropped(*reason, report, context)),
@@ -243,6 +245,13 @@ pub fn rule_name(rule: &RuleRef) -> String {
         Some(number) => format!("{} {} #{number}", rule.table, rule.chain),
         None => format!("the policy of {} {}", rule.table, rule.chain),
     }
+}
+
+/// `in FORWARD by filter KUBE-FORWARD #1 (-m conntrack --ctstate INVALID)`.
+pub fn dropper(by: &DroppedBy) -> String {
+    let because = by.because.to_string();
+    let because = if because.is_empty() { because } else { format!(" ({because})") };
+    format!("in {} by {}{because}", by.hook, rule_name(&by.rule))
 }
 
 /// ` ("default/noep:p80 has no endpoints")`: the comment of a rule on the predicted path.

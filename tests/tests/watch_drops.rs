@@ -1,0 +1,164 @@
+//! What the kernel drops of watched connections on a real node: each a hop with its reason, and the rule where one did it.
+
+use pnet::packet::tcp::{self, MutableTcpPacket, TcpFlags};
+use porttrace_tests::lab::topology::{FRONTEND, HOST_PORT, NodeName, OUTSIDE_V4};
+use porttrace_tests::lab::{Lab, LabOptions};
+use porttrace_tests::netns::Netns;
+use porttrace_tests::privilege::may_run;
+use porttrace_tests::watch::{Connection, Watch};
+use porttrace_user::core::model::flow::{Proto, Tuple};
+use serde_json::{Value, json};
+use socket2::{Domain, Protocol, Socket, Type};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+const WAIT: Duration = Duration::from_secs(20);
+const NODE: NodeName = NodeName::Worker3;
+/// A port of worker3 that leads nowhere, and one that nobody has.
+const ASTRAY: u16 = 9090;
+const CLOSED: u16 = 9091;
+
+fn iptables(lab: &Lab, netns: &Netns, rule: &str) {
+    let tool = lab.tools.tool("iptables").display().to_string();
+    netns.exec([tool.as_str()].into_iter().chain(rule.split(' '))).unwrap();
+}
+
+fn watch(lab: &Lab) -> Watch {
+    let (ports, short) = ([HOST_PORT, ASTRAY, CLOSED].map(|port| port.to_string()), ["--timeout", "400ms"]);
+    let arguments: Vec<&str> = ports.iter().map(String::as_str).chain(short).collect();
+    Watch::start(lab.node(NODE), &lab.tools, &arguments).unwrap()
+}
+
+/// One attempt from `source` outside; how it ends for the client does not matter.
+fn attempt(lab: &Lab, watch: &mut Watch, kind: Type, source: Ipv4Addr, port: u16) -> Connection {
+    let (from, to) = (SocketAddr::from((source, 40_010)), SocketAddr::from((NODE.v4(), port)));
+    lab.outside
+        .run_in(|| {
+            let socket = Socket::new(Domain::IPV4, kind, None)?;
+            socket.set_reuse_address(true)?;
+            socket.bind(&from.into())?;
+            let connected = socket.connect_timeout(&to.into(), Duration::from_millis(200));
+            if kind == Type::DGRAM {
+                connected?;
+                socket.send(b"x")?;
+            }
+            Ok::<_, std::io::Error>(())
+        })
+        .unwrap()
+        .unwrap();
+    let proto = if kind == Type::STREAM { Proto::Tcp } else { Proto::Udp };
+    watch.connection(Tuple::new(proto, from, to), WAIT).unwrap()
+}
+
+/// The first `drop` hop: which way the packet went, the kernel's reason, the rule.
+fn drop_hop(told: &Connection) -> (Value, Value, Value) {
+    let hop =
+        told.hops.iter().find(|hop| hop["kind"] == "drop").unwrap_or_else(|| panic!("no drop: {}", told.report()));
+    assert_eq!(hop["certainty"], "observed");
+    (hop["way"].clone(), hop["reason"].clone(), hop["by"].clone())
+}
+
+fn text(told: &Connection) -> &str {
+    told.verdict["text"].as_str().unwrap()
+}
+
+#[test]
+fn every_drop_is_a_hop_with_its_reason() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let lab = Lab::up(LabOptions::default()).unwrap();
+    let node = lab.node(NODE);
+    iptables(
+        &lab,
+        node,
+        &format!("-t nat -I PREROUTING -p tcp --dport {ASTRAY} -j DNAT --to-destination 198.51.100.9:80"),
+    );
+    node.exec(["ip", "route", "del", "default"]).unwrap();
+    let mut watch = watch(&lab);
+
+    let told = attempt(&lab, &mut watch, Type::STREAM, OUTSIDE_V4, ASTRAY);
+    assert_eq!(drop_hop(&told), (json!("request"), json!("IP_INNOROUTES"), Value::Null), "{}", told.report());
+
+    let told = attempt(&lab, &mut watch, Type::STREAM, OUTSIDE_V4, CLOSED);
+    assert_eq!(drop_hop(&told), (json!("request"), json!("NO_SOCKET"), Value::Null), "{}", told.report());
+    assert!(text(&told).contains(&format!("nothing listens on {}:{CLOSED}", NODE.v4())), "{}", text(&told));
+    let told = attempt(&lab, &mut watch, Type::DGRAM, OUTSIDE_V4, CLOSED);
+    assert_eq!(drop_hop(&told), (json!("request"), json!("NO_SOCKET"), Value::Null), "{}", told.report());
+
+    // An address whose way back leads by another interface than the packet came.
+    let pods_own = lab.pod("client", NODE).unwrap().addresses()[0];
+    let IpAddr::V4(pods_own) = pods_own else { panic!("{pods_own}") };
+    lab.outside.exec(["ip", "addr", "add", &format!("{pods_own}/32"), "dev", "lo"]).unwrap();
+    node.exec(["sysctl", "-qw", "net.ipv4.conf.eth0.rp_filter=1"]).unwrap();
+    let told = attempt(&lab, &mut watch, Type::STREAM, pods_own, HOST_PORT);
+    assert_eq!(drop_hop(&told), (json!("request"), json!("IP_RPFILTER"), Value::Null), "{}", told.report());
+    assert!(text(&told).contains("rp_filter"), "{}", text(&told));
+}
+
+#[test]
+fn a_rule_that_drops_is_named() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let lab = Lab::up(LabOptions::default()).unwrap();
+    iptables(&lab, lab.node(NODE), "-I FORWARD -p tcp -m tcp --dport 8081 -j DROP");
+    let mut watch = watch(&lab);
+    let told = attempt(&lab, &mut watch, Type::STREAM, OUTSIDE_V4, HOST_PORT);
+    let by = json!({
+        "hook": "FORWARD", "table": "filter", "chain": "FORWARD", "number": 1, "because": "-p tcp -m tcp --dport 8081",
+    });
+    assert_eq!(drop_hop(&told), (json!("request"), json!("NETFILTER_DROP"), by), "{}", told.report());
+    assert!(text(&told).contains("dropped by filter FORWARD #1"), "{}", text(&told));
+}
+
+/// A SYN ACK with a wrong checksum: conntrack calls it INVALID.
+fn wrong_answer(from: SocketAddr, to: SocketAddr) -> Vec<u8> {
+    let (IpAddr::V4(source), IpAddr::V4(destination)) = (from.ip(), to.ip()) else { panic!("{from} {to}") };
+    let mut bytes = vec![0; 20];
+    let mut packet = MutableTcpPacket::new(&mut bytes).unwrap();
+    packet.set_source(from.port());
+    packet.set_destination(to.port());
+    packet.set_sequence(1);
+    packet.set_acknowledgement(1);
+    packet.set_data_offset(5);
+    packet.set_flags(TcpFlags::SYN | TcpFlags::ACK);
+    packet.set_window(1000);
+    let checksum = tcp::ipv4_checksum(&packet.to_immutable(), &source, &destination);
+    packet.set_checksum(!checksum);
+    bytes
+}
+
+#[test]
+fn an_answer_that_conntrack_calls_invalid_is_dropped_by_kube_forward() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let lab = Lab::up(LabOptions::default()).unwrap();
+    let pod = &lab.pod("frontend", NODE).unwrap().netns;
+    // The pod's own TCP keeps quiet.
+    iptables(&lab, pod, "-A INPUT -p tcp -m tcp --dport 8081 -j DROP");
+    let mut watch = watch(&lab);
+    let (client, to) = (SocketAddr::from((OUTSIDE_V4, 40_011)), SocketAddr::from((NODE.v4(), HOST_PORT)));
+    let server = SocketAddr::from((NODE.pod_v4(FRONTEND), 8081));
+    let syn = lab.outside.run_in(|| Socket::new(Domain::IPV4, Type::STREAM, None)).unwrap().unwrap();
+    syn.bind(&client.into()).unwrap();
+    syn.set_nonblocking(true).unwrap();
+    // In progress.
+    assert!(syn.connect(&to.into()).is_err());
+    let raw = pod.run_in(|| Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::TCP))).unwrap().unwrap();
+    raw.send_to(&wrong_answer(server, client), &SocketAddr::new(client.ip(), 0).into()).unwrap();
+    let told = watch.connection(Tuple::new(Proto::Tcp, client, to), WAIT).unwrap();
+    let (way, reason, by) = drop_hop(&told);
+    assert_eq!((way, reason), (json!("reply"), json!("NETFILTER_DROP")), "{}", told.report());
+    assert_eq!(
+        [&by["hook"], &by["table"], &by["chain"], &by["number"]],
+        [&json!("FORWARD"), &json!("filter"), &json!("KUBE-FORWARD"), &json!(1)],
+        "{}",
+        told.report()
+    );
+    assert_eq!(told.verdict["outcome"], "answer-lost", "{}", told.report());
+    let said =
+        "never left towards the client: dropped in FORWARD by filter KUBE-FORWARD #1 (-m conntrack --ctstate INVALID";
+    assert!(text(&told).contains(said), "{}", text(&told));
+}
