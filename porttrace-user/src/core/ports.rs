@@ -76,17 +76,23 @@ pub enum Wins {
     Unasked,
 }
 
-/// All claims of a node, by port. Listeners on loopback addresses alone are left out: nobody else can reach them.
+/// All claims of a node, by port, for clients from outside. Listeners on loopback addresses alone are left out: nobody else can
+/// reach them.
 pub fn ports(world: &World<'_>) -> Vec<Port> {
-    of_claims(world, world.owners.all().iter())
+    of_claims(world, world.owners.all().iter(), None)
+}
+
+/// The same for one client: who wins, and what `outside` says, is what this client meets in its family.
+pub fn ports_for(world: &World<'_>, client: Option<IpAddr>) -> Vec<Port> {
+    of_claims(world, world.owners.all().iter(), client)
 }
 
 /// The claims to one port, whatever the protocol or address.
 pub fn of_port(world: &World<'_>, port: u16) -> Vec<Port> {
-    of_claims(world, world.owners.claims(port))
+    of_claims(world, world.owners.claims(port), None)
 }
 
-fn of_claims<'c>(world: &World<'_>, claims: impl Iterator<Item = &'c Claim>) -> Vec<Port> {
+fn of_claims<'c>(world: &World<'_>, claims: impl Iterator<Item = &'c Claim>, client: Option<IpAddr>) -> Vec<Port> {
     let mut all: BTreeMap<(u16, Proto, Option<IpAddr>), Vec<&Claim>> = BTreeMap::new();
     for claim in claims {
         if let Some(address) = place(world, claim) {
@@ -94,7 +100,8 @@ fn of_claims<'c>(world: &World<'_>, claims: impl Iterator<Item = &'c Claim>) -> 
         }
     }
     // A port that only sockets on loopback hold is no port of the node.
-    all.into_iter().map(|((port, proto, address), claims)| one(world, proto, port, address, &claims)).collect()
+    let ports = all.into_iter();
+    ports.map(|((port, proto, address), claims)| one(world, client, proto, port, address, &claims)).collect()
 }
 
 /// Whether a claim is to a port of the node (`Some(None)`), to an address that leads here, or to neither.
@@ -147,7 +154,15 @@ fn external(world: &World<'_>, claim: &Claim, address: IpAddr) -> Option<Kind> {
     }
 }
 
-fn one(world: &World<'_>, proto: Proto, port: u16, address: Option<IpAddr>, claims: &[&Claim]) -> Port {
+fn one(
+    world: &World<'_>,
+    client: Option<IpAddr>,
+    proto: Proto,
+    port: u16,
+    address: Option<IpAddr>,
+    claims: &[&Claim],
+) -> Port {
+    let source = |family| client.filter(|one| Family::of(*one) == family).unwrap_or(World::outsider(family));
     let mut traces: BTreeMap<(Family, Option<IpAddr>), Trace> = BTreeMap::new();
     let mut found: Vec<PortClaim> = Vec::new();
     for claim in claims {
@@ -156,9 +171,8 @@ fn one(world: &World<'_>, proto: Proto, port: u16, address: Option<IpAddr>, clai
             let loopback = shown.only.is_some_and(|only| only.is_loopback());
             let dst = shown.only.or(address).or_else(|| world.node_address(family));
             if let Some(dst) = dst.filter(|dst| !loopback && Family::of(*dst) == family) {
-                let trace = traces
-                    .entry((family, Some(dst)))
-                    .or_insert_with(|| world.trace(proto, World::outsider(family), dst, port));
+                let trace =
+                    traces.entry((family, Some(dst))).or_insert_with(|| world.trace(proto, source(family), dst, port));
                 shown.wins = winner(claim, trace);
             }
             add(&mut found, shown);

@@ -1,5 +1,6 @@
 //! Whether a connection would come about: the simulator's verdict, joined with what listens at the end of the way.
 
+use super::kube::owners::ClaimKind;
 use super::model::flow::{Proto, Tuple};
 use super::model::trace::{Branch, DropReason, Hop, Manip, RuleRef, Trace, Verdict};
 use super::world::World;
@@ -172,6 +173,9 @@ fn forwarded(
             format!("{whom} would get it from its own address, and its answer would never leave it"),
         );
     }
+    if is_bypassed(world, branch, to) {
+        return (Outcome::Silent, bypassed(&whom));
+    }
     if let Some(cluster) = untranslated(world, trace, to) {
         return (Outcome::Silent, cluster);
     }
@@ -184,7 +188,7 @@ fn forwarded(
     if let Some(known) = listening(world, to.proto, to.dst, to.dport, &whom) {
         return known;
     }
-    if let Some(gone) = gone(world, to.dst, interface) {
+    if let Some(gone) = left_behind(world, to, interface).or_else(|| gone(world, to.dst, interface)) {
         return (Outcome::Silent, gone);
     }
     if world.facts.balancer_at(to.dst).is_some() {
@@ -192,6 +196,26 @@ fn forwarded(
         return (Outcome::Unknown, text);
     }
     (Outcome::Unknown, format!("it goes on to {whom} by {interface}; what listens on {} there is not known", to.dport))
+}
+
+/// Whether a translated packet goes on to another node's pod with its client's own source, when that client is not behind this
+/// node: the answer takes another way, and nobody translates it back.
+pub fn is_bypassed(world: &World<'_>, branch: &Branch, to: &Tuple) -> bool {
+    let translated = branch.hops.iter().any(|hop| matches!(hop, Hop::Rewrite { what: Manip::Dnat, .. }));
+    let source = branch.final_tuple.src;
+    translated
+        && !branch.masquerade
+        && world.facts.is_own(source) == Some(false)
+        && world.behind(source).is_none()
+        && world.behind(to.dst).is_none()
+        && world.is_other_nodes(to.dst)
+}
+
+/// What becomes of it, in words.
+pub fn bypassed(whom: &str) -> String {
+    format!(
+        "it goes on to {whom} on another node with the client's source, and the answer bypasses this node (no masquerade)"
+    )
 }
 
 /// `default/frontend-a (10.244.1.9)`.
@@ -241,6 +265,18 @@ fn dead_neighbour<'w>(world: &World<'w>, interface: &str, address: IpAddr) -> Op
     let mut neighbours = world.facts.state.neighbours.iter().flatten();
     let found = neighbours.find(|one| one.address == address && one.interface == interface)?;
     matches!(found.state.as_str(), "FAILED" | "INCOMPLETE").then_some(found.state.as_str())
+}
+
+/// A hostPort leads to pods of its own node only (portmap): what leaves the node for one is for a pod that is gone.
+fn left_behind(world: &World<'_>, to: &Tuple, interface: &str) -> Option<String> {
+    let is_host_port = world
+        .owners
+        .all()
+        .iter()
+        .any(|claim| matches!(&claim.kind, ClaimKind::HostPort { to: at, .. } if *at == to.destination()));
+    (is_host_port && world.route(to.dst).is_some() && world.behind(to.dst).is_none()).then(|| {
+        format!("no pod of this node has {} any more: the packet leaves by {interface}, where nobody answers", to.dst)
+    })
 }
 
 /// An address of this node's pod range that no pod has.

@@ -187,6 +187,16 @@ impl<'a> World<'a> {
         (Some(interface) != self.uplink(Family::of(address)) && interface != "lo").then_some(interface)
     }
 
+    /// An address that another node's pod has: a hostPort's leftover is another finding.
+    pub fn is_other_nodes(&self, address: IpAddr) -> bool {
+        let here = self.facts.state.name.as_deref();
+        let pods = &self.facts.cluster.pods;
+        let by_gateway = self.route(address).is_some_and(|route| {
+            route.dst.prefix_len() > 0 && route.nexthops.first().is_some_and(|hop| hop.gateway.is_some())
+        });
+        by_gateway || pods.iter().any(|pod| pod.ips.contains(&address) && pod.node.as_deref() != here)
+    }
+
     /// A pod of another node, with its name and node where known.
     pub fn remote_pod(&self, family: Family) -> Option<(IpAddr, Option<String>)> {
         let here = self.facts.state.name.as_deref();

@@ -42,7 +42,7 @@ fn who_wins(first: &PortClaim, second: &PortClaim) -> String {
 fn jump_place(world: &World<'_>, chain: &str) -> Option<u32> {
     let nat = world.facts.state.rulesets.iter().filter(|set| set.family == Family::V4).flat_map(|set| &set.tables);
     let prerouting = nat.filter(|table| table.name == "nat").find_map(|table| table.chain("PREROUTING"))?;
-    let at = prerouting.rules.iter().position(|rule| rule.text.ends_with(&format!("-j {chain}")))?;
+    let at = prerouting.rules.iter().position(|rule| super::stale::jumps_to(&rule.text, chain))?;
     u32::try_from(at + 1).ok()
 }
 
@@ -167,6 +167,10 @@ pub(super) fn twice(scene: &Scene<'_, '_>) -> Checked {
             let Some(second) = rest.iter().find(|other| overlap(first, other) && other.to != first.to) else {
                 continue;
             };
+            // A leftover is a finding of its own, which says what to do about it.
+            if [first, second].iter().any(|claim| claim.to.is_some_and(|to| super::stale::is_stale(scene.world, to))) {
+                continue;
+            }
             let (one, other) = (named(scene.world, first), named(scene.world, second));
             let sentence = format!(
                 "{} {} is hostPort of both {one} and {other}: {one} wins now, as its rule comes first",
@@ -182,8 +186,10 @@ pub(super) fn twice(scene: &Scene<'_, '_>) -> Checked {
 }
 
 fn named(world: &World<'_>, claim: &PortClaim) -> String {
+    let facts = world.facts;
+    let pods_known = facts.cluster.pods.known().is_some() || facts.sandboxes.known().is_some();
     match claim.to {
-        Some(to) if world.facts.name_at(to.ip()).is_none() => format!("{} (no pod that is known)", to.ip()),
+        Some(to) if pods_known && facts.name_at(to.ip()).is_none() => format!("{} (no pod that is known)", to.ip()),
         _ => claim.who.clone(),
     }
 }

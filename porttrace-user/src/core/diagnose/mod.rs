@@ -157,7 +157,12 @@ pub fn ids() -> impl Iterator<Item = &'static str> {
 
 /// Makes every check.
 pub fn diagnose(world: &World<'_>, client: Option<IpAddr>) -> Report {
-    let scene = Scene { world, samples: Samples::new(world), client, only: None };
+    diagnose_for(world, client, &BTreeSet::new())
+}
+
+/// Makes every check; findings about several ports name one of the asked ones, where it is among them.
+pub fn diagnose_for(world: &World<'_>, client: Option<IpAddr>, asked: &BTreeSet<(Proto, u16)>) -> Report {
+    let scene = Scene { world, samples: Samples::new(world, asked), client, only: None };
     let mut report = Report::default();
     for (id, check) in CHECKS {
         match check(&scene) {

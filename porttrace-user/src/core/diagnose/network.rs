@@ -60,7 +60,7 @@ fn astray(world: &World<'_>, sample: &Sample, branch: &Branch) -> Option<(&'stat
             );
             Some(("localhost", why))
         }
-        From::Outside if leaves && is_other_nodes(world, to.dst) => {
+        From::Outside if leaves && world.is_other_nodes(to.dst) => {
             let why = format!(
                 "a client's packet goes on to {} on another node with the client's source, and the answer bypasses this node (no masquerade)",
                 to.dst
@@ -69,16 +69,6 @@ fn astray(world: &World<'_>, sample: &Sample, branch: &Branch) -> Option<(&'stat
         }
         _ => None,
     }
-}
-
-/// An address that another node's pod has: a hostPort's leftover is another finding.
-fn is_other_nodes(world: &World<'_>, address: IpAddr) -> bool {
-    let here = world.facts.state.name.as_deref();
-    let pods = &world.facts.cluster.pods;
-    let by_gateway = world.route(address).is_some_and(|route| {
-        route.dst.prefix_len() > 0 && route.nexthops.first().is_some_and(|hop| hop.gateway.is_some())
-    });
-    by_gateway || pods.iter().any(|pod| pod.ips.contains(&address) && pod.node.as_deref() != here)
 }
 
 /// The rules that translated.
@@ -168,7 +158,11 @@ pub(super) fn bridge_nf(scene: &Scene<'_, '_>) -> Checked {
             value.unwrap_or("not there: br_netfilter is not loaded"),
             served[0]
         );
-        let change = format!("load br_netfilter and set {KEY}=1 (modprobe br_netfilter; sysctl -w {KEY}=1)");
+        let (load, place) = match value {
+            None => ("`modprobe br_netfilter`, then ", "modules-load.d and sysctl.d"),
+            Some(_) => ("", "sysctl.d"),
+        };
+        let change = format!("{load}`sysctl -w {KEY}=1` (and in /etc/{place} for the next boot)");
         found.push(Finding::new(Severity::Error, sentence, change).with([Evidence::setting(world, KEY)]).of_node());
     }
     Ok(found)

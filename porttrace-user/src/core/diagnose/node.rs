@@ -39,6 +39,10 @@ pub(super) fn rp_filter(scene: &Scene<'_, '_>) -> Checked {
         return Err("settings (sysctl), routes or links are not known".to_owned());
     }
     let mut found = Vec::new();
+    // The filter asks after the rewrite (net/ipv4/fib_frontend.c): a NodePort may be dropped where a process is reached.
+    let mut samples =
+        scene.samples.all.iter().filter(|sample| sample.from == From::Outside && sample.proto == Proto::Tcp);
+    let dport = samples.next().map_or(80, |sample| sample.port);
     for (address, interface) in world.own_addresses().filter(|(address, _)| address.is_ipv4()) {
         let link = state.links.iter().flatten().find(|link| link.name == interface);
         // Only by a network card (or what stands for one) clients from elsewhere come in.
@@ -47,8 +51,7 @@ pub(super) fn rp_filter(scene: &Scene<'_, '_>) -> Checked {
         if !outward || world.uplink(Family::V4) == Some(interface) {
             continue;
         }
-        let tuple =
-            Tuple { proto: Proto::Tcp, src: World::outsider(Family::V4), sport: 40_000, dst: address, dport: 80 };
+        let tuple = Tuple { proto: Proto::Tcp, src: World::outsider(Family::V4), sport: 40_000, dst: address, dport };
         let trace = world.arriving(tuple, interface);
         let dropped = |branch: &Branch| matches!(branch.verdict, Verdict::Dropped { reason: DropReason::RpFilter, .. });
         if trace.branches.is_empty() || !trace.branches.iter().all(dropped) {
@@ -59,7 +62,7 @@ pub(super) fn rp_filter(scene: &Scene<'_, '_>) -> Checked {
             "connections from elsewhere that arrive by {interface} (to {address}) are dropped by rp_filter: the route back to their clients leads out by {back}"
         );
         let change = format!(
-            "set net.ipv4.conf.{interface}.rp_filter=2 (loose; all.rp_filter must not be 1), or route replies of {address} by {interface}"
+            "`sysctl -w net.ipv4.conf.{interface}.rp_filter=2` (loose; routing replies of {address} by {interface} would help processes of the node, but no NodePort or hostPort)"
         );
         let settings = ["net.ipv4.conf.all.rp_filter".to_owned(), format!("net.ipv4.conf.{interface}.rp_filter")];
         let evidence = settings.iter().map(|key| Evidence::setting(world, key));

@@ -4,7 +4,8 @@ use crate::core::model::flow::{Family, Proto};
 use crate::core::model::trace::Trace;
 use crate::core::ports::{self, Port};
 use crate::core::world::World;
-use std::net::{IpAddr, Ipv4Addr};
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 /// So many ports of a kind are tried: what is wrong with a node shows at few, and a node can have thousands.
 const MOST: usize = 400;
@@ -38,7 +39,8 @@ pub(crate) struct Samples {
 }
 
 impl Samples {
-    pub(crate) fn new(world: &World<'_>) -> Self {
+    /// Those of the ports that the question is about come first, so that they are what a finding about several names.
+    pub(crate) fn new(world: &World<'_>, asked: &BTreeSet<(Proto, u16)>) -> Self {
         let ports = ports::ports(world);
         let mut all = Vec::new();
         let claimed = |port: &&Port| {
@@ -47,13 +49,16 @@ impl Samples {
                 && port.claims.iter().any(|claim| wanted(claim.kind) && claim.families.contains(&Family::V4))
         };
         let node = world.node_address(Family::V4);
-        for port in ports.iter().filter(claimed).take(MOST) {
+        let is_asked = |port: &&Port| asked.contains(&(port.proto, port.port));
+        let (first, rest): (Vec<&Port>, Vec<&Port>) = ports.iter().filter(claimed).partition(is_asked);
+        for port in first.into_iter().chain(rest).take(MOST) {
             let Some(claim) =
                 port.claims.iter().find(|claim| matches!(claim.kind, ports::Kind::NodePort | ports::Kind::HostPort))
             else {
                 continue;
             };
-            let what = format!("{} {} of {}", claim.kind.name(), port.port, claim.who);
+            let proto = if port.proto == Proto::Tcp { String::new() } else { format!("/{}", port.proto) };
+            let what = format!("{} {}{proto} of {}", claim.kind.name(), port.port, claim.who);
             let mut add = |from, src: IpAddr, dst: IpAddr| {
                 let trace = world.trace(port.proto, src, dst, port.port);
                 all.push(Sample { from, proto: port.proto, port: port.port, what: what.clone(), trace });
@@ -71,7 +76,9 @@ impl Samples {
                 continue;
             };
             add(From::Outside, World::outsider(Family::V4), dst);
-            if let Some(to) = claim.to.filter(|to| world.behind(to.ip()).is_some()) {
+            let endpoints = world.owners.endpoints_of(port.proto, &claim.who);
+            let here = |to: &SocketAddr| to.is_ipv4() && world.behind(to.ip()).is_some();
+            if let Some(to) = claim.to.into_iter().chain(endpoints).find(here) {
                 add(From::Itself, to.ip(), dst);
             }
         }

@@ -27,11 +27,8 @@ pub(super) fn stale(scene: &Scene<'_, '_>) -> Checked {
             "hostPort {}/{} still leads to {to}, which is no pod's any more{shadow}: packets to it are lost",
             claim.port, claim.proto
         );
-        let change = format!(
-            "remove the leftover: `iptables -t nat -F {chain}` and the rule of {} that jumps to it ({})",
-            by.entries(),
-            by.missed()
-        );
+        let lines = removal(world, claim.family, by.entries(), chain);
+        let change = format!("remove the leftover ({}): {lines}", by.missed());
         let finding = Finding::new(Severity::Error, sentence, change)
             .because(format!("no pod has {} any more{shadow}", to.ip()))
             .with(claim.rule.iter().map(|rule| Evidence::rule(world, rule)))
@@ -84,6 +81,35 @@ impl<'c> Maker<'c> {
             Self::Crio { .. } => "CRI-O did not remove it with its sandbox",
         }
     }
+}
+
+/// The command lines that take a chain away, in the order in which they must be given. Rules are named by their text: numbers
+/// change when a pod comes or goes.
+fn removal(world: &World<'_>, family: Family, entries: &str, chain: &str) -> String {
+    let tool = if family == Family::V4 { "iptables" } else { "ip6tables" };
+    let sets = world.facts.state.rulesets.iter().filter(|set| set.family == family);
+    let tables = sets.flat_map(|set| &set.tables).filter(|table| table.name == "nat");
+    let entries = tables.filter_map(|table| table.chain(entries)).flat_map(|entries| &entries.rules);
+    let jumps = entries.filter_map(|rule| rule.text.strip_prefix("-A ").filter(|text| jumps_to(text, chain)));
+    let deletions = jumps.map(|text| format!("`{tool} -t nat -D {text}`"));
+    let lines: Vec<String> =
+        deletions.chain(["-F", "-X"].map(|what| format!("`{tool} -t nat {what} {chain}`"))).collect();
+    lines.join(", ")
+}
+
+/// Whether a rule's text ends in a jump to this chain.
+pub(super) fn jumps_to(text: &str, chain: &str) -> bool {
+    text.strip_suffix(chain).is_some_and(|rest| rest.ends_with("-j "))
+}
+
+/// Whether a hostPort's endpoint is a gone pod's.
+pub(super) fn is_stale(world: &World<'_>, at: SocketAddr) -> bool {
+    world.owners.all().iter().any(|claim| match &claim.kind {
+        ClaimKind::HostPort { to, network, sandbox, chain, .. } if *to == at => {
+            gone(world, at, &Maker::of(claim, chain, network.as_deref()), sandbox.as_deref(), chain).is_some()
+        }
+        _ => false,
+    })
 }
 
 /// Proofs that the pod behind a chain is gone; `None` when something says that it is there, or nothing says anything.

@@ -78,8 +78,7 @@ struct Scope {
 /// # Errors
 /// One sentence when the facts do not know the Service or the pod.
 pub fn explain(world: &World<'_>, mut subject: Subject, client: Option<IpAddr>) -> Result<Explanation, String> {
-    let report = diagnose::diagnose(world, client);
-    let all = ports::ports(world);
+    let all = ports::ports_for(world, client);
     let (scope, ports) = match &subject {
         Subject::Port { port, proto } => {
             let fits = |one: &Port| one.port == *port && proto.is_none_or(|proto| proto == one.proto);
@@ -101,6 +100,7 @@ pub fn explain(world: &World<'_>, mut subject: Subject, client: Option<IpAddr>) 
             (scope_of_pod(world, pod), all.into_iter().filter(|one| one.claims.iter().any(ours)).collect())
         }
     };
+    let report = diagnose::diagnose_for(world, client, &scope.ports);
     let mut findings: Vec<Finding> = report.findings.into_iter().filter(|finding| scope.concerns(finding)).collect();
     // What is about the port itself comes before what is about its pod's other Services.
     findings
