@@ -82,6 +82,14 @@ impl NetfilterSocket {
         }
     }
 
+    /// Sends requests in one datagram and waits for no answer.
+    pub fn send(&mut self, requests: &[Request]) -> Result<()> {
+        let bytes: Vec<u8> = requests.iter().flat_map(encode).collect();
+        sendto(self.fd.as_raw_fd(), &bytes, &NetlinkAddr::new(0, 0), MsgFlags::empty())
+            .context("sending netlink requests")?;
+        Ok(())
+    }
+
     /// Everything that has arrived so far; does not wait.
     pub fn drain(&mut self) -> Result<Vec<Message>> {
         let mut all = Vec::new();
@@ -138,14 +146,20 @@ pub fn text(payload: &[u8]) -> String {
     String::from_utf8_lossy(payload.split(|byte| *byte == 0).next().unwrap_or_default()).into_owned()
 }
 
-fn encode(request: &Request) -> Vec<u8> {
+/// Attributes as the payload of an attribute that holds them, or of a message.
+pub fn nested(list: &[(u16, &[u8])]) -> Vec<u8> {
     let mut attributes = Vec::new();
-    for (kind, payload) in request.attributes {
+    for (kind, payload) in list {
         attributes.extend(u16::try_from(4 + payload.len()).unwrap_or(u16::MAX).to_ne_bytes());
         attributes.extend(kind.to_ne_bytes());
         attributes.extend(*payload);
         attributes.resize(attributes.len().next_multiple_of(4), 0);
     }
+    attributes
+}
+
+fn encode(request: &Request) -> Vec<u8> {
+    let attributes = nested(request.attributes);
     let mut bytes = Vec::new();
     bytes.extend(u32::try_from(HEADER + NFGEN + attributes.len()).unwrap_or(u32::MAX).to_ne_bytes());
     bytes.extend(request.kind.to_ne_bytes());

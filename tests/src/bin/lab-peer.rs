@@ -15,7 +15,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Role {
-    /// Answer on these ports, IPv4 and IPv6; print `ready`, then a JSON line a request.
+    /// Answer on these ports, IPv4 and IPv6 (or on one address); print `ready`, then a JSON line a request.
     Serve {
         #[arg(long, default_value = "peer")]
         name: String,
@@ -23,6 +23,9 @@ enum Role {
         tcp: Vec<u16>,
         #[arg(long, value_delimiter = ',')]
         udp: Vec<u16>,
+        /// The address to listen on.
+        #[arg(long)]
+        address: Option<IpAddr>,
         /// Log no requests.
         #[arg(long)]
         quiet: bool,
@@ -54,8 +57,8 @@ enum Proto {
 
 fn main() -> Result<ExitCode> {
     match Arguments::parse().role {
-        Role::Serve { name, tcp, udp, quiet } => {
-            serve(&Serve { name, tcp, udp, quiet })?;
+        Role::Serve { name, tcp, udp, address, quiet } => {
+            serve(&Serve { name, tcp, udp, address, quiet })?;
             Ok(ExitCode::SUCCESS)
         }
         Role::Connect { proto, ip, port, bind, timeout, count, bytes } => {

@@ -44,6 +44,8 @@ pub struct Attachment<'a> {
     pub interface: Interface,
     pub addresses: [IpAddr; 2],
     pub mappings: &'a [PortMapping],
+    /// Bytes.
+    pub mtu: u32,
 }
 
 impl Attachment<'_> {
@@ -70,7 +72,7 @@ impl Attachment<'_> {
     fn interface_conf(&self) -> Value {
         let subnet = self.node_name.subnet();
         let mut conf = json!({
-            "cniVersion": "0.4.0", "name": "kindnet", "mtu": 1500,
+            "cniVersion": "0.4.0", "name": "kindnet", "mtu": self.mtu,
             "ipam": {
                 "type": "host-local", "dataDir": self.data,
                 "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],

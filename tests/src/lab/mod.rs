@@ -4,9 +4,11 @@
 //! ([`Phase::Broken`]), until somebody writes 80 ([`Phase::Fixed`], [`Lab::repair`]).
 
 pub mod cni;
+pub mod conntrack;
 pub mod nfacct;
 mod node;
 pub mod pod;
+pub mod proxy;
 pub mod rules;
 pub mod topology;
 
@@ -160,16 +162,42 @@ impl Lab {
         self.connect(origin, &Connect::new(proto, SocketAddr::new(origin.target(v6), port)))
     }
 
+    /// Replaces a pod: CNI DEL, a changed spec, a new sandbox.
+    pub fn redeploy(&mut self, name: &'static str, node: NodeName, change: impl FnOnce(&mut PodSpec)) -> Result<()> {
+        let old = self.take_pod(name, node)?;
+        let mut spec = old.spec.clone();
+        old.stop()?;
+        change(&mut spec);
+        self.start_pod(spec).map(drop)
+    }
+
+    /// Adds a pod.
+    ///
+    /// # Errors
+    /// When there is one of this name on the node, or it cannot be attached.
+    pub fn start_pod(&mut self, spec: PodSpec) -> Result<&mut Pod> {
+        let key = (spec.name, spec.node);
+        if self.pods.contains_key(&key) {
+            return Err(anyhow!("there is a pod {} on {} already", spec.name, spec.node.name()));
+        }
+        let pod = Pod::start(spec, self.nodes[&key.1].clone())?;
+        Ok(self.pods.entry(key).or_insert(pod))
+    }
+
+    /// Takes a pod out of the lab: to stop it, or to leave its leftovers behind.
+    pub fn take_pod(&mut self, name: &'static str, node: NodeName) -> Result<Pod> {
+        self.pods.remove(&(name, node)).ok_or_else(|| anyhow!("no pod {name} on {}", node.name()))
+    }
+
+    /// As [`Lab::pod`], to change its server.
+    pub fn pod_mut(&mut self, name: &'static str, node: NodeName) -> Result<&mut Pod> {
+        self.pods.get_mut(&(name, node)).ok_or_else(|| anyhow!("no pod {name} on {}", node.name()))
+    }
+
     /// Redeploys pod `frontend` of worker3 with the right containerPort: a new sandbox with the same address.
     pub fn repair(&mut self) -> Result<()> {
         let node = NodeName::Worker3;
-        let old = self.pods.remove(&("frontend", node)).context("no pod frontend on worker3")?;
-        let mut spec = old.spec.clone();
-        old.stop()?;
-        spec.mappings = host_port_mappings(Phase::Fixed);
-        let pod = Pod::start(spec, self.nodes[&node].clone())?;
-        self.pods.insert(("frontend", node), pod);
-        Ok(())
+        self.redeploy("frontend", node, |spec| spec.mappings = host_port_mappings(Phase::Fixed))
     }
 }
 
@@ -190,20 +218,11 @@ fn host_port_mappings(phase: Phase) -> Vec<PortMapping> {
 fn pod_specs(node: NodeName, phase: Phase) -> Vec<PodSpec> {
     let mappings = if node == NodeName::Worker3 { host_port_mappings(phase) } else { Vec::new() };
     let mut specs = vec![
-        PodSpec { name: "frontend", node, number: FRONTEND, mappings, tcp: vec![80], udp: vec![80], quiet: false },
-        PodSpec { name: "dns", node, number: DNS, mappings: Vec::new(), tcp: Vec::new(), udp: vec![53], quiet: false },
+        PodSpec { mappings, tcp: vec![80], udp: vec![80], ..PodSpec::new("frontend", node, FRONTEND) },
+        PodSpec { udp: vec![53], ..PodSpec::new("dns", node, DNS) },
     ];
     if node != NodeName::Worker {
-        let mappings = Vec::new();
-        specs.push(PodSpec {
-            name: "client",
-            node,
-            number: CLIENT,
-            mappings,
-            tcp: Vec::new(),
-            udp: Vec::new(),
-            quiet: false,
-        });
+        specs.push(PodSpec::new("client", node, CLIENT));
     }
     specs
 }

@@ -23,8 +23,20 @@ pub struct PodSpec {
     /// Ports that its server really listens on, TCP and UDP; no server without ports.
     pub tcp: Vec<u16>,
     pub udp: Vec<u16>,
+    /// The address that its server listens on; any when `None`.
+    pub listen: Option<IpAddr>,
     /// The server logs no requests.
     pub quiet: bool,
+    /// The MTU of its interface, bytes.
+    pub mtu: u32,
+}
+
+impl PodSpec {
+    /// A pod without hostPorts and without a server.
+    pub fn new(name: &'static str, node: NodeName, number: u8) -> Self {
+        let (mappings, tcp, udp) = (Vec::new(), Vec::new(), Vec::new());
+        Self { name, node, number, mappings, tcp, udp, listen: None, quiet: false, mtu: 1500 }
+    }
 }
 
 /// What a pod needs of its node.
@@ -85,6 +97,22 @@ impl Pod {
         self.detach()
     }
 
+    /// The pod is gone and nobody ran CNI DEL, as after a crash of the node: what the plugins wrote on the node stays.
+    pub fn abandon(mut self) -> Result<()> {
+        self.attached = false;
+        self.server = None;
+        // Its veth pair goes with the namespace, but the kernel takes its time.
+        self.ground.node.exec(["ip", "link", "del", &self.host_interface]).map(drop)
+    }
+
+    /// Starts its server anew, on other ports or another address.
+    pub fn serve(&mut self, tcp: &[u16], udp: &[u16], listen: Option<IpAddr>) -> Result<()> {
+        self.server = None;
+        (self.spec.tcp, self.spec.udp, self.spec.listen) = (tcp.to_vec(), udp.to_vec(), listen);
+        self.server = Some(self.start_server()?);
+        Ok(())
+    }
+
     fn detach(&mut self) -> Result<()> {
         self.server = None;
         if std::mem::take(&mut self.attached) {
@@ -104,6 +132,7 @@ impl Pod {
             interface: self.ground.interface,
             addresses: self.addresses(),
             mappings: &self.spec.mappings,
+            mtu: self.spec.mtu,
         }
     }
 
@@ -116,6 +145,9 @@ impl Pod {
             if !list.is_empty() {
                 command.args([option, &ports(list)]);
             }
+        }
+        if let Some(address) = self.spec.listen {
+            command.args(["--address", &address.to_string()]);
         }
         if self.spec.quiet {
             command.arg("--quiet");

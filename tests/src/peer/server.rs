@@ -17,13 +17,15 @@ const ACCEPTORS: usize = 4;
 /// A client that sends nothing for so long is let go.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// What to serve; every port is opened for IPv4 and IPv6.
+/// What to serve; every port is opened for IPv4 and IPv6, or on one address.
 #[derive(Clone, Debug, Default)]
 pub struct Serve {
     /// Reported to the clients.
     pub name: String,
     pub tcp: Vec<u16>,
     pub udp: Vec<u16>,
+    /// The address to listen on; any when `None`.
+    pub address: Option<IpAddr>,
     /// Log no requests.
     pub quiet: bool,
 }
@@ -33,14 +35,15 @@ pub fn serve(options: &Serve) -> Result<()> {
     let shared = Arc::new(options.clone());
     let mut threads = Vec::new();
     for &port in &options.tcp {
-        let listener = tcp_listener(port).with_context(|| format!("listening on tcp port {port}"))?;
+        let listener = tcp_listener(options.address, port).with_context(|| format!("listening on tcp port {port}"))?;
         for _ in 0..ACCEPTORS {
             let (listener, shared) = (listener.try_clone()?, shared.clone());
             threads.push(thread::spawn(move || serve_tcp(&listener, &shared)));
         }
     }
     for &port in &options.udp {
-        for address in [IpAddr::from(Ipv4Addr::UNSPECIFIED), IpAddr::from(Ipv6Addr::UNSPECIFIED)] {
+        let any = [IpAddr::from(Ipv4Addr::UNSPECIFIED), IpAddr::from(Ipv6Addr::UNSPECIFIED)];
+        for address in options.address.map_or_else(|| any.to_vec(), |address| vec![address]) {
             let socket = udp_socket(SocketAddr::new(address, port)).with_context(|| format!("udp port {port}"))?;
             let shared = shared.clone();
             threads.push(thread::spawn(move || serve_udp(&socket, &shared)));
@@ -53,11 +56,14 @@ pub fn serve(options: &Serve) -> Result<()> {
     Ok(())
 }
 
-fn tcp_listener(port: u16) -> Result<TcpListener> {
-    let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_only_v6(false)?;
+fn tcp_listener(address: Option<IpAddr>, port: u16) -> Result<TcpListener> {
+    let at = SocketAddr::new(address.unwrap_or(Ipv6Addr::UNSPECIFIED.into()), port);
+    let socket = Socket::new(Domain::for_address(at), Type::STREAM, Some(Protocol::TCP))?;
+    if at.is_ipv6() {
+        socket.set_only_v6(false)?;
+    }
     socket.set_reuse_address(true)?;
-    socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into())?;
+    socket.bind(&at.into())?;
     socket.listen(4096)?;
     Ok(socket.into())
 }
