@@ -110,6 +110,8 @@ fn node(ruleset: Ruleset) -> NodeState {
         }],
         prefsrc: None,
         metric: 0,
+        tos: 0,
+        src: None,
         scope: "global".into(),
         mtu: None,
     };

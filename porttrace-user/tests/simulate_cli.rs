@@ -97,6 +97,20 @@ fn grepped_rows_answer_and_say_what_is_missing() {
     insta::assert_snapshot!(text(&output));
 }
 
+/// `grep SERVICE` has all endpoints, each with its share.
+#[test]
+fn grepped_rules_of_a_service_balance_as_all_rules_do() {
+    let listing = fs::read_to_string(data("recorded.nvL.txt")).unwrap();
+    let rows: String =
+        listing.lines().filter(|line| line.contains("frontend")).map(|line| format!("{line}\n")).collect();
+    let output = run(&["172.18.0.3:30080", "--from", "172.18.0.4", "--json", "--rules", "-"], rows.as_bytes());
+    let answer: Value = serde_json::from_str(&text(&output)).unwrap();
+    let branches = answer["branches"].as_array().unwrap();
+    let ends: Vec<String> =
+        branches.iter().map(|one| format!("{} {}", one["probability"], one["final"]["dst"])).collect();
+    assert_eq!(ends, ["10.244.1.9", "10.244.2.9", "10.244.3.9"].map(|pod| format!("\"1/3\" \"{pod}\"")));
+}
+
 /// The hops of a walk over a listing are those over the dump of the same rules, text and line aside.
 #[test]
 fn a_listing_walks_like_the_dump() {
@@ -268,7 +282,10 @@ fn a_pod_is_found_by_its_name() {
     let pasted =
         run(&["10.96.48.151:8088", "--pod", "web-0", "--rules", data("recorded.nvL.txt").to_str().unwrap()], b"");
     let (code, sentence) = complaint(&pasted);
-    assert!(code == 2 && sentence.contains("does not know pods by name (only a snapshot"), "{code} {sentence}");
+    assert!(
+        code == 2 && sentence.contains("does not know pods by name (only a snapshot, or a live node"),
+        "{code} {sentence}"
+    );
 }
 
 /// Runs a packet through pasted rules and gives all that was said.
@@ -302,8 +319,8 @@ fn bad_rules_are_told_and_the_rest_is_used() {
         let (code, said) = pasted(rules);
         assert!(code == 0 && said.contains(says), "{says}: {code}\n{said}");
     }
-    let (code, said) = pasted(&vec![b'x'; 130 << 20]);
-    assert!(code == 1 && said.contains("larger than 128 MiB"), "{code} {said}");
+    let (code, said) = pasted(&vec![b'x'; 257 << 20]);
+    assert!(code == 1 && said.contains("larger than 256 MiB"), "{code} {said}");
     let (code, said) = pasted(b"\x00\xff\xfe garbage\n");
     assert!(code == 2 && said.contains("no line that looks like a rule"), "{code} {said}");
 }

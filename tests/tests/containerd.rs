@@ -6,7 +6,7 @@ use porttrace_tests::netns::Netns;
 use porttrace_tests::peer::{Connect, Transport, connect};
 use porttrace_tests::privilege::may_run;
 use porttrace_tests::runtime::{Containerd, Image, NETWORK, PodSpec};
-use porttrace_tests::watch::Watch;
+use porttrace_tests::watch::{Watch, porttrace};
 use porttrace_user::collect::{facts, snapshot};
 use porttrace_user::core::model::cluster::{Part, Sandbox};
 use porttrace_user::core::model::facts::Facts;
@@ -156,6 +156,38 @@ fn a_refusal_names_the_pod_and_what_its_image_exposes() -> Result<()> {
     ensure!(told.verdict["finding"]["id"] == "no-listener", "{}", told.verdict);
     let change = "set containerPort 8081 (hostPort 9088) in pod default/frontend-a to 80";
     ensure!(told.verdict["advice"] == change, "{}", told.verdict);
+    Ok(())
+}
+
+/// `simulate --pod NAME` on a live node.
+#[test]
+fn a_packet_is_simulated_from_a_pod_by_its_name() -> Result<()> {
+    if !may_run("a container runtime") {
+        return Ok(());
+    }
+    let world = World::new()?;
+    let frontend = sandbox(&world.facts()?, "frontend-a")?.clone();
+    let source = frontend.ips.iter().find(|address| address.is_ipv4()).context("an IPv4 address")?;
+    let socket = world.containerd.socket();
+    let run = |pod: &str| -> Result<(Option<i32>, String, String)> {
+        let mut command = world.node.command(porttrace()?);
+        command.args(["simulate", "127.0.0.1:9088", "--json", "--pod", pod, "--cri-socket"]).arg(&socket);
+        let output = command.output()?;
+        Ok((output.status.code(), String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?))
+    };
+    for name in ["frontend-a", "default/frontend-a"] {
+        let (code, answer, said) = run(name)?;
+        assert_eq!(code, Some(0), "{said}");
+        let answer: serde_json::Value = serde_json::from_str(&answer)?;
+        assert_eq!(answer["packet"]["src"], source.to_string(), "{answer:#}");
+        let way = world.node.exec(["ip", "-j", "route", "get", &source.to_string()])?;
+        let way: serde_json::Value = serde_json::from_str(&way)?;
+        assert_eq!(answer["packet"]["in"], way[0]["dev"], "{answer:#}");
+    }
+    let (code, _, said) = run("agent")?;
+    ensure!(code == Some(2) && said.contains("uses the node's own network"), "{said}");
+    let (code, _, said) = run("nobody")?;
+    ensure!(code == Some(2) && said.contains("no pod \"nobody\" is known here, but default/frontend-a"), "{said}");
     Ok(())
 }
 

@@ -10,7 +10,6 @@ use super::Usage;
 use super::output::Colour;
 use expect::Expectation;
 use porttrace_user::core::kube::owners::Owners;
-use porttrace_user::core::model::facts::Facts;
 use porttrace_user::core::model::state::NodeState;
 use porttrace_user::core::model::trace::Trace;
 use porttrace_user::core::near_miss::{NearMiss, near_misses};
@@ -89,14 +88,13 @@ pub struct Args {
 /// # Errors
 /// A [`Usage`] for a request that contradicts itself or the state; otherwise what could not be read.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let mut loaded = args.state.load()?;
+    let (mut loaded, facts) = args.state.load(args.origin.names_a_pod())?;
     if let Some(path) = &args.batch {
         let owners = Owners::of(&loaded.state);
         let options = batch::Options { json: args.json, brief: args.no_hops, expect: args.expect };
         return batch::run(path, &loaded, &args.context(&loaded, &owners), options);
     }
     let destination = args.destination.as_deref().unwrap_or_default();
-    let facts = if args.origin.names_a_pod() { args.state.facts()? } else { Facts::default() };
     let (packet, entry) = args.origin.packet(destination, &loaded.state, &facts).map_err(Usage)?;
     let mut assumptions: Vec<String> = entry.into_iter().chain(loaded.assume_addresses(&packet)).collect();
     assumptions.extend(loaded.missing_for(packet.tuple.family()));

@@ -23,13 +23,10 @@ pub(super) fn route(message: RouteNetlinkMessage, names: &Names) -> Taken<RouteE
     for attribute in attributes {
         found.take(attribute, names);
     }
-    let dst = destination(&header, found.dst)?;
-    if header.tos != 0 {
-        return Err(format!("the route to {dst} is only for TOS {:#x}, which is not modelled", header.tos));
-    }
-    if header.source_prefix_length != 0 {
-        return Err(format!("the route to {dst} is only for some sources, which is not modelled"));
-    }
+    let dst = network(&header, found.dst, header.destination_prefix_length)?;
+    let src = (header.source_prefix_length != 0)
+        .then(|| network(&header, found.src, header.source_prefix_length))
+        .transpose()?;
     let mut nexthops = found.hops;
     if found.hop.interface.is_some() || found.hop.gateway.is_some() {
         nexthops.push(NextHop { weight: 1, dead: header.flags.contains(RouteFlags::Dead), ..found.hop });
@@ -41,6 +38,8 @@ pub(super) fn route(message: RouteNetlinkMessage, names: &Names) -> Taken<RouteE
         nexthops,
         prefsrc: found.prefsrc,
         metric: found.metric,
+        tos: header.tos,
+        src,
         scope: scope(u8::from(header.scope)),
         mtu: found.mtu,
     }))
@@ -71,6 +70,7 @@ pub(super) fn scope(number: u8) -> String {
 /// The attributes of a route.
 struct Found {
     dst: Option<IpAddr>,
+    src: Option<IpAddr>,
     table: Option<u32>,
     hop: NextHop,
     hops: Vec<NextHop>,
@@ -82,7 +82,7 @@ struct Found {
 impl Default for Found {
     fn default() -> Self {
         let hop = NextHop { interface: None, gateway: None, weight: 1, dead: false };
-        Self { dst: None, table: None, hop, hops: Vec::new(), prefsrc: None, metric: 0, mtu: None }
+        Self { dst: None, src: None, table: None, hop, hops: Vec::new(), prefsrc: None, metric: 0, mtu: None }
     }
 }
 
@@ -90,6 +90,7 @@ impl Found {
     fn take(&mut self, attribute: RouteAttribute, names: &Names) {
         match attribute {
             RouteAttribute::Destination(address) => self.dst = ip(address),
+            RouteAttribute::Source(address) => self.src = ip(address),
             RouteAttribute::Table(number) => self.table = Some(number),
             RouteAttribute::Oif(index) => self.hop.interface = Some(name(names, index)),
             RouteAttribute::Gateway(address) => self.hop.gateway = ip(address),
@@ -122,12 +123,11 @@ fn next_hop(hop: RouteNextHop, names: &Names) -> NextHop {
     }
 }
 
-fn destination(header: &RouteHeader, address: Option<IpAddr>) -> Result<IpNet, String> {
+fn network(header: &RouteHeader, address: Option<IpAddr>, length: u8) -> Result<IpNet, String> {
     let unspecified = match header.address_family {
         AddressFamily::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
         _ => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
     };
-    let length = header.destination_prefix_length;
     IpNet::new(address.unwrap_or(unspecified), length).map_err(|_| format!("a prefix of {length} bits"))
 }
 

@@ -25,9 +25,6 @@ pub(super) fn rule(message: RouteNetlinkMessage) -> Taken<PolicyRule> {
     for attribute in attributes {
         found.take(attribute)?;
     }
-    if header.tos != 0 {
-        found.unknown.push(format!("tos {:#x}", header.tos));
-    }
     // A mask without a mark tests for mark 0 (net/core/fib_rules.c, fib_rule_match).
     let fwmark = (found.mark.is_some() || found.mask.is_some())
         .then(|| (found.mark.unwrap_or(0), found.mask.unwrap_or(u32::MAX)));
@@ -40,6 +37,7 @@ pub(super) fn rule(message: RouteNetlinkMessage) -> Taken<PolicyRule> {
         input: found.input,
         output: found.output,
         fwmark,
+        tos: (header.tos != 0).then_some(header.tos),
         proto: found.proto,
         sport: found.sport,
         dport: found.dport,

@@ -35,7 +35,7 @@ pub struct Origin {
     #[arg(long, group = "door")]
     local: bool,
 
-    /// A pod of this node sends it: its address, or NAMESPACE/NAME or NAME where the snapshot knows pods
+    /// A pod of this node sends it: its address, or NAMESPACE/NAME or NAME as the container runtime, the Kubernetes API or the snapshot has it
     #[arg(long, value_name = "POD", group = "door")]
     pod: Option<String>,
 

@@ -1,4 +1,4 @@
-//! `--pod`: a pod by address or by name, from what the snapshot knows of pods.
+//! `--pod`: a pod by address or by name, from what the node or its snapshot knows of pods.
 
 use porttrace_user::core::model::cluster::Pod;
 use porttrace_user::core::model::facts::Facts;
@@ -19,10 +19,13 @@ pub fn address(pod: &str, family: Family, facts: &Facts) -> Result<IpAddr, Strin
     }
     let known = known(facts);
     if known.is_empty() {
-        let why = facts.cluster.pods.get().err().unwrap_or("none is known");
+        let mut why: Vec<&str> =
+            [facts.cluster.pods.get().err(), facts.sandboxes.get().err()].into_iter().flatten().collect();
+        why.dedup();
+        let why = if why.is_empty() { "there are none".to_owned() } else { why.join("; ") };
         return Err(format!(
             "the state does not know pods by name ({why}), so that {pod:?} means nothing here: give the pod's address \
-             (kubectl get pod -o wide), or put objects/pods.json into the snapshot (kubectl get pods -A -o json)"
+             (kubectl get pod -o wide), or put objects/pods.json into a snapshot (kubectl get pods -A -o json)"
         ));
     }
     let named: Vec<&Known> = known.values().filter(|one| one.is(pod)).collect();
@@ -67,7 +70,8 @@ impl Known {
     }
 }
 
-/// Pods by name: what the Kubernetes API says, then the container runtime, then the CNI.
+/// Pods by name: what the Kubernetes API says, then the container runtime; where neither says anything the CNI, and network
+/// namespaces that have a name (`ip netns`).
 fn known(facts: &Facts) -> BTreeMap<String, Known> {
     let mut known = BTreeMap::new();
     let gone = |pod: &&Pod| !matches!(pod.phase.as_str(), "Succeeded" | "Failed");
@@ -79,13 +83,18 @@ fn known(facts: &Facts) -> BTreeMap<String, Known> {
     }
     for sandbox in facts.sandboxes.iter().filter(|sandbox| sandbox.ready) {
         let name = sandbox.pod.to_string();
-        let (addresses, host_network) = (sandbox.ips.clone(), sandbox.netns.is_none());
+        let (addresses, host_network) = (sandbox.ips.clone(), sandbox.host_network);
         known.entry(name.clone()).or_insert(Known { name, addresses, host_network, elsewhere: None });
     }
     if known.is_empty() {
-        for (name, addresses) in &facts.cni {
-            let (name, addresses) = (name.clone(), addresses.clone());
-            known.insert(name.clone(), Known { name, addresses, host_network: false, elsewhere: None });
+        let named = facts.namespaces.iter().filter(|(name, _)| !name.starts_with("net-"));
+        for (name, addresses) in named.chain(&facts.cni) {
+            let outside = |address: &&IpAddr| match address {
+                IpAddr::V4(four) => !four.is_loopback(),
+                IpAddr::V6(six) => !six.is_loopback() && !six.is_unicast_link_local(),
+            };
+            let addresses = addresses.iter().filter(outside).copied().collect();
+            known.insert(name.clone(), Known { name: name.clone(), addresses, host_network: false, elsewhere: None });
         }
     }
     known

@@ -1,8 +1,9 @@
 //! Where the state comes from: this node, a snapshot, pasted rules.
 
 use super::super::Usage;
+use super::super::sources::Sources;
 use anyhow::{Context, bail};
-use porttrace_user::collect::{live, snapshot};
+use porttrace_user::collect::{facts, live, snapshot};
 use porttrace_user::core::model::cluster::Part;
 use porttrace_user::core::model::facts::Facts;
 use porttrace_user::core::model::flow::{Family, Tuple};
@@ -17,7 +18,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 /// Pasted rules may be this large; the rules of 5,000 Services take 15 MB.
-const LARGEST: u64 = 128 << 20;
+const LARGEST: u64 = 256 << 20;
 /// So many diagnostics are printed without `-v`.
 const SHOWN: usize = 5;
 
@@ -33,6 +34,9 @@ pub struct Source {
     /// input
     #[arg(long, value_name = "FILE")]
     rules: Vec<PathBuf>,
+
+    #[command(flatten)]
+    sources: Sources,
 }
 
 /// A state, and what is known to be missing from it.
@@ -45,34 +49,25 @@ pub struct Loaded {
 }
 
 impl Source {
-    /// Loads the state.
+    /// Loads the state, and where `pods` are asked for by name what is known of them.
     ///
     /// # Errors
     /// When a file cannot be read or holds no rules.
-    pub fn load(&self) -> anyhow::Result<Loaded> {
-        let state = match &self.snapshot {
-            Some(path) => snapshot::read(path)?,
-            None if self.rules.is_empty() => live(),
-            None => NodeState::default(),
+    pub fn load(&self, pods: bool) -> anyhow::Result<(Loaded, Facts)> {
+        let mut facts = match &self.snapshot {
+            Some(path) if pods => parse::facts(&snapshot::read_files(path)?),
+            Some(path) => Facts { state: snapshot::read(path)?, ..Facts::default() },
+            None if !self.rules.is_empty() => nothing(),
+            None if pods => facts::read(&self.sources.options(LIVE)).0,
+            None => Facts { state: live::state(LIVE).0, ..Facts::default() },
         };
+        let name = facts.state.name.clone();
+        let state = std::mem::replace(&mut facts.state, NodeState { name, ..NodeState::default() });
         let mut loaded = Loaded { state, pasted: !self.rules.is_empty(), missing: Vec::new(), partial: Vec::new() };
         if !self.rules.is_empty() {
             loaded.paste(self.pasted()?);
         }
-        Ok(loaded)
-    }
-
-    /// What the snapshot knows of pods.
-    ///
-    /// # Errors
-    /// When the snapshot cannot be read.
-    pub fn facts(&self) -> anyhow::Result<Facts> {
-        let Some(path) = &self.snapshot else {
-            let mut facts = Facts::default();
-            facts.cluster.pods = Part::Missing("only a snapshot brings Kubernetes objects".to_owned());
-            return Ok(facts);
-        };
-        Ok(parse::facts(&snapshot::read_files(path)?))
+        Ok((loaded, facts))
     }
 
     fn pasted(&self) -> anyhow::Result<Paste> {
@@ -186,9 +181,15 @@ fn sentence(diagnostic: &Diagnostic) -> String {
     text.replace(char::is_control, "�")
 }
 
-/// The state of the node that this runs on.
-fn live() -> NodeState {
-    live::state(live::Options { processes: true, conntrack: true, report: false }).0
+/// What is asked of the node that this runs on.
+const LIVE: live::Options = live::Options { processes: true, conntrack: true, report: false };
+
+/// What pasted rules alone tell of a node.
+fn nothing() -> Facts {
+    let mut facts = Facts::default();
+    let why = || "only a snapshot, or a live node, brings pods".to_owned();
+    (facts.cluster.pods, facts.sandboxes) = (Part::Missing(why()), Part::Missing(why()));
+    facts
 }
 
 /// A text file of bounded size, and its name; bytes that are no UTF-8 become replacement characters.

@@ -334,7 +334,7 @@ fn predicted(flow: &Flow, branch: &Branch, taken: Option<&Taken>, interfaces: &I
                 }
                 lines.push(route::line(flow, decision, taken, interfaces));
             }
-            Hop::Note { text } => lines.push(note(text.clone())),
+            Hop::Note { text } => lines.push(note(text.to_string())),
             Hop::Receive { .. }
             | Hop::LocalSend { .. }
             | Hop::Conntrack { .. }

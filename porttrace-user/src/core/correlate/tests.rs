@@ -7,7 +7,7 @@ use super::*;
 use crate::core::model::event::{Conntrack, RouteTaken};
 use crate::core::model::interfaces::Interfaces;
 use crate::core::model::name::Name;
-use crate::core::model::trace::{Branch, Fraction, Hop, Packet, Route, RouteKind, Trace, Verdict};
+use crate::core::model::trace::{Branch, Decisions, Fraction, Hop, Packet, Route, RouteKind, Trace, Verdict};
 
 const ETH0: u32 = 2;
 const VETH: u32 = 7;
@@ -107,7 +107,7 @@ fn trace(final_tuple: &str) -> Trace {
         final_tuple: tuple(final_tuple),
         reply_tuple: tuple(final_tuple).inverted(),
         verdict: Verdict::Unknown { because: "a test".into(), by: None },
-        decisions: Vec::new(),
+        decisions: Decisions::new(),
         hops: Default::default(),
         masquerade: false,
         sport_chosen: false,

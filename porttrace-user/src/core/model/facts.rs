@@ -18,6 +18,8 @@ pub struct Facts {
     pub listeners: Part<PodSockets>,
     /// Sandbox IDs or pod names → addresses, from the CNI's results.
     pub cni: BTreeMap<String, Vec<IpAddr>>,
+    /// Network namespaces of the node by name → addresses.
+    pub namespaces: BTreeMap<String, Vec<IpAddr>>,
     pub proxy: Part<ProxyConfig>,
     /// Tables of native nftables rules.
     pub native: Part<Vec<NativeTable>>,

@@ -109,7 +109,7 @@ impl Serialize for Hops {
 mod tests {
     use super::*;
 
-    fn note(text: &str) -> Hop {
+    fn note(text: &'static str) -> Hop {
         Hop::Note { text: text.into() }
     }
 

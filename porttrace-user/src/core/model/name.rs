@@ -12,11 +12,18 @@ use std::sync::Arc;
 pub enum Name {
     Static(&'static str),
     Shared(Arc<str>),
+    /// A large text, taken over as it is.
+    Whole(Arc<String>),
 }
 
 impl Name {
     pub fn as_str(&self) -> &str {
         self
+    }
+
+    /// Shares a large text without copying it.
+    pub fn whole(text: String) -> Self {
+        Self::Whole(Arc::new(text))
     }
 }
 
@@ -45,6 +52,7 @@ impl Deref for Name {
         match self {
             Self::Static(text) => text,
             Self::Shared(text) => text,
+            Self::Whole(text) => text,
         }
     }
 }

@@ -33,6 +33,8 @@ pub struct Chain {
     /// Built-in chains only.
     pub policy: Option<Policy>,
     pub rules: Vec<Rule>,
+    /// The rules stand at their numbers; false where they were pasted without the rest of the chain.
+    pub numbered: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -325,7 +327,7 @@ pub struct NatRange {
     pub random: bool,
     pub persistent: bool,
     /// The option's value as iptables writes it.
-    pub text: Box<str>,
+    pub text: Name,
 }
 
 /// `mark = (mark & !mask) ^ value` (`xt_mark.c`).

@@ -86,6 +86,10 @@ pub struct RouteEntry {
     pub nexthops: Vec<NextHop>,
     pub prefsrc: Option<IpAddr>,
     pub metric: u32,
+    /// Only for packets with this TOS; 0: for all. IPv4.
+    pub tos: u8,
+    /// Only for packets from here (source-specific routing). IPv6.
+    pub src: Option<IpNet>,
     /// `link`, `host`, `global`.
     pub scope: String,
     pub mtu: Option<u32>,
@@ -112,6 +116,7 @@ pub struct PolicyRule {
     pub output: Option<String>,
     /// Value and mask.
     pub fwmark: Option<(u32, u32)>,
+    pub tos: Option<u8>,
     pub proto: Option<Proto>,
     pub sport: Option<(u16, u16)>,
     pub dport: Option<(u16, u16)>,
@@ -135,6 +140,7 @@ impl PolicyRule {
             input: None,
             output: None,
             fwmark: None,
+            tos: None,
             proto: None,
             sport: None,
             dport: None,

@@ -5,6 +5,8 @@ use super::hops::Hops;
 use super::name::{Name, Text};
 use serde::Serialize;
 use serde::ser::{SerializeStruct, Serializer};
+use smallvec::SmallVec;
+use std::borrow::Cow;
 use std::fmt;
 use std::net::IpAddr;
 use std::ops::Deref;
@@ -182,7 +184,7 @@ pub enum Hop {
     /// The reply of the same connection, on its way back (filled by the simulator for NEW packets that arrive).
     ReplyRewrite { before: Tuple, after: Tuple },
     /// Something worth a line: rp_filter, route_localnet, bridge-nf, hairpin.
-    Note { text: String },
+    Note { text: Cow<'static, str> },
 }
 
 fn rule_hop<S: Serializer>(
@@ -368,13 +370,16 @@ pub enum Decision {
     Copy { text: String },
 }
 
+/// Most branches have one.
+pub type Decisions = SmallVec<[Decision; 1]>;
+
 /// One possible outcome.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Branch {
     /// Product of the random choices; branches that differ only by assumptions each keep their siblings' full probability.
     pub probability: Fraction,
     /// A random choice that was not taken is left out when a later rule of the same chain was taken.
-    pub decisions: Vec<Decision>,
+    pub decisions: Decisions,
     pub hops: Hops,
     pub verdict: Verdict,
     /// The packet's tuple when it left the model.

@@ -28,7 +28,7 @@ pub fn facts(files: &Files) -> Facts {
     let mut reader = Reader { files, diagnostics: Vec::new() };
     facts.cluster = reader.cluster();
     facts.sandboxes = reader.own("cri.json", "the container runtime was not asked");
-    facts.listeners = reader.listeners();
+    (facts.listeners, facts.namespaces) = reader.namespaces();
     facts.cni = reader.cni();
     facts.proxy = reader.proxy();
     facts.native = reader.native();
@@ -82,24 +82,28 @@ impl<'a> Reader<'a> {
         objects.cluster(if any { "not among the objects that were given" } else { "no Kubernetes objects were given" })
     }
 
-    fn listeners(&mut self) -> Part<PodSockets> {
+    /// What listens in network namespaces, and their names.
+    fn namespaces(&mut self) -> (Part<PodSockets>, BTreeMap<String, Vec<IpAddr>>) {
         let mut pods = PodSockets::default();
-        let mut any = false;
-        for name in self.files.keys().filter(|name| name.starts_with("netns/")) {
-            let mut notes = Notes::new(name);
-            if let Some((addresses, sockets)) = namespace(&self.text(name).unwrap_or_default(), &mut notes) {
-                any = true;
-                pods.insert(addresses, &sockets);
+        let mut names = BTreeMap::new();
+        for file in self.files.keys() {
+            let Some(below) = file.strip_prefix("netns/") else { continue };
+            let mut notes = Notes::new(file);
+            if let Some((addresses, sockets)) = namespace(&self.text(file).unwrap_or_default(), &mut notes) {
+                let name = below.split('/').next().unwrap_or(below).to_owned();
+                pods.insert(addresses.iter().copied(), &sockets);
+                names.insert(name, addresses);
             }
             self.diagnostics.extend(notes.finish());
         }
-        if any {
-            return Part::Known(pods);
+        if !names.is_empty() {
+            return (Part::Known(pods), names);
         }
-        match self.own::<()>("netns.json", "nobody looked into the pods' network namespaces") {
+        let listeners = match self.own::<()>("netns.json", "nobody looked into the pods' network namespaces") {
             Part::Known(()) => Part::Known(pods),
             Part::Missing(why) => Part::Missing(why),
-        }
+        };
+        (listeners, names)
     }
 
     fn cni(&mut self) -> BTreeMap<String, Vec<IpAddr>> {

@@ -8,8 +8,8 @@ use crate::core::model::name::{Name, Text};
 use crate::core::model::rules::{Chain, Policy, Rule, Ruleset, Table, Target};
 use crate::core::model::state::Diagnostic;
 use crate::core::model::trace::Flavour;
+use foldhash::HashMap;
 use memchr::memchr_iter;
-use std::collections::HashMap;
 
 /// Diagnostics of one dump are listed up to this number; the rest is counted.
 const MAX_DIAGNOSTICS: usize = 1000;
@@ -17,9 +17,14 @@ const MAX_DIAGNOSTICS: usize = 1000;
 /// Reads a dump. `source` names it in diagnostics. Never fails: what is not understood is reported with its line, an option
 /// that is not known stays in its rule as an unknown match, and the rest is kept.
 pub fn parse(text: &str, source: &str, flavour: Flavour, family: Family) -> (Ruleset, Vec<Diagnostic>) {
+    parse_whole(Name::from(text), source, flavour, family)
+}
+
+/// As [`parse`], of a text that the rules may keep: large dumps are not copied.
+pub fn parse_whole(text: Name, source: &str, flavour: Flavour, family: Family) -> (Ruleset, Vec<Diagnostic>) {
     let mut problems = Problems { source, list: Vec::new(), more: 0 };
     let whole = if u32::try_from(text.len()).is_ok() {
-        Name::from(text)
+        text
     } else {
         problems.add(0, "larger than 4 GiB: not read".into());
         Name::default()
@@ -112,7 +117,7 @@ impl<'t> Dump<'t, '_, '_> {
         let table = Table { name: name.into(), chains: Vec::new() };
         self.open = Some(OpenTable {
             table,
-            index: HashMap::new(),
+            index: HashMap::default(),
             last: None,
             pending: Vec::new(),
             dangling: Vec::new(),
@@ -151,7 +156,7 @@ impl<'t> Dump<'t, '_, '_> {
         let filter = || Table { name: "filter".into(), chains: Vec::new() };
         self.open.get_or_insert_with(|| OpenTable {
             table: filter(),
-            index: HashMap::new(),
+            index: HashMap::default(),
             last: None,
             pending: Vec::new(),
             dangling: Vec::new(),
@@ -241,7 +246,7 @@ impl<'t> OpenTable<'t> {
             Some(&index) => (index, false),
             None => {
                 self.index.insert(name, next);
-                self.table.chains.push(Chain { name: name.into(), policy: None, rules: Vec::new() });
+                self.table.chains.push(Chain { name: name.into(), policy: None, rules: Vec::new(), numbered: true });
                 (next, true)
             }
         };

@@ -4,8 +4,8 @@ use super::iptables_options::{masked, net, number, range};
 use super::words::{Words, unquote};
 use crate::core::model::flow::Family;
 use crate::core::model::rules::{ConnMarkOp, MarkOp, NatRange, Net, Target, Tproxy, TtlOp};
+use foldhash::HashMap;
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::net::IpAddr;
 
 /// Reads the target whose `-j` or `-g` was just taken from `words`; `line` is the whole rule. The error is a sentence.

@@ -56,6 +56,8 @@ fn listed(text: &str, source: &str) -> Paste {
         for rule in rules {
             rule.line = line(rule.line as usize);
         }
+        let nat = ruleset.tables.iter_mut().filter(|table| table.name == "nat").flat_map(|table| &mut table.chains);
+        nat.filter(|chain| part.unnumbered.contains(&*chain.name)).for_each(|chain| chain.numbered = false);
         // What the listing does not explain was said once already.
         diagnostics.extend(
             problems

@@ -3,9 +3,11 @@
 use super::notes::Notes;
 use super::{Files, iptables};
 use crate::core::model::flow::Family;
+use crate::core::model::name::Name;
 use crate::core::model::rules::Ruleset;
 use crate::core::model::state::Diagnostic;
 use crate::core::model::trace::Flavour;
+use std::collections::BTreeMap;
 
 /// The files of rules. A node that uses both flavours has the legacy one beside the other.
 pub const RULES: [(&str, Family); 4] = [
@@ -26,11 +28,21 @@ pub fn unread_family(diagnostic: &Diagnostic) -> Option<Family> {
 
 /// Reads all rules. No more than one set comes out for a flavour and family; a family without a file is said.
 pub fn rulesets(files: &Files) -> (Vec<Ruleset>, Vec<Diagnostic>) {
+    read(RULES.iter().filter_map(|(name, _)| Some((*name, files.get(*name)?.clone()))).collect())
+}
+
+/// As [`rulesets`], taking the contents of the files of rules out of `files`: a large dump is then held once.
+pub fn take_rulesets(files: &mut Files) -> (Vec<Ruleset>, Vec<Diagnostic>) {
+    read(RULES.iter().filter_map(|(name, _)| Some((*name, std::mem::take(files.get_mut(*name)?)))).collect())
+}
+
+fn read(mut files: BTreeMap<&str, Vec<u8>>) -> (Vec<Ruleset>, Vec<Diagnostic>) {
+    let there: Vec<&str> = files.keys().copied().collect();
     let mut found = Vec::<Ruleset>::new();
     let mut diagnostics = Vec::new();
     for (name, family) in RULES {
-        let Some(bytes) = files.get(name) else { continue };
-        let text = String::from_utf8_lossy(bytes);
+        let Some(bytes) = files.remove(name) else { continue };
+        let text = String::from_utf8(bytes).unwrap_or_else(|bad| String::from_utf8_lossy(bad.as_bytes()).into_owned());
         let mut notes = Notes::new(name);
         if text.trim().is_empty() {
             continue;
@@ -45,7 +57,7 @@ pub fn rulesets(files: &Files) -> (Vec<Ruleset>, Vec<Diagnostic>) {
         if found.iter().any(|set| set.flavour == flavour && set.family == family) {
             notes.add(0, "holds rules of the same flavour as the file before it; left out");
         } else {
-            let (ruleset, problems) = iptables::parse(&text, name, flavour, family);
+            let (ruleset, problems) = iptables::parse_whole(Name::whole(text), name, flavour, family);
             diagnostics.extend(problems);
             found.push(ruleset);
         }
@@ -53,7 +65,7 @@ pub fn rulesets(files: &Files) -> (Vec<Ruleset>, Vec<Diagnostic>) {
     }
     for (version, family) in [("4", Family::V4), ("6", Family::V6)] {
         let mut of_family = RULES.iter().filter(|(_, of)| *of == family).map(|(name, _)| *name);
-        if let (None, Some(first)) = (of_family.clone().find(|name| files.contains_key(*name)), of_family.next()) {
+        if let (None, Some(first)) = (of_family.clone().find(|name| there.contains(name)), of_family.next()) {
             let message = format!("{NOT_THERE}: IPv{version} packets are followed as if no rule existed");
             diagnostics.push(Diagnostic { source: first.to_owned(), line: 0, message });
         }

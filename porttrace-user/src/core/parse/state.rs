@@ -3,6 +3,7 @@
 use super::notes::Notes;
 use super::{conntrack, iproute, ipset, ipvs, recent, rulesets, sockets, sysctl};
 use crate::core::model::flow::Family;
+use crate::core::model::rules::Ruleset;
 use crate::core::model::state::{Diagnostic, NodeState, PolicyRule, RouteEntry, VirtualServer};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
@@ -33,10 +34,19 @@ pub struct Metadata {
 /// Turns a node's files into its state. Whatever is missing or not understood is said in the state's diagnostics; files
 /// with other names are left alone.
 pub fn state(files: &Files) -> NodeState {
+    with_rules(files, rulesets::rulesets(files))
+}
+
+/// As [`state`], consuming the files: a large dump of rules is then held once.
+pub fn into_state(mut files: Files) -> NodeState {
+    let rules = rulesets::take_rulesets(&mut files);
+    with_rules(&files, rules)
+}
+
+fn with_rules(files: &Files, (rulesets, diagnostics): (Vec<Ruleset>, Vec<Diagnostic>)) -> NodeState {
     let mut reader = Reader { files, diagnostics: Vec::new() };
     let metadata = reader.metadata();
     let addresses = reader.part("ip-addr.json", "which addresses are the node's own is unknown", iproute::addresses);
-    let (rulesets, diagnostics) = rulesets::rulesets(files);
     reader.diagnostics.extend(diagnostics);
     let mut state = NodeState {
         name: reader.name(&metadata),

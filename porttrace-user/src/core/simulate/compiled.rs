@@ -11,11 +11,12 @@ use crate::core::model::name::{Name, Text};
 use crate::core::model::rules::{Chain, Rule, Ruleset};
 use crate::core::model::state::{NodeState, RecentEntry};
 use crate::core::model::trace::{ChainRef, Flavour, Hook, RuleRef};
-use std::collections::{BTreeMap, HashMap};
+use foldhash::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// A node's state, compiled. Packets are walked through it without changing it, so that many threads can share one; each
-/// thread does better with one of its own, because what a trace shares with its simulator is counted.
+/// thread does better with one of its own ([`Simulator::apart`]), because what a trace shares with its simulator is counted.
 #[derive(Debug)]
 pub struct Simulator {
     pub(super) tables: Vec<TableData>,
@@ -31,8 +32,15 @@ pub struct Simulator {
     pub(super) assumptions: Vec<String>,
 }
 
-/// Entries by family and hook, in the order in which the kernel calls them.
-type Timeline = BTreeMap<(Family, Hook), Vec<Entry>>;
+/// Entries by family and hook ([`slot`]), in the order in which the kernel calls them.
+type Timeline = [Vec<Entry>; 2 * HOOKS.len()];
+
+const fn slot(family: Family, hook: Hook) -> usize {
+    match family {
+        Family::V4 => hook as usize,
+        Family::V6 => hook as usize + HOOKS.len(),
+    }
+}
 
 /// One step of a hook.
 #[derive(Clone, Debug)]
@@ -64,7 +72,7 @@ pub(super) struct TableData {
     pub(super) family: Family,
     pub(super) name: Name,
     pub(super) chains: Vec<Arc<ChainRef>>,
-    /// A copy of the ruleset's text.
+    /// The ruleset's text, or a copy of it.
     text: Name,
     indices: HashMap<u32, Index>,
 }
@@ -103,9 +111,18 @@ impl TableData {
 impl Simulator {
     /// Compiles a state. Costs about as much as a walk over all rules; the rules themselves are shared, not copied.
     pub fn new(state: &NodeState) -> Self {
+        Self::with_text(state, Name::clone)
+    }
+
+    /// As [`Simulator::new`], with a copy of the rules' text of its own, so that threads do not count the same references.
+    pub fn apart(state: &NodeState) -> Self {
+        Self::with_text(state, |text| Name::from(&**text))
+    }
+
+    fn with_text(state: &NodeState, text: impl Fn(&Name) -> Name) -> Self {
         let mut tables = Vec::new();
         for ruleset in &state.rulesets {
-            let text = Name::from(&*ruleset.text);
+            let text = text(&ruleset.text);
             for place in 0..ruleset.tables.len() {
                 tables.push(table(ruleset, place, &text));
             }
@@ -134,7 +151,7 @@ impl Simulator {
     }
 
     pub(super) fn entry(&self, order: u8, family: Family, hook: Hook, at: usize) -> Option<&Entry> {
-        self.timelines.get(usize::from(order))?.get(&(family, hook))?.get(at)
+        self.timelines.get(usize::from(order))?.get(slot(family, hook))?.get(at)
     }
 
     pub(super) const fn open_orders(&self, family: Family) -> u8 {
@@ -203,14 +220,14 @@ pub(super) fn base_chains(tables: &[TableData], family: Family, hook: Hook) -> V
 }
 
 fn timeline(tables: &[TableData], order: u8, ipvs: bool) -> Timeline {
-    let mut timeline = Timeline::new();
+    let mut timeline = Timeline::default();
     for family in [Family::V4, Family::V6] {
         for hook in HOOKS {
             let mut chains = base_chains(tables, family, hook);
             let turned = |base: &BaseChain| order & orders::bit(&tables[usize::from(base.table)].name) != 0;
             let place = |base: &BaseChain| if turned(base) { u16::MAX - base.table } else { base.table };
             chains.sort_by_key(|(priority, base)| (*priority, place(base)));
-            timeline.insert((family, hook), entries(hook, &chains, ipvs));
+            timeline[slot(family, hook)] = entries(hook, &chains, ipvs);
         }
     }
     timeline

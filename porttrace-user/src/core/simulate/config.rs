@@ -3,7 +3,7 @@
 use crate::core::model::flow::{Direction, Family, Proto, Tuple};
 use crate::core::model::name::Name;
 use crate::core::model::state::{Address, ConntrackEntry, Link, Neighbour, NodeState, Socket};
-use std::collections::HashMap;
+use foldhash::HashMap;
 use std::net::IpAddr;
 
 /// `net.ipv4.conf.INTERFACE`, as far as it decides a path. `None`: not part of the state.

@@ -7,7 +7,7 @@
 
 use crate::core::model::flow::Tuple;
 use crate::core::model::rules::{Match, MatchKind, Net, PortSide, Rule};
-use std::collections::HashMap;
+use foldhash::HashMap;
 use std::net::IpAddr;
 
 /// Chains from this length on get an index.

@@ -22,7 +22,7 @@ impl Run<'_> {
             return dropped(DropReason::Martian);
         }
         let sim = self.sim;
-        let found = sim.routing.lookup(&Key::of(&walk.tuple, &input, walk.mark), &mut |text| self.assume(text));
+        let found = sim.routing.lookup(&Key::of(walk, &input), &mut |text| self.assume(text));
         let forwards = self.forwards4(&input);
         let (entry, kind) = match found {
             Found::Route(entry) => (Some(entry), entry.kind),
@@ -78,7 +78,7 @@ impl Run<'_> {
     pub(super) fn route_input6(&mut self, walk: &mut Walk) -> Next {
         let input = walk.input.clone().unwrap_or_default();
         let sim = self.sim;
-        let mut key = Key::of(&walk.tuple, &input, walk.mark);
+        let mut key = Key::of(walk, &input);
         // `rt6_need_strict`: such a destination must be on the input interface, so that nothing from outside reaches ::1.
         let strict = matches!(walk.tuple.dst, IpAddr::V6(six)
             if six.is_multicast() || six.is_unicast_link_local() || six.is_loopback());

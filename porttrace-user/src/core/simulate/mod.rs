@@ -7,6 +7,7 @@ mod bridge;
 mod compiled;
 mod config;
 mod conn;
+mod fib;
 mod index;
 mod input;
 mod ipvs;
@@ -29,7 +30,7 @@ pub use compiled::Simulator;
 pub use ipvs::in_use as ipvs_in_use;
 
 use crate::core::model::hops::Hops;
-use crate::core::model::trace::{Fraction, Hook, Packet, RouteKind, Trace};
+use crate::core::model::trace::{Decisions, Fraction, Hook, Packet, RouteKind, Trace};
 use run::Run;
 use walk::{Stage, Walk};
 
@@ -52,7 +53,7 @@ impl Simulator {
 
     fn trace_once(&self, packet: &Packet, linear: bool, order: u8) -> Trace {
         let mut run = Run::new(self, linear, order);
-        let mut walk = start(packet);
+        let mut walk = Box::new(start(packet));
         let next = run.receive(&mut walk);
         run.follow(walk, next);
         let assumptions = run.assumptions.into_iter().map(Into::into).collect();
@@ -88,13 +89,13 @@ fn start(packet: &Packet) -> Walk {
         nat_by: None,
         remembered: Vec::new(),
         probability: Fraction::ONE,
-        decisions: Vec::new(),
+        decisions: Decisions::new(),
         hops: Hops::default(),
         stage: Stage { hook: Hook::Output, entry: 0, nat: 0 },
-        frames: Vec::with_capacity(8),
+        frames: walk::Frames::new(),
         way: None,
         again: None,
-        before_mangle: (packet.mark, packet.tuple.src, packet.tuple.dst),
+        before_mangle: (packet.mark, packet.tuple.src, packet.tuple.dst, packet.tos, packet.ttl),
     }
 }
 

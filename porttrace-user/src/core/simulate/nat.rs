@@ -121,7 +121,7 @@ impl Run<'_> {
         place: &RuleRef,
     ) -> Result<Action, Instead> {
         let hook = walk.stage.hook;
-        let to = |range: &NatRange| (&*range.text).into();
+        let to = |range: &NatRange| range.text.clone();
         let plain = NatRange::default();
         let (range, action) = match target {
             Target::Dnat(range) => {

@@ -1,7 +1,8 @@
 //! The way out of what the node sends, and next hops in general (`ip_route_output_key`, net/ipv4/route.c).
 
+use super::fib::{Entry, Way};
 use super::path::{LOOPBACK, dropped};
-use super::routing::{Entry, Found, Key, Way};
+use super::routing::{Found, Key};
 use super::run::{Next, Run};
 use super::walk::{Again, Walk};
 use crate::core::model::flow::Family;
@@ -24,7 +25,7 @@ impl Run<'_> {
             return enter(walk, then);
         }
         let sim = self.sim;
-        let mut key = Key::of(&walk.tuple, "lo", walk.mark);
+        let mut key = Key::of(walk, "lo");
         if walk.tuple.src.is_unspecified() {
             key.src = None;
         }
@@ -110,9 +111,9 @@ impl Run<'_> {
     /// Takes the route's next hop. Several share the load by a hash of the addresses with a seed of the kernel's own
     /// (`fib_select_multipath`): the path forks by weight, and the other ways look this route up again.
     pub(super) fn take_ways(&mut self, walk: &mut Walk, entry: &Entry, again: Option<Again>) {
-        let ways: Vec<&Way> = entry.alive().collect();
-        if let (None, 2..) = (walk.way, ways.len()) {
-            for other in (1..ways.len()).rev() {
+        let ways = entry.alive().count();
+        if let (None, 2..) = (walk.way, ways) {
+            for other in (1..ways).rev() {
                 let mut fork = walk.fork();
                 fork.way = Some(other);
                 fork.again.clone_from(&again);
@@ -120,10 +121,10 @@ impl Run<'_> {
             }
         }
         let taken = walk.way.take().unwrap_or(0);
-        let Some(way) = ways.get(taken) else { return record(walk, entry, None) };
-        if ways.len() > 1 {
-            let total: u64 = ways.iter().map(|way| u64::from(way.weight)).sum();
-            let text = format!("next hop {} of {} by hash, weight {} of {total}", taken + 1, ways.len(), way.weight);
+        let Some(way) = entry.alive().nth(taken) else { return record(walk, entry, None) };
+        if ways > 1 {
+            let total: u64 = entry.alive().map(|way| u64::from(way.weight)).sum();
+            let text = format!("next hop {} of {ways} by hash, weight {} of {total}", taken + 1, way.weight);
             walk.probability = walk.probability.times(Fraction::new(u64::from(way.weight), total));
             walk.decide(Decision::Assumed { rule: None, text, taken: true });
         }

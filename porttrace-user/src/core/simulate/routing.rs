@@ -1,20 +1,20 @@
-//! Policy rules and routing tables: `fib_lookup`, `ip6_route_lookup`, `inet_addr_type`.
+//! Policy rules and the tables that they lead to: `fib_lookup`, `ip6_route_lookup`, `inet_addr_type`.
 
-use crate::core::model::flow::{Family, Proto, Tuple};
+use super::fib::{Asked, Entry, TOS_BITS, Table};
+use super::walk::Walk;
+use crate::core::model::flow::{Family, Proto};
 use crate::core::model::name::Name;
 use crate::core::model::state::{Address, NextHop, NodeState, PolicyAction, PolicyRule, RouteEntry};
 use crate::core::model::trace::RouteKind;
 use ipnet::IpNet;
-use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
 /// All that decides where a packet goes, ready for lookup.
 #[derive(Debug, Default)]
 pub(super) struct Routing {
-    routes: Vec<Entry>,
-    /// Tables by family and name.
-    tables: BTreeMap<(Family, Name), Prefixes>,
-    policy: Vec<PolicyRule>,
+    tables: Vec<Table>,
+    /// Policy rules with their tables, for IPv4 and IPv6.
+    policy: [Vec<Policy>; 2],
     /// False where the state has no routes.
     pub(super) known: bool,
     /// IPv4 has policy rules besides the usual three, or local routes to more than addresses of the node: then every source
@@ -24,29 +24,11 @@ pub(super) struct Routing {
     pub(super) assumptions: Vec<String>,
 }
 
-/// Routes of one table by prefix length, longest first; in one prefix by metric, then in the order of the dump.
-#[derive(Debug, Default)]
-struct Prefixes(BTreeMap<std::cmp::Reverse<u8>, HashMap<u128, Vec<u32>>>);
-
-/// A route with its names ready to be shared.
+/// A policy rule and the place of its table, where that has routes.
 #[derive(Debug)]
-pub(super) struct Entry {
-    pub(super) kind: RouteKind,
-    pub(super) prefix: u8,
-    pub(super) hops: Vec<Way>,
-    pub(super) prefsrc: Option<IpAddr>,
-    pub(super) table: Name,
-    pub(super) text: Name,
-    metric: u32,
-}
-
-/// One way out.
-#[derive(Clone, Debug)]
-pub(super) struct Way {
-    pub(super) interface: Option<Name>,
-    pub(super) gateway: Option<IpAddr>,
-    pub(super) weight: u32,
-    dead: bool,
+struct Policy {
+    rule: PolicyRule,
+    table: Option<usize>,
 }
 
 /// What a lookup asks with (`struct flowi4`).
@@ -58,18 +40,23 @@ pub(super) struct Key<'k> {
     pub(super) input: &'k str,
     pub(super) output: Option<&'k str>,
     pub(super) mark: u32,
+    /// TOS byte or traffic class.
+    pub(super) tos: u8,
     pub(super) proto: Option<Proto>,
     pub(super) ports: (u16, u16),
 }
 
 impl<'k> Key<'k> {
-    pub(super) fn of(tuple: &Tuple, input: &'k str, mark: u32) -> Self {
+    /// Of the packet as it looks now.
+    pub(super) fn of(walk: &Walk, input: &'k str) -> Self {
+        let tuple = &walk.tuple;
         Self {
             dst: tuple.dst,
             src: Some(tuple.src),
             input,
             output: None,
-            mark,
+            mark: walk.mark,
+            tos: walk.tos,
             proto: Some(tuple.proto),
             ports: (tuple.sport, tuple.dport),
         }
@@ -91,11 +78,11 @@ impl Routing {
             routing.add(route);
         }
         for family in [Family::V4, Family::V6] {
-            if !routing.tables.contains_key(&(family, Name::Static("local"))) {
+            if routing.table(family, &Name::Static("local")).is_none() {
                 routing.add_local(family, state.addresses.as_deref());
             }
         }
-        routing.policy = match &state.policy {
+        let policy = match &state.policy {
             Some(policy) => policy.clone(),
             None => {
                 routing
@@ -104,7 +91,14 @@ impl Routing {
                 [Family::V4, Family::V6].into_iter().flat_map(PolicyRule::defaults).collect()
             }
         };
-        let more_rules = routing.policy.iter().filter(|rule| rule.family == Family::V4).count() > 3;
+        for rule in policy {
+            let table = match &rule.action {
+                PolicyAction::Table(name) => routing.table(rule.family, &table_name(name)),
+                _ => None,
+            };
+            routing.policy[place(rule.family)].push(Policy { rule, table });
+        }
+        let more_rules = routing.policy[0].len() > 3;
         let is_address = |net: &IpNet| net.addr().is_loopback() || net.prefix_len() == 32;
         let more_local = state
             .routes
@@ -128,9 +122,9 @@ impl Routing {
             _ => {}
         }
         let family = Family::of(address);
-        let table = self.tables.get(&(family, Name::Static("local")))?;
+        let table = self.tables.get(self.table(family, &Name::Static("local"))?)?;
         // `__inet_dev_addr_type` looks at the first route that matches, and there at the first next hop.
-        let hit = table.candidates(address).map(|at| &self.routes[at as usize]).find(|entry| entry.usable());
+        let hit = table.find(&Asked { dst: address, src: None, tos: 0 }, |_| true);
         let on_device = |entry: &&Entry| {
             device.is_none_or(|device| entry.hops.first().is_some_and(|way| way.interface.as_deref() == Some(device)))
         };
@@ -139,9 +133,8 @@ impl Routing {
 
     /// `fib_rules_lookup` and `fib_table_lookup`. Selectors that are not known count as not matching and are said.
     pub(super) fn lookup(&self, key: &Key<'_>, say: &mut dyn FnMut(String)) -> Found<'_> {
-        let family = Family::of(key.dst);
         let mut skip_to = 0;
-        for rule in self.policy.iter().filter(|rule| rule.family == family) {
+        for Policy { rule, table } in &self.policy[place(Family::of(key.dst))] {
             if rule.priority < skip_to || !selects(rule, key, say) {
                 continue;
             }
@@ -151,12 +144,18 @@ impl Routing {
                 PolicyAction::Unreachable => return Found::Refused(RouteKind::Unreachable),
                 PolicyAction::Prohibit => return Found::Refused(RouteKind::Prohibit),
                 PolicyAction::Blackhole => return Found::Refused(RouteKind::Blackhole),
-                PolicyAction::Table(table) => {
-                    let found = self.in_table(family, table, key);
+                PolicyAction::Table(_) => {
+                    let found = table.and_then(|at| in_table(self.tables.get(at)?, key));
                     if let Some(entry) = found
                         && entry.kind != RouteKind::Throw
                         && rule.suppress_prefix.is_none_or(|longest| entry.prefix > longest)
                     {
+                        if entry.is_default_for_tos() {
+                            say(format!(
+                                "{} is taken; among several default routes the kernel leaves out one whose gateway does not answer",
+                                entry.text
+                            ));
+                        }
                         return Found::Route(entry);
                     }
                 }
@@ -165,49 +164,17 @@ impl Routing {
         Found::Refused(RouteKind::None)
     }
 
-    fn in_table(&self, family: Family, table: &str, key: &Key<'_>) -> Option<&Entry> {
-        let prefixes = self.tables.get(&(family, table_name(table)))?;
-        let usable = |entry: &&Entry| {
-            let right = |way: &Way| key.output.is_none_or(|output| way.interface.as_deref() == Some(output));
-            entry.usable() && (entry.hops.is_empty() || entry.hops.iter().any(right))
-        };
-        prefixes.candidates(key.dst).map(|at| &self.routes[at as usize]).find(usable)
+    fn table(&self, family: Family, name: &Name) -> Option<usize> {
+        self.tables.iter().position(|table| table.family == family && table.name == *name)
     }
 
     fn add(&mut self, route: &RouteEntry) {
-        let family = Family::of(route.dst.addr());
-        let table = table_name(&route.table);
-        let hops = route
-            .nexthops
-            .iter()
-            .map(|hop| Way {
-                interface: hop.interface.as_deref().map(Name::from),
-                gateway: hop.gateway,
-                weight: hop.weight.max(1),
-                dead: hop.dead,
-            })
-            .collect();
-        let entry = Entry {
-            kind: route.kind,
-            prefix: route.dst.prefix_len(),
-            hops,
-            prefsrc: route.prefsrc,
-            table: table.clone(),
-            text: Name::from(describe(route)),
-            metric: route.metric,
-        };
-        let at = self.routes.len() as u32;
-        let (metric, routes) = (entry.metric, &self.routes);
-        let prefixes = self.tables.entry((family, table)).or_default();
-        let list = prefixes
-            .0
-            .entry(std::cmp::Reverse(entry.prefix))
-            .or_default()
-            .entry(masked(route.dst.addr(), entry.prefix))
-            .or_default();
-        let place = list.partition_point(|&other| routes[other as usize].metric <= metric);
-        list.insert(place, at);
-        self.routes.push(entry);
+        let (family, name) = (Family::of(route.dst.addr()), table_name(&route.table));
+        let at = self.table(family, &name).unwrap_or_else(|| {
+            self.tables.push(Table::new(family, name));
+            self.tables.len() - 1
+        });
+        self.tables[at].add(route);
     }
 
     /// Makes the local table from the addresses, as the kernel does when an address is added.
@@ -235,6 +202,8 @@ impl Routing {
                 nexthops: vec![hop],
                 prefsrc: None,
                 metric: 0,
+                tos: 0,
+                src: None,
                 scope: "host".into(),
                 mtu: None,
             });
@@ -242,28 +211,20 @@ impl Routing {
     }
 }
 
-impl Prefixes {
-    fn candidates(&self, address: IpAddr) -> impl Iterator<Item = u32> {
-        self.0.iter().filter_map(move |(length, nets)| nets.get(&masked(address, length.0))).flatten().copied()
+/// Where the family's policy rules are kept.
+const fn place(family: Family) -> usize {
+    match family {
+        Family::V4 => 0,
+        Family::V6 => 1,
     }
 }
 
-impl Way {
-    pub(super) const fn new(interface: Option<Name>, gateway: Option<IpAddr>) -> Self {
-        Self { interface, gateway, weight: 1, dead: false }
-    }
-}
-
-impl Entry {
-    /// It has a way that can be taken, or needs none.
-    fn usable(&self) -> bool {
-        self.hops.is_empty() || self.hops.iter().any(|way| !way.dead)
-    }
-
-    /// The ways that can be taken.
-    pub(super) fn alive(&self) -> impl Iterator<Item = &Way> {
-        self.hops.iter().filter(|way| !way.dead)
-    }
+fn in_table<'t>(table: &'t Table, key: &Key<'_>) -> Option<&'t Entry> {
+    let right = |entry: &Entry| {
+        let hop = |output| entry.hops.iter().any(|way| way.interface.as_deref() == Some(output));
+        key.output.is_none_or(|output| entry.hops.is_empty() || hop(output))
+    };
+    table.find(&Asked { dst: key.dst, src: key.src, tos: key.tos }, right)
 }
 
 fn selects(rule: &PolicyRule, key: &Key<'_>, say: &mut dyn FnMut(String)) -> bool {
@@ -281,10 +242,19 @@ fn selects(rule: &PolicyRule, key: &Key<'_>, say: &mut dyn FnMut(String)) -> boo
         && rule.input.as_deref().is_none_or(|input| input == key.input)
         && rule.output.as_deref().is_none_or(|output| Some(output) == key.output)
         && rule.fwmark.is_none_or(|(value, mask)| key.mark & mask == value & mask)
+        && rule.tos.is_none_or(|tos| tos == key.tos & tos_bits(rule.family))
         && rule.proto.is_none_or(|proto| Some(proto) == key.proto)
         && within(rule.sport, key.ports.0)
         && within(rule.dport, key.ports.1);
     holds != rule.not
+}
+
+/// IPv4 rules ask for three bits of the TOS byte (`fib4_rule_match`), IPv6 rules for all six of the DSCP (`fib6_rule_match`).
+const fn tos_bits(family: Family) -> u8 {
+    match family {
+        Family::V4 => TOS_BITS,
+        Family::V6 => 0xfc,
+    }
 }
 
 fn table_name(name: &str) -> Name {
@@ -294,47 +264,4 @@ fn table_name(name: &str) -> Name {
         "default" | "253" => Name::Static("default"),
         other => Name::from(other),
     }
-}
-
-/// The first `prefix` bits of an address.
-fn masked(address: IpAddr, prefix: u8) -> u128 {
-    match address {
-        IpAddr::V4(four) => {
-            u128::from(four.to_bits() & u32::MAX.checked_shl(32 - u32::from(prefix.min(32))).unwrap_or(0))
-        }
-        IpAddr::V6(six) => six.to_bits() & u128::MAX.checked_shl(128 - u32::from(prefix.min(128))).unwrap_or(0),
-    }
-}
-
-/// As `ip route` prints it.
-fn describe(route: &RouteEntry) -> String {
-    let kind = match route.kind {
-        RouteKind::Unicast | RouteKind::None => "",
-        RouteKind::Local => "local ",
-        RouteKind::Broadcast => "broadcast ",
-        RouteKind::Anycast => "anycast ",
-        RouteKind::Multicast => "multicast ",
-        RouteKind::Unreachable => "unreachable ",
-        RouteKind::Prohibit => "prohibit ",
-        RouteKind::Blackhole => "blackhole ",
-        RouteKind::Throw => "throw ",
-    };
-    let dst = if route.dst.prefix_len() == 0 {
-        "default".to_owned()
-    } else if route.dst.prefix_len() == route.dst.max_prefix_len() {
-        route.dst.addr().to_string()
-    } else {
-        route.dst.to_string()
-    };
-    let mut text = format!("{kind}{dst}");
-    for hop in &route.nexthops {
-        let many = if route.nexthops.len() > 1 { " nexthop" } else { "" };
-        let via = hop.gateway.map(|gateway| format!(" via {gateway}")).unwrap_or_default();
-        let dev = hop.interface.as_deref().map(|name| format!(" dev {name}")).unwrap_or_default();
-        text.push_str(&format!("{many}{via}{dev}"));
-    }
-    if route.metric != 0 {
-        text.push_str(&format!(" metric {}", route.metric));
-    }
-    text
 }

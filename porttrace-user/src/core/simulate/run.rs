@@ -22,7 +22,8 @@ pub(super) struct Run<'s> {
     pub(super) linear: bool,
     /// The order of base chains with equal priority.
     pub(super) order: u8,
-    work: Vec<Walk>,
+    #[expect(clippy::vec_box, reason = "a walk is large: only its place is moved about")]
+    work: Vec<Box<Walk>>,
     pub(super) branches: Vec<Branch>,
     pub(super) assumptions: BTreeSet<Cow<'static, str>>,
     steps: u32,
@@ -55,11 +56,11 @@ impl<'s> Run<'s> {
 
     /// Puts a walk aside to be followed later.
     pub(super) fn later(&mut self, walk: Walk) {
-        self.work.push(walk);
+        self.work.push(Box::new(walk));
     }
 
     /// Follows a walk and all that fork off it to their ends.
-    pub(super) fn follow(&mut self, first: Walk, start: Next) {
+    pub(super) fn follow(&mut self, first: Box<Walk>, start: Next) {
         self.drive(first, start);
         while let Some(walk) = self.work.pop() {
             if self.branches.len() >= MAX_BRANCHES {
@@ -71,7 +72,7 @@ impl<'s> Run<'s> {
         }
     }
 
-    fn drive(&mut self, mut walk: Walk, mut next: Next) {
+    fn drive(&mut self, mut walk: Box<Walk>, mut next: Next) {
         loop {
             match walk.again.take() {
                 Some(Again::Route(then)) => {
@@ -101,7 +102,7 @@ impl<'s> Run<'s> {
                 Next::Go
             }
             Some(Entry::Chain(base)) => {
-                walk.before_mangle = (walk.mark, walk.tuple.src, walk.tuple.dst);
+                walk.before_mangle = walk.mangled();
                 walk.frames.push(Frame { table: base.table, chain: base.chain, next: 0 });
                 Next::Go
             }
@@ -116,9 +117,7 @@ impl<'s> Run<'s> {
         let stage = walk.stage;
         match self.sim.entry(self.order, walk.family(), stage.hook, stage.entry.into()) {
             Some(Entry::Nat(_)) => walk.stage.nat += 1,
-            Some(Entry::Chain(BaseChain { reroutes: true, .. }))
-                if walk.before_mangle != (walk.mark, walk.tuple.src, walk.tuple.dst) =>
-            {
+            Some(Entry::Chain(BaseChain { reroutes: true, .. })) if walk.before_mangle != walk.mangled() => {
                 walk.stage.entry += 1;
                 return self.reroute(walk);
             }
@@ -248,10 +247,19 @@ impl<'s> Run<'s> {
             Target::Dnat(_) | Target::Snat(_) | Target::Masquerade(_) | Target::Redirect(_) | Target::Netmap(_) => {
                 self.nat_target(walk, table, place, rule)
             }
-            other => {
-                let (action, accepted) = self.adjust(walk, other);
+            Target::Tproxy(tproxy) => {
+                let Some(action) = self.tproxy(walk, tproxy) else {
+                    record(walk, table, rule, place.clone(), Action::Drop);
+                    walk.note("TPROXY drops it: nothing listens where it would be handed to");
+                    return Acted::End(Verdict::Dropped { reason: DropReason::Rule, by: Some(place) });
+                };
                 record(walk, table, rule, place, action);
-                if accepted { Acted::Accepted } else { Acted::On }
+                Acted::Accepted
+            }
+            other => {
+                let action = Self::adjust(walk, other);
+                record(walk, table, rule, place, action);
+                Acted::On
             }
         }
     }
@@ -273,7 +281,7 @@ impl<'s> Run<'s> {
     }
 
     /// Ends a walk.
-    fn finish(&mut self, mut walk: Walk, verdict: Verdict) {
+    fn finish(&mut self, mut walk: Box<Walk>, verdict: Verdict) {
         let arrived = matches!(verdict, Verdict::Delivered { .. } | Verdict::Forwarded { .. });
         if arrived {
             walk.way_back();

@@ -57,8 +57,8 @@ impl Run<'_> {
             Direction::Original => walk.conn.original.src,
             Direction::Reply => walk.conn.reply.src,
         };
-        let mut back = Key::of(&walk.tuple, "lo", 0);
-        (back.dst, back.src, back.output) = (src, None, Some(input));
+        let mut back = Key::of(walk, "lo");
+        (back.dst, back.src, back.output, back.mark) = (src, None, Some(input), 0);
         let sim = self.sim;
         let Found::Route(entry) = sim.routing.lookup(&back, &mut |_| {}) else { return None };
         let way = entry.alive().find(|way| way.interface.as_deref() == Some(input))?;

@@ -15,6 +15,10 @@ pub(super) struct Sets(Option<BTreeMap<String, Set>>);
 struct Set {
     kinds: Vec<Part>,
     members: Vec<Member>,
+    /// Only so many bits of addresses count (`netmask`).
+    netmask: Option<u8>,
+    /// An option that changes what its members mean, and that the model does not know.
+    odd: Option<&'static str>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -75,6 +79,9 @@ impl Sets {
         if set.kinds.contains(&Part::Unknown) {
             return Err(format!("set {name} is of a type that the model does not know"));
         }
+        if let Some(option) = set.odd {
+            return Err(format!("set {name} has the option {option}, which the model does not know"));
+        }
         if depth == 0 {
             return Err(format!("set {name} holds itself"));
         }
@@ -100,13 +107,14 @@ impl Sets {
             let source = asked.source.get(at).copied().unwrap_or(true);
             let inside = match value {
                 Value::Name(name) => self.test(name, asked, depth - 1)?,
-                plain => plain.holds(asked, source),
+                plain => plain.holds(asked, source, set.netmask),
             };
             if !inside {
                 return Ok(None);
             }
+            // The kernel goes through the lengths of the first network, and for each through those of the second.
             if let Value::Net(net) = value {
-                width += u32::from(net.prefix_len());
+                width = width * 256 + u32::from(net.prefix_len());
             }
         }
         Ok(Some(width))
@@ -114,9 +122,11 @@ impl Sets {
 }
 
 impl Value {
-    fn holds(&self, asked: &Asked<'_>, source: bool) -> bool {
+    fn holds(&self, asked: &Asked<'_>, source: bool, netmask: Option<u8>) -> bool {
         let tuple = asked.tuple;
         let address = if source { tuple.src } else { tuple.dst };
+        let masked = netmask.and_then(|length| IpNet::new(address, length).ok());
+        let address = masked.map_or(address, |net| net.network());
         match self {
             Self::Net(net) => net.contains(&address),
             Self::Range(low, high) => Family::of(*low) == Family::of(address) && (*low..=*high).contains(&address),
@@ -150,7 +160,11 @@ impl Set {
             None => vec![Part::Unknown],
         };
         let members = set.members.iter().filter_map(|text| member(text, &kinds)).collect();
-        Self { kinds, members }
+        let mut options = set.options.split_ascii_whitespace().skip_while(|word| *word != "netmask").skip(1);
+        let netmask = options.next().and_then(|length| length.parse().ok());
+        let odd =
+            ["bitmask", "markmask"].into_iter().find(|odd| set.options.split_ascii_whitespace().any(|w| w == *odd));
+        Self { kinds, members, netmask, odd }
     }
 }
 

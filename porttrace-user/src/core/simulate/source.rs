@@ -68,6 +68,7 @@ impl Run<'_> {
             input: from,
             output: None,
             mark,
+            tos: walk.tos,
             proto: Some(walk.tuple.proto),
             ports: (walk.tuple.dport, walk.tuple.sport),
         };

@@ -3,13 +3,14 @@
 use super::conn::CtInfo;
 use super::run::Run;
 use super::walk::Walk;
+use crate::core::model::flow::Tuple;
 use crate::core::model::rules::{ConnMarkOp, MarkOp, Target, Tproxy, TtlOp};
 use crate::core::model::trace::{Action, Hop};
 
 impl Run<'_> {
-    /// Applies the target; true when it also ends the base chain.
-    pub(super) fn adjust(&mut self, walk: &mut Walk, target: &Target) -> (Action, bool) {
-        let action = match target {
+    /// Applies the target.
+    pub(super) fn adjust(walk: &mut Walk, target: &Target) -> Action {
+        match target {
             Target::Mark(op) => {
                 walk.mark = apply(*op, walk.mark);
                 Action::Mark { mark: walk.mark }
@@ -35,19 +36,26 @@ impl Run<'_> {
                 walk.tos = (walk.tos & !mask) ^ value;
                 Action::Other { target: format!("TOS becomes {:#04x}", walk.tos).into() }
             }
-            Target::Tproxy(tproxy) => return (self.tproxy(walk, tproxy), true),
             Target::Other(text) => Action::Other { target: (&**text).into() },
             _ => Action::Continue,
-        };
-        (action, false)
+        }
     }
 
-    /// `tproxy_tg4`: the packet keeps its addresses; the mark sends it to the local socket by a policy rule.
-    fn tproxy(&mut self, walk: &mut Walk, tproxy: &Tproxy) -> Action {
+    /// `tproxy_tg4` (net/netfilter/xt_TPROXY.c): the packet keeps its addresses, and the mark sends it to the local socket by a
+    /// policy rule. `None`: no socket listens there, and the packet is dropped.
+    pub(super) fn tproxy(&mut self, walk: &mut Walk, tproxy: &Tproxy) -> Option<Action> {
         let port = if tproxy.on_port == 0 { walk.tuple.dport } else { tproxy.on_port };
+        // `nf_tproxy_laddr4`: the first address of the input interface, where the rule names none.
+        let input = walk.input.as_deref().unwrap_or("lo");
+        let first = || self.sim.config.first_address(input, walk.tuple.dst).flatten();
+        let address = tproxy.on_ip.or_else(first).unwrap_or(walk.tuple.dst);
+        let there = Tuple { dst: address, dport: port, ..walk.tuple };
+        if self.sim.config.listener(&there) == Some(None) {
+            return None;
+        }
         walk.mark = apply(tproxy.mark, walk.mark);
         self.assume(format!("a transparent socket listens on port {port}: without one TPROXY drops the packet"));
-        Action::Other { target: format!("TPROXY to port {port}, mark {:#x}", walk.mark).into() }
+        Some(Action::Other { target: format!("TPROXY to port {port}, mark {:#x}", walk.mark).into() })
     }
 }
 

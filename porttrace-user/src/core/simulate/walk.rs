@@ -4,7 +4,9 @@ use super::conn::Conn;
 use crate::core::model::flow::{Family, Tuple};
 use crate::core::model::hops::Hops;
 use crate::core::model::name::Name;
-use crate::core::model::trace::{Decision, Fraction, Hook, Hop, RouteKind, RuleRef, Sender};
+use crate::core::model::trace::{Decision, Decisions, Fraction, Hook, Hop, RouteKind, RuleRef, Sender};
+use smallvec::SmallVec;
+use std::borrow::Cow;
 use std::net::IpAddr;
 
 /// A packet on its way. Cloned where the path forks.
@@ -52,18 +54,22 @@ pub(super) struct Walk {
     /// What this packet changed in lists of `-m recent`: whether the address is there since, the latest last.
     pub(super) remembered: Vec<(Box<str>, IpAddr, bool)>,
     pub(super) probability: Fraction,
-    pub(super) decisions: Vec<Decision>,
+    pub(super) decisions: Decisions,
     pub(super) hops: Hops,
     pub(super) stage: Stage,
     /// Chains that are being walked, the base chain first.
-    pub(super) frames: Vec<Frame>,
+    pub(super) frames: Frames,
     /// Which of several next hops the coming routing decision takes.
     pub(super) way: Option<usize>,
     /// What the walk goes on with, where it is not the present chain.
     pub(super) again: Option<Again>,
-    /// Mark, addresses when the mangle table of OUTPUT began.
-    pub(super) before_mangle: (u32, IpAddr, IpAddr),
+    /// The packet when the mangle table of OUTPUT began.
+    pub(super) before_mangle: Mangled,
 }
+
+/// What the mangle table of OUTPUT may not change without a new look at the routes: mark, addresses, TOS (`ipt_mangle_out`), of
+/// an IPv6 packet also the hop limit (`ip6t_mangle_out`).
+pub(super) type Mangled = (u32, IpAddr, IpAddr, u8, u8);
 
 /// How a walk that was put aside goes on.
 #[derive(Clone, Debug)]
@@ -81,6 +87,9 @@ pub(super) struct Stage {
     pub(super) entry: u16,
     pub(super) nat: u16,
 }
+
+/// Innermost last; kube-proxy nests five deep.
+pub(super) type Frames = SmallVec<[Frame; 8]>;
 
 /// One chain being walked and the rule to look at next.
 #[derive(Clone, Copy, Debug)]
@@ -110,11 +119,16 @@ impl Walk {
         other
     }
 
+    pub(super) fn mangled(&self) -> Mangled {
+        let hop_limit = if self.family() == Family::V6 { self.ttl } else { 0 };
+        (self.mark, self.tuple.src, self.tuple.dst, self.tos, hop_limit)
+    }
+
     pub(super) fn hop(&mut self, hop: Hop) {
         self.hops.push(hop);
     }
 
-    pub(super) fn note(&mut self, text: impl Into<String>) {
+    pub(super) fn note(&mut self, text: impl Into<Cow<'static, str>>) {
         self.hop(Hop::Note { text: text.into() });
     }
 

@@ -112,7 +112,9 @@ impl Printer<'_, '_> {
             }
             self.hop(hop, false);
         }
-        self.plain("", &style.dim(format!("({same} more steps as in the first branch)")));
+        if same > 0 {
+            self.plain("", &style.dim(format!("({same} more steps as in the first branch)")));
+        }
         if let End::Leaf(branch) = &node.end {
             let (mood, sentence) = words::verdict(branch, self.context);
             self.verdict(mood, &sentence);
@@ -210,7 +212,10 @@ impl Printer<'_, '_> {
             // Nobody pasted this jump.
             _ if done == words::PASTED => rule.chain.to_string(),
             (Some(_), number) => format!("(pasted) {}", number.map_or_else(String::new, |n| format!("#{n}"))),
-            (None, Some(number)) => format!("{} #{number}", rule.chain),
+            (None, Some(number)) => match self.context.whence(rule) {
+                Some(whence) => format!("{} ({whence})", rule.chain),
+                None => format!("{} #{number}", rule.chain),
+            },
             (None, None) => format!("{} policy", rule.chain),
         };
         let line = RuleLine { hook: *hook, table: &rule.table, place: clean(&place), done, text };
@@ -310,8 +315,13 @@ impl Printer<'_, '_> {
     fn passed(&mut self, line: &RuleLine<'_>) {
         let style = self.context.style;
         let label = self.enter(line.hook);
-        let text = format!("{} {}, nothing there matches", line.place, line.done);
-        self.row(label, line.table, &style.dim(text));
+        let (place, done) = (&line.place, format!("{}, nothing there matches", line.done));
+        let room = style.width.saturating_sub(columns(&strip(&self.guide)) + HOOK + TABLE);
+        if columns(place) + 1 + columns(&done) <= room {
+            return self.row(label, line.table, &style.dim(format!("{place} {done}")));
+        }
+        self.row(label, line.table, &style.dim(place));
+        self.row("", "", &format!("  {}", style.dim(done)));
     }
 
     fn full(&mut self, text: &str, room: usize) {

@@ -10,7 +10,7 @@ use super::style::Style;
 use crate::core::kube::owners::Owners;
 use crate::core::model::flow::Proto;
 use crate::core::model::state::NodeState;
-use crate::core::model::trace::{Packet, Trace};
+use crate::core::model::trace::{Packet, RuleRef, Trace};
 use crate::core::near_miss::NearMiss;
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -31,6 +31,15 @@ pub struct Context<'a> {
 impl Context<'_> {
     fn name_of(&self, proto: Proto, address: SocketAddr) -> Option<String> {
         self.owners.name_of(proto, address)
+    }
+
+    /// Where a rule comes from that stands at no known number.
+    fn whence(&self, rule: &RuleRef) -> Option<&'static str> {
+        let mut rulesets = self.state.rulesets.iter();
+        let ruleset = rulesets.find(|set| set.flavour == rule.flavour && set.family == rule.family)?;
+        let chain = ruleset.tables.iter().find(|table| rule.table == table.name.as_str())?.chain(&rule.chain)?;
+        let line = chain.rules.get(rule.number?.checked_sub(1)? as usize)?.line;
+        (!chain.numbered).then_some(if line == 0 { "assumed" } else { "pasted" })
     }
 
     /// The state of a neighbour that does not answer.

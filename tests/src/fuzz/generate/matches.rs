@@ -233,6 +233,7 @@ fn set(rng: &mut Rng, place: &Place) -> Option<String> {
         ("s-port", 1),
         ("s-bip", 1),
         ("s-list", 1),
+        ("s-mask", 1),
     ];
     let six = [("s6-ip", 1), ("s6-ipport", 2), ("s6-net", 1), ("s-port", 1)];
     let (name, dimensions) = if place.family == Family::V4 { *rng.choose(&sets) } else { *rng.choose(&six) };

@@ -60,7 +60,7 @@ pub fn seldom(seed: u64, packets: usize) -> Scenario {
     let mut probes = packets::probes(&mut rng, &world, packets);
     for probe in probes.iter_mut().take(10) {
         let from = ([172, 18, 0, 4], 20_000 + probe.id).into();
-        let to = ([172, 18, 0, 3], if probe.id.is_multiple_of(2) { 9088 } else { 31234 }).into();
+        let to = ([172, 18, 0, 3], [9088, 31234, 443][usize::from(probe.id % 3)]).into();
         probe.packet = Packet::first_of(Tuple::new(Proto::Udp, from, to), Some("eth0".into()));
         probe.packet.length = 80;
     }
@@ -72,6 +72,9 @@ pub fn seldom(seed: u64, packets: usize) -> Scenario {
         rule(&["-m physdev --physdev-is-in"], "-j MARK --or-mark 0x10"),
         rule(&["-m rpfilter"], "-j MARK --or-mark 0x20"),
         rule(&["-m string --algo bm --string kube"], ""),
+        rule(&["-p udp", "-m udp --dport 443"], "-j TPROXY --on-port 15001 --tproxy-mark 0x1/0x1"),
+        rule(&["-p tcp"], "-j ECN --ecn-tcp-remove"),
+        rule(&[], "-j CHECKSUM --checksum-fill"),
     ];
     let tables = |family| Tables {
         family,
@@ -81,8 +84,13 @@ pub fn seldom(seed: u64, packets: usize) -> Scenario {
                 name: "mangle".into(),
                 chains: vec![
                     chain("PREROUTING", arrival.clone()),
+                    chain("POSTROUTING", vec![rule(&[], "-j CLASSIFY --set-class 1:1")]),
                     chain("OUTPUT", vec![rule(&["-m owner --uid-owner 1000"], "-j MARK --or-mark 0x40")]),
                 ],
+            },
+            Table {
+                name: "raw".into(),
+                chains: vec![chain("PREROUTING", vec![rule(&[], "-j TRACE"), rule(&[], "-j AUDIT --type accept")])],
             },
             Table {
                 name: "filter".into(),

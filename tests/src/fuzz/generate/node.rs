@@ -205,6 +205,27 @@ fn routes(rng: &mut Rng, world: &mut World) {
         ip.push(format!("route add {kind} {four}"));
         ip.push(format!("route add {kind} {six}"));
     }
+    if rng.percent(25) {
+        selective_routes(rng, ip);
+    }
+}
+
+/// Routes for some TOS values (IPv4), for some sources (IPv6).
+fn selective_routes(rng: &mut Rng, ip: &mut Vec<String>) {
+    // No default route: among several, the state of neighbours decides (`fib_select_default`).
+    for net in ["203.0.113.0/24", "10.244.2.0/24", "10.66.0.0/16", "198.51.100.0/24"] {
+        if rng.percent(60) {
+            let tos = rng.pick(&["0x08", "0x10", "0x18", "0xb8"]);
+            ip.push(format!("route add {net} tos {tos} via 10.1.0.20 dev eth1 metric {}", rng.range(1, 3)));
+        }
+    }
+    for net in ["2001:db8::/64", "fd00:10:244:2::/64", "fd00:10:244::/48", "fd66::/64", "default"] {
+        if rng.percent(60) {
+            let from = rng.pick(&["fc00:f853::/64", "fc00:f853::4", "fd00:10:244:1::/64", "fd01::/64"]);
+            let via = rng.pick(&["via fd01::20 dev eth1", "via fc00:f853::5 dev eth0"]);
+            ip.push(format!("-6 route add {net} from {from} {via} metric {}", rng.range(1, 3)));
+        }
+    }
 }
 
 fn policy(rng: &mut Rng, world: &mut World) {
@@ -214,7 +235,8 @@ fn policy(rng: &mut Rng, world: &mut World) {
     }
     ip.extend(strings(["route add default dev eth1 table 100", "-6 route add default dev eth1 table 100"]));
     for priority in 0..rng.range(1, 3) {
-        let (selector, both) = match rng.below(6) {
+        let (selector, both) = match rng.below(7) {
+            6 => (format!("tos {}", rng.pick(&["0x08", "0x10"])), true),
             0 => ("fwmark 0x1/0x1".to_string(), true),
             1 => ("fwmark 0x4000/0x4000".to_string(), true),
             2 => (format!("iif {}", rng.pick(&["eth0", "veth1a", "lo"])), true),
@@ -263,6 +285,9 @@ fn sets(sets: &mut Vec<String>) {
         "add s-ip 172.18.0.4",
         "add s-ip 10.96.48.151",
         "add s-ip 172.18.0.3",
+        "create s-mask hash:ip netmask 24",
+        "add s-mask 172.18.0.0",
+        "add s-mask 10.244.1.0",
         "create s-ipport hash:ip,port",
         "add s-ipport 172.18.0.3,tcp:9088",
         "add s-ipport 10.96.48.151,udp:53",

@@ -28,6 +28,12 @@ pub const NAMES: &[&str] = &[
     "TTL",
     "HL",
     "TCPMSS",
+    "AUDIT",
+    "CLASSIFY",
+    "CHECKSUM",
+    "ECN",
+    "TRACE",
+    "TPROXY",
     "NFQUEUE",
     "none",
 ];
@@ -48,9 +54,18 @@ pub fn target(
     match place.table {
         "nat" => nat(rng, place, proto),
         "raw" if rng.percent(25) && guarded => "-j CT --notrack".into(),
+        "raw" if rng.percent(20) => "-j TRACE".into(),
+        "mangle" if place.only(&["PREROUTING"]) && rng.percent(6) => {
+            *proto = Some(proto.take().filter(|proto| proto == "-p tcp").unwrap_or_else(|| "-p udp".into()));
+            format!("-j TPROXY --on-port 15001 --tproxy-mark 0x1/0x1{}", rng.pick(&["", &on_ip(place.family)]))
+        }
         "mangle" if rng.percent(75) => mangle(rng, place, proto, matches),
         _ => plain(rng, guarded),
     }
+}
+
+fn on_ip(family: Family) -> String {
+    format!(" --on-ip {}", if family == Family::V4 { "127.0.0.1" } else { "::1" })
 }
 
 fn verdict(rng: &mut Rng, place: &Place, proto: &mut Option<String>) -> String {
@@ -83,7 +98,7 @@ fn plain(rng: &mut Rng, guarded: bool) -> String {
         0..=1 if guarded => "-j ACCEPT".into(),
         2..=3 if guarded => "-j RETURN".into(),
         4 => "-j LOG --log-prefix \"seen \"".into(),
-        5 => "-j NFLOG --nflog-group 5".into(),
+        5 => rng.pick(&["-j NFLOG --nflog-group 5", "-j AUDIT --type accept"]).into(),
         6..=7 => mark(rng),
         _ => String::new(),
     }
@@ -120,6 +135,9 @@ fn mangle(rng: &mut Rng, place: &Place, proto: &mut Option<String>, matches: &mu
             matches.push("-m tcp --tcp-flags SYN,RST SYN".into());
             "-j TCPMSS --clamp-mss-to-pmtu".into()
         }
+        9 if proto.as_deref() == Some("-p tcp") => "-j ECN --ecn-tcp-remove".into(),
+        9 if place.only(&["FORWARD", "OUTPUT", "POSTROUTING"]) => "-j CLASSIFY --set-class 1:1".into(),
+        9 => "-j CHECKSUM --checksum-fill".into(),
         _ => plain(rng, !matches.is_empty()),
     }
 }

@@ -149,6 +149,10 @@ fn prepare() -> Result<()> {
         ("ipv6/conf/default/accept_dad", "0"),
         ("ipv6/conf/default/accept_ra", "0"),
         ("ipv6/conf/default/router_solicitations", "0"),
+        // A second round asks for the entries of the first, however long that took.
+        ("netfilter/nf_conntrack_sctp_timeout_cookie_wait", "600"),
+        ("netfilter/nf_conntrack_sctp_timeout_closed", "600"),
+        ("netfilter/nf_conntrack_udp_timeout", "600"),
         // The refusals of a batch come at once; their limits would hide some of them.
         ("ipv4/icmp_ratemask", "0"),
         ("ipv6/icmp/ratelimit", "0"),

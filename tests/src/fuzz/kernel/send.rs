@@ -283,6 +283,12 @@ fn raw_send(probe: &Probe) -> nix::Result<()> {
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     setsockopt(&fd, sockopt::Mark, &probe.packet.mark)?;
     setsockopt(&fd, sockopt::Broadcast, &true)?;
+    // What the way out is looked up with; the header alone would come too late.
+    if v4 {
+        setsockopt(&fd, sockopt::Ipv4Tos, &probe.packet.tos.into())?;
+    } else {
+        setsockopt(&fd, sockopt::Ipv6TClass, &probe.packet.tos.into())?;
+    }
     let packet = craft(probe);
     if v4 {
         setsockopt(&fd, sockopt::IpFreebind, &true)?;

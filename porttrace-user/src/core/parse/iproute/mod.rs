@@ -56,6 +56,25 @@ fn to_json<Raw: serde::Serialize>(raw: &[Raw]) -> String {
     text
 }
 
+/// A TOS byte: a number in hexadecimal, or a name of iproute2's rt_dsfield.
+fn tos(text: &str) -> Result<u8, String> {
+    // Class and drop precedence (RFC 2597).
+    let assured = |digits: &str| match digits.as_bytes() {
+        [class @ b'1'..=b'4', drop @ b'1'..=b'3'] => Some((class - b'0') << 5 | (drop - b'0') << 3),
+        _ => None,
+    };
+    let selector = |digit: &str| match digit.as_bytes() {
+        [class @ b'0'..=b'7'] => Some((class - b'0') << 5),
+        _ => None,
+    };
+    let named = match text {
+        "EF" => Some(0xb8),
+        _ => text.strip_prefix("AF").and_then(assured).or_else(|| text.strip_prefix("CS").and_then(selector)),
+    };
+    let number = || u8::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16).ok();
+    named.or_else(number).ok_or_else(|| format!("{text:?} is no TOS"))
+}
+
 fn is_false(value: &bool) -> bool {
     !*value
 }

@@ -82,12 +82,8 @@ pub fn write_routes(routes: &[RouteEntry]) -> String {
 }
 
 fn route(raw: RawRoute, family: Family) -> Result<RouteEntry, String> {
-    if let Some(tos) = &raw.tos {
-        return Err(format!("only for packets with TOS {tos}, which is not modelled"));
-    }
-    if let Some(from) = &raw.from {
-        return Err(format!("only for packets from {from}, which is not modelled"));
-    }
+    let tos = raw.tos.as_deref().map_or(Ok(0), super::tos)?;
+    let src = raw.from.as_deref().map(prefix).transpose()?;
     let kind = kind_of(&raw.kind)?;
     let family = family_of(&raw).unwrap_or(family);
     let dst = destination(&raw.dst, family)?;
@@ -108,6 +104,8 @@ fn route(raw: RawRoute, family: Family) -> Result<RouteEntry, String> {
         nexthops,
         prefsrc: raw.prefsrc,
         metric: raw.metric,
+        tos,
+        src,
         scope: raw.scope.unwrap_or_else(|| "global".to_owned()),
         mtu: raw.metrics.first().and_then(|metrics| metrics.mtu),
     })
@@ -157,7 +155,8 @@ fn family_of(raw: &RawRoute) -> Option<Family> {
         return Some(Family::V6);
     }
     let hop = raw.nexthops.iter().find_map(|hop| hop.gateway);
-    raw.prefsrc.or(raw.gateway).or(hop).map(Family::of)
+    let from = raw.from.as_deref().and_then(|from| prefix(from).ok()).map(|from| from.addr());
+    raw.prefsrc.or(raw.gateway).or(hop).or(from).map(Family::of)
 }
 
 fn destination(text: &str, family: Family) -> Result<IpNet, String> {
@@ -191,6 +190,8 @@ fn raw_route(route: &RouteEntry) -> RawRoute {
         scope: (route.scope != "global").then(|| route.scope.clone()),
         prefsrc: route.prefsrc,
         metric: route.metric,
+        tos: (route.tos != 0).then(|| format!("{:#04x}", route.tos)),
+        from: route.src.map(|src| src.to_string()),
         metrics: route.mtu.map(|mtu| RawMetrics { mtu: Some(mtu) }).into_iter().collect(),
         pref: (family == Family::V6).then(|| "medium".to_owned()),
         ..RawRoute::default()
@@ -235,6 +236,9 @@ mod tests {
 {"type":"unreachable","dst":"10.52.0.0/16","metric":77,"flags":[]},
 {"dst":"10.55.0.0/16","via":{"family":"inet6","host":"fe80::1"},"dev":"v0","flags":["dead","linkdown"]},
 {"dst":"10.57.0.0/16","tos":"0x10","gateway":"10.9.0.9","dev":"v0","flags":["onlink"]},
+{"dst":"10.58.0.0/16","tos":"mine","dev":"v0","flags":[]},
+{"dst":"10.58.0.0/16","tos":"AF41","dev":"v0","flags":[]},
+{"dst":"default","from":"fd99::/64","dev":"v0","flags":[]},
 {"dst":"10.59.0.0/16","nhid":1,"gateway":"10.9.0.9","dev":"v0","flags":["linkdown"]},
 {"type":"local","dst":"10.9.0.1","dev":"v0","table":"local","protocol":"kernel","scope":"host","prefsrc":"10.9.0.1","flags":[]},
 {"dst":"fd50::/64","metric":1024,"flags":[],"pref":"medium","nexthops":[{"gateway":"fd99::9","dev":"v0","weight":3,"flags":[]},{"gateway":"fd99::8","dev":"v0","weight":1,"flags":["dead"]}]},
@@ -248,8 +252,14 @@ mod tests {
         let found = routes(ROUTES, Family::V4, &mut notes).unwrap();
         let notes = notes.finish();
         assert_eq!(notes.len(), 1);
-        assert!(notes[0].message.contains("TOS 0x10"), "{notes:?}");
-        assert_eq!(found.len(), 11);
+        assert!(notes[0].message.contains("\"mine\" is no TOS"), "{notes:?}");
+        assert_eq!(found.len(), 14);
+        assert_eq!((found[5].tos, found[6].tos, found[5].src), (0x10, 0x88, None));
+        assert_eq!((found[7].dst.to_string(), found[7].src.unwrap().to_string()), ("::/0".into(), "fd99::/64".into()));
+        let mut again = Notes::new("again");
+        assert_eq!(routes(&write_routes(&found), Family::V4, &mut again).as_ref(), Some(&found));
+        assert_eq!(again.finish(), []);
+        let found = [&found[..5], &found[8..]].concat();
         assert_eq!((found[0].dst.to_string().as_str(), found[0].table.as_str()), ("0.0.0.0/0", "main"));
         assert_eq!((found[1].kind, found[1].nexthops.len()), (RouteKind::Throw, 0));
         assert_eq!((found[2].mtu, found[2].prefsrc), (Some(1400), Some([10, 9, 0, 2].into())));
@@ -259,8 +269,5 @@ mod tests {
         assert_eq!(found[7].nexthops.iter().map(|h| (h.weight, h.dead)).collect::<Vec<_>>(), [(3, false), (1, true)]);
         assert_eq!(found[8].dst.to_string(), "::/0");
         assert_eq!(found[9].kind, RouteKind::Anycast);
-        let mut again = Notes::new("again");
-        assert_eq!(routes(&write_routes(&found), Family::V4, &mut again), Some(found));
-        assert_eq!(again.finish(), []);
     }
 }

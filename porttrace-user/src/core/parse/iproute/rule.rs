@@ -39,6 +39,7 @@ fn rule(raw: &mut Object, family: Family) -> Result<PolicyRule, String> {
         input: string(raw, "iif"),
         output: string(raw, "oif"),
         fwmark: fwmark.map(|mark| (mark, mask.unwrap_or(u32::MAX))),
+        tos: string(raw, "tos").map(|text| super::tos(&text)).transpose()?,
         proto: proto(raw)?,
         sport: ports(raw, "sport")?,
         dport: ports(raw, "dport")?,
@@ -150,6 +151,9 @@ fn raw_rule(rule: &PolicyRule) -> Object {
         put("fwmark", format!("{mark:#x}").into());
         put("fwmask", format!("{mask:#x}").into());
     }
+    if let Some(tos) = rule.tos {
+        put("tos", format!("{tos:#04x}").into());
+    }
     if let Some(proto) = rule.proto {
         put("ipproto", if let Proto::Other(number) = proto { number.to_string() } else { proto.to_string() }.into());
     }
@@ -222,10 +226,7 @@ mod tests {
         assert_eq!(found[3].src.unwrap().to_string(), "10.3.0.3/32");
         assert_eq!(found[3].action, PolicyAction::Prohibit);
         assert_eq!(found[5].dst.unwrap().to_string(), "10.4.0.0/16");
-        assert_eq!(
-            (&found[6].action, found[6].unknown.as_slice()),
-            (&PolicyAction::Goto(32766), &["tos 0x10".to_owned()][..])
-        );
+        assert_eq!((&found[6].action, found[6].tos), (&PolicyAction::Goto(32766), Some(0x10)));
         assert_eq!((found[7].suppress_prefix, found[7].unknown.len()), (Some(0), 2));
         assert_eq!(found[8].action, PolicyAction::Nop);
         assert_eq!(found[9].fwmark, Some((7, u32::MAX)));

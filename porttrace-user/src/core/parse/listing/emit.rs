@@ -1,11 +1,11 @@
 //! Tables of a paste as `iptables-save` text.
 
 use super::draft::{BUILTIN, Chain, Entry, Table};
-use super::phrase;
 use super::row::Row;
 use super::{LOOSE, LOOSE_POST, Translated};
+use super::{phrase, place};
 use crate::core::model::flow::{Family, Proto};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Rows that were grepped away are replaced by rules that match nothing, so that numbers stay right; at most this many.
 const MAX_FILLERS: usize = 200_000;
@@ -137,12 +137,14 @@ struct Writer {
     save: String,
     lines: Vec<u32>,
     missing: Vec<String>,
+    unnumbered: BTreeSet<String>,
     fillers: usize,
 }
 
 impl Writer {
     fn new(family: Family) -> Self {
-        Self { family, save: String::new(), lines: Vec::new(), missing: Vec::new(), fillers: 0 }
+        let (save, lines, missing) = (String::new(), Vec::new(), Vec::new());
+        Self { family, save, lines, missing, unnumbered: BTreeSet::new(), fillers: 0 }
     }
 
     fn line(&mut self, text: &str, from: u32) {
@@ -156,22 +158,33 @@ impl Writer {
         let mut seen = BTreeSet::new();
         let chains: Vec<&Chain> =
             tables.iter().flat_map(|table| &table.chains).filter(|chain| seen.insert(chain.name.as_str())).collect();
-        let loose: Vec<&Entry> = tables.iter().flat_map(|table| &table.loose).collect();
+        let astray = chains.iter().flat_map(|chain| chain.entries.iter().filter(|entry| is_astray(name, chain, entry)));
+        let mut loose: Vec<&Entry> = tables.iter().flat_map(|table| &table.loose).chain(astray).collect();
+        loose.sort_by_key(|entry| entry.line);
+        let mut homes: BTreeMap<String, Vec<&Entry>> = BTreeMap::new();
+        if name == "nat" {
+            loose = self.place(&loose, &mut homes);
+        }
         self.line(&format!("*{name}"), 0);
         for chain in &chains {
             let policy =
                 chain.policy.as_deref().unwrap_or(if BUILTIN.contains(&chain.name.as_str()) { "ACCEPT" } else { "-" });
             self.line(&format!(":{} {policy} [0:0]", chain.name), 0);
         }
+        let ways = self.declare_homes(&homes, &mut seen);
         if !loose.is_empty() {
             self.declare_loose(name, &loose, &seen);
         }
         for chain in &chains {
             self.chain(name, chain);
         }
+        for (chain, entries) in &homes {
+            entries.iter().for_each(|entry| self.entry(chain, entry));
+        }
+        ways.iter().for_each(|(chain, rule)| self.line(&format!("-A {chain} {rule}"), 0));
         self.loose(name, &loose);
         self.line("COMMIT", 0);
-        self.say_undefined(name, &chains, &loose);
+        self.say_undefined(name, &chains, &homes, &loose);
         if tables.iter().any(|table| table.narrow) {
             self.missing.push(format!(
                 "the {name} listing was made without -v, so it has no interfaces: a rule for one interface looks like one for all"
@@ -182,7 +195,7 @@ impl Writer {
     fn chain(&mut self, table: &str, chain: &Chain) {
         let mut position = 0;
         let mut gaps = 0;
-        for entry in &chain.entries {
+        for entry in chain.entries.iter().filter(|entry| !is_astray(table, chain, entry)) {
             position += 1;
             while entry.number.is_some_and(|number| position < number) && self.fillers < MAX_FILLERS {
                 let nothing = if self.family == Family::V4 { "! -s 0.0.0.0/0" } else { "! -s ::/0" };
@@ -202,6 +215,70 @@ impl Writer {
     fn entry(&mut self, chain: &str, entry: &Entry) {
         let counters = entry.counters.map_or_else(String::new, |(packets, bytes)| format!("[{packets}:{bytes}] "));
         self.line(format!("{counters}-A {chain} {}", entry.body).trim_end(), entry.line);
+    }
+
+    /// Finds the chains of rows that stand without them; what is left over is returned.
+    fn place<'e>(&mut self, loose: &[&'e Entry], homes: &mut BTreeMap<String, Vec<&'e Entry>>) -> Vec<&'e Entry> {
+        let mut left = Vec::new();
+        for (entry, chain) in loose.iter().zip(place::chains(loose)) {
+            match chain {
+                Some(chain) => homes.entry(chain).or_default().push(entry),
+                None => left.push(*entry),
+            }
+        }
+        let placed: usize = homes.values().map(Vec::len).sum();
+        if placed > 0 {
+            self.missing.push(format!(
+                "{placed} nat rules stand without their `Chain …` line: put into the chains that kube-proxy and portmap keep such \
+                 rules in (names and comments agree), in the order pasted; other rules of these chains, and the numbers, are not \
+                 known"
+            ));
+        }
+        left
+    }
+
+    /// Chains that got rows back, what they jump to, and the jumps that lead to them and are not among the rows.
+    fn declare_homes<'e>(
+        &mut self,
+        homes: &'e BTreeMap<String, Vec<&Entry>>,
+        seen: &mut BTreeSet<&'e str>,
+    ) -> Vec<(String, String)> {
+        let names: Vec<&str> = homes.keys().map(String::as_str).collect();
+        let jumped = |chain: &str, to: &str| {
+            homes.get(chain).is_some_and(|entries| entries.iter().any(|entry| entry.target == to))
+        };
+        let mut ways = place::ways_in(&names);
+        // proxier.go: the chain for traffic from outside ends with a jump to the Service's own, which has no comment.
+        for name in &names {
+            if let Some(suffix) = name.strip_prefix("KUBE-EXT-") {
+                let to = ["KUBE-SVL-", "KUBE-SVC-"].map(|start| format!("{start}{suffix}"));
+                let to = to.into_iter().find(|to| homes.contains_key(to));
+                ways.extend(to.map(|to| ((*name).to_owned(), format!("-j {to}"))));
+            }
+        }
+        ways.retain(|(chain, rule)| {
+            let to = rule.rsplit(' ').next().unwrap_or_default();
+            !jumped(chain, to) && !seen.contains(chain.as_str())
+        });
+        if !ways.is_empty() {
+            let list: Vec<String> = ways
+                .iter()
+                .map(|(chain, rule)| format!("{chain} → {}", rule.rsplit(' ').next().unwrap_or_default()))
+                .collect();
+            self.missing.push(format!("jumps that were not pasted are taken to be there: {}", self::list(&list)));
+        }
+        let goals = homes.values().flatten().map(|entry| entry.target.as_str()).filter(|target| is_user_chain(target));
+        let ends = ways.iter().map(|(chain, _)| chain.as_str());
+        let mut all: BTreeSet<&str> = names.iter().copied().chain(goals).collect();
+        let more: Vec<String> = ends.filter(|end| !all.contains(end)).map(str::to_owned).collect();
+        all.retain(|name| !seen.contains(name));
+        for name in all.iter().copied().chain(more.iter().map(String::as_str)).collect::<BTreeSet<_>>() {
+            let policy = if BUILTIN.contains(&name) { "ACCEPT" } else { "-" };
+            self.line(&format!(":{name} {policy} [0:0]"), 0);
+        }
+        seen.extend(all);
+        self.unnumbered.extend(homes.keys().chain(ways.iter().map(|(chain, _)| chain)).cloned());
+        ways
     }
 
     /// Rows without a chain: one list that every packet walks, in the order of the paste.
@@ -245,13 +322,21 @@ impl Writer {
         }
     }
 
-    fn say_undefined(&mut self, table: &str, chains: &[&Chain], loose: &[&Entry]) {
-        let defined: BTreeSet<&str> = chains.iter().map(|chain| chain.name.as_str()).collect();
+    fn say_undefined(
+        &mut self,
+        table: &str,
+        chains: &[&Chain],
+        homes: &BTreeMap<String, Vec<&Entry>>,
+        loose: &[&Entry],
+    ) {
+        let named = chains.iter().map(|chain| chain.name.as_str());
+        let defined: BTreeSet<&str> = named.chain(homes.keys().map(String::as_str)).collect();
         let jumps = |entries: &mut dyn Iterator<Item = &Entry>| -> Vec<String> {
             let names: BTreeSet<&str> = entries.map(|entry| entry.target.as_str()).collect();
             names.into_iter().filter(|t| is_user_chain(t) && !defined.contains(t)).map(str::to_owned).collect()
         };
-        let open = jumps(&mut chains.iter().flat_map(|chain| &chain.entries));
+        let placed = homes.values().flatten().copied();
+        let open = jumps(&mut chains.iter().flat_map(|chain| &chain.entries).chain(placed));
         if !open.is_empty() {
             self.missing.push(format!("the rules of {table} {} were not pasted", list(&open)));
         }
@@ -265,8 +350,14 @@ impl Writer {
     }
 
     fn finish(self) -> Translated {
-        Translated { family: self.family, save: self.save, lines: self.lines, missing: self.missing }
+        let Self { family, save, lines, missing, unnumbered, .. } = self;
+        Translated { family, save, lines, unnumbered, missing }
     }
+}
+
+/// The rule stands below the `Chain …` line of another chain, because its own was left out.
+fn is_astray(table: &str, chain: &Chain, entry: &Entry) -> bool {
+    table == "nat" && entry.number.is_none() && place::is_astray(&chain.name, &entry.target)
 }
 
 fn is_source_nat(entry: &Entry) -> bool {

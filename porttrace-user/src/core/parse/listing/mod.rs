@@ -8,11 +8,13 @@ mod draft;
 mod emit;
 mod matches;
 mod phrase;
+mod place;
 mod row;
 mod target;
 
 use crate::core::model::flow::Family;
 use crate::core::model::state::Diagnostic;
+use std::collections::BTreeSet;
 
 /// The chain that holds rows pasted without their `Chain …` line, before routing (or in all filter hooks).
 pub const LOOSE: &str = "?";
@@ -36,6 +38,8 @@ pub struct Translated {
     pub save: String,
     /// For each line of `save` the 1-based line of the listing that it comes from; 0: made up.
     pub lines: Vec<u32>,
+    /// Chains of table nat that got back rules without their numbers.
+    pub unnumbered: BTreeSet<String>,
     /// What the listing cannot tell and what was assumed instead, in sentences.
     pub missing: Vec<String>,
 }

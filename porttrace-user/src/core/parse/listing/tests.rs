@@ -92,20 +92,64 @@ fn names_instead_of_numbers_are_understood() {
     assert!(named.missing.iter().any(|sentence| sentence.contains("without -v")), "{:?}", named.missing);
 }
 
-#[test]
-fn grepped_rules_are_one_list_that_every_packet_walks() {
+fn grep(listing: &str, keep: impl Fn(&str) -> bool) -> String {
+    listing.lines().filter(|line| keep(line)).map(|line| format!("{line}\n")).collect()
+}
+
+/// The rules of some chains as they come back from a grepped listing, and those of the whole one.
+fn grepped(keep: impl Fn(&str) -> bool, chains: &[&str]) -> [Vec<Vec<String>>; 2] {
     let listing = data!("recorded.nvL.txt");
-    let grepped: String =
-        listing.lines().filter(|line| line.contains("9088")).map(|line| format!("{line}\n")).collect();
-    let translated = v4(&grepped);
+    [grep(listing, keep), listing.to_owned()].map(|text| {
+        let rules = rules(&v4(&text).save);
+        chains
+            .iter()
+            .map(|chain| rules.get(&("nat".to_owned(), (*chain).to_owned())).cloned().unwrap_or_default())
+            .collect()
+    })
+}
+
+#[test]
+fn grepped_rules_of_portmap_find_their_chains() {
+    let pod = "CNI-DN-dfbe90159831def0cdfae";
+    let [some, all] = grepped(|line| line.contains("9088"), &[pod, "CNI-HOSTPORT-DNAT", "PREROUTING", "OUTPUT"]);
+    assert_eq!(some[0], all[0]);
+    assert!(all[1].contains(&some[1][0]) && some[1].len() == 1, "{some:?}");
+    assert_eq!(some[2], ["-m addrtype --dst-type LOCAL -j CNI-HOSTPORT-DNAT"]);
+    assert_eq!(some[2], some[3]);
+    let missing = v4(&grep(data!("recorded.nvL.txt"), |line| line.contains("9088"))).missing;
+    assert!(missing[0].starts_with("4 nat rules stand without their"), "{missing:?}");
+}
+
+#[test]
+fn grepped_rules_of_kube_proxy_find_their_chains() {
+    let suffix = "UHJVR435UML62OOS";
+    let [outside, service] = ["EXT", "SVC"].map(|kind| format!("KUBE-{kind}-{suffix}"));
+    let chains =
+        [&*outside, &*service, "KUBE-SEP-XYJSGLKBOREFOWOO", "KUBE-SEP-52RNI6AZYXMX5ORD", "KUBE-SEP-P3VGBV6S4QR4RTKX"];
+    let [some, all] = grepped(|line| line.contains("default/frontend:http"), &chains);
+    assert_eq!(some, all, "the one rule without a comment included");
+}
+
+/// `grep CNI-DN` keeps the headers of pods' chains, and jumps from another one.
+#[test]
+fn rules_below_the_header_of_another_chain_go_back_to_their_own() {
+    let pod = "CNI-DN-dfbe90159831def0cdfae";
+    let [some, all] = grepped(|line| line.contains("CNI-DN"), &[pod, "CNI-HOSTPORT-DNAT"]);
+    assert_eq!(some[0], Vec::<String>::new());
+    assert_eq!(some[1], all[1]);
+}
+
+#[test]
+fn rules_that_nothing_names_are_one_list_that_every_packet_walks() {
+    let row = |target: &str, rest: &str| format!("    0     0 {target}  6  --  *  *  0.0.0.0/0  0.0.0.0/0  {rest}\n");
+    let translated = v4(&(row("MINE", "tcp dpt:80") + &row("DNAT", "tcp dpt:80 to:10.0.0.1:81")));
     let rules = rules(&translated.save);
     let place = |chain: &str| ("nat".to_owned(), chain.to_owned());
     assert_eq!(rules[&place("PREROUTING")], ["-j ?"]);
     assert_eq!(rules[&place("OUTPUT")], ["-j ?"]);
-    assert_eq!(rules[&place("?")].len(), 4);
-    assert!(rules[&place("?")][2].ends_with("-j DNAT --to-destination 10.244.1.9:8081"));
-    assert!(translated.save.contains(":CNI-DN-dfbe90159831def0cdfae - "));
-    assert!(translated.missing[0].starts_with("4 nat rules stand without their"), "{:?}", translated.missing);
+    assert_eq!(rules[&place("?")].len(), 2);
+    assert!(translated.save.contains(":MINE - "));
+    assert!(translated.missing[0].starts_with("2 nat rules stand without their"), "{:?}", translated.missing);
 }
 
 #[test]
