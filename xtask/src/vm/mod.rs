@@ -70,15 +70,15 @@ struct Suite {
 /// What runs on every change. Emulation is ten times slower: the whole matrix of `watch` runs with kprobes only and in one lab,
 /// and of the probe's tests those in which the backends differ.
 const SHORT_6_1: [Suite; 2] = [
-    Suite { target: "probe", backend: "kprobe", tests: &["path::", "refusal::a_dropped", "programs::"] },
+    Suite { target: "probe", backend: "kprobe", tests: &["path::", "routes::", "refusal::a_dropped", "programs::"] },
     Suite { target: "watch_e2e", backend: "kprobe", tests: &["--ignored", "one_lab_for_all"] },
 ];
 const SHORT_6_12: [Suite; 2] = [
-    Suite { target: "probe", backend: "netfilter", tests: &["path::a_forwarded", "programs::"] },
+    Suite { target: "probe", backend: "netfilter", tests: &["path::a_forwarded", "routes::", "programs::"] },
     Suite { target: "probe", backend: "kprobe", tests: &["path::a_forwarded", "refusal::a_dropped"] },
 ];
 /// All that can be asked of a backend; `loss::` and `lifecycle::` are about the ring buffer and about time.
-const WHOLE_PROBE: &[&str] = &["path::", "refusal::", "filter::", "frames::", "programs::"];
+const WHOLE_PROBE: &[&str] = &["path::", "routes::", "refusal::", "filter::", "frames::", "programs::"];
 const WHOLE_KPROBE: [Suite; 2] = [
     Suite { target: "probe", backend: "kprobe", tests: WHOLE_PROBE },
     Suite { target: "watch_e2e", backend: "kprobe", tests: &[] },

@@ -8,6 +8,7 @@ mod pods;
 mod probing;
 mod rules;
 mod session;
+mod signals;
 
 use crate::commands::Usage;
 use anyhow::Context as _;

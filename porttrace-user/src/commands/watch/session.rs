@@ -7,6 +7,7 @@ use super::output::{Clock, Events, Printer};
 use super::pods::Pods;
 use super::probing::{probe_config, probes_sentence, reasons};
 use super::rules::Rules;
+use super::signals::Signals;
 use anyhow::Context as _;
 use porttrace_ebpf::Kind;
 use porttrace_user::collect::live;
@@ -27,7 +28,6 @@ use porttrace_user::render::watch::{Context, Report};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 /// How often outcomes are looked for; the delay that a reader can notice.
@@ -78,23 +78,6 @@ pub async fn run(args: &Args) -> anyhow::Result<bool> {
     session.header(started)?;
     session.watch(&mut signals).await?;
     session.end(started).await
-}
-
-/// The signals that end a session.
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-    hangup: Signal,
-}
-
-impl Signals {
-    fn listen() -> anyhow::Result<Self> {
-        Ok(Self {
-            interrupt: signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?,
-            terminate: signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?,
-            hangup: signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?,
-        })
-    }
 }
 
 struct Session<'a> {
