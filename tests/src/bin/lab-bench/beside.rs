@@ -107,7 +107,16 @@ impl Tool {
         })
     }
 
-    fn is_porttrace(self) -> bool {
+    /// How long it may be silent although it has something to say.
+    const fn pause(self) -> Duration {
+        match self {
+            // It looks into the kernel's buffer when a second has passed, or a block of it is full.
+            Self::Tcpdump => Duration::from_millis(1_300),
+            _ => Duration::from_millis(300),
+        }
+    }
+
+    pub fn is_porttrace(self) -> bool {
         matches!(self, Self::OtherPort | Self::Watch | Self::WatchCtnetlink | Self::WatchJson)
     }
 }
@@ -146,7 +155,7 @@ impl<'a> Beside<'a> {
         let mut markers = 0;
         loop {
             let ready = match self.tool {
-                Tool::Tcpdump => process.stderr.snapshot().iter().any(|line| line.starts_with("listening on")),
+                Tool::Tcpdump => process.stderr.snapshot().iter().any(|line| line.contains("listening on")),
                 tool if tool.is_porttrace() => output::says_ready(&self.printed)?,
                 // The others say nothing when they are: a connection tells.
                 _ => {
@@ -177,7 +186,7 @@ impl<'a> Beside<'a> {
         // What it prints last is at its end; a tool that still catches up is given the time.
         while before != Some(length()) && Instant::now() < deadline {
             before = Some(length());
-            thread::sleep(Duration::from_millis(300));
+            thread::sleep(self.tool.pause());
         }
         process.signal(Signal::SIGINT)?;
         process.wait(WAIT)?;

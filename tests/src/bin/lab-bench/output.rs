@@ -86,11 +86,11 @@ pub fn tcpdump(capture: &Path, said: &[String]) -> Result<Seen> {
     Ok(Seen { connections, rewrites: None, missed: dropped.cloned().unwrap_or_default() })
 }
 
-/// ` PACKET: 2 0a1b2c3d IN=eth0 … SPT=12000 DPT=9088 … SYN …`, once a trace.
+/// ` PACKET: 2 0a1b2c3d IN=eth0 … SPORT=12000 DPORT=9088 … SYN …`, once a trace.
 pub fn xtables_monitor(printed: &Path, said: &[String]) -> Result<Seen> {
     let mut traces = HashSet::new();
     each_line(printed, |line| {
-        if line.contains("PACKET: ") && first(line, "SPT=").is_some_and(is_client) {
+        if line.contains("PACKET: ") && first(line, "SPORT=").is_some_and(is_client) {
             traces.extend(line.split_whitespace().nth(2).map(str::to_owned));
         }
         Ok(())

@@ -98,6 +98,6 @@ fn tcpdump_once(scene: &Scene) -> Result<Option<f64>> {
     let start = Instant::now();
     let port = HOST_PORT.to_string();
     let Ok(dump) = scene.node().spawn(["tcpdump", "-n", "-i", "any", "port", &port]) else { return Ok(None) };
-    let ready = dump.stderr.wait_for(WAIT, |line| line.starts_with("listening on").then(|| start.elapsed()));
+    let ready = dump.stderr.wait_for(WAIT, |line| line.contains("listening on").then(|| start.elapsed()));
     Ok(ready.map(|time| time.as_secs_f64() * 1e3))
 }
