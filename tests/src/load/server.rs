@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 use socket2::{Domain, Socket, Type};
+use std::collections::VecDeque;
 use std::io::{ErrorKind, Read};
 use std::net::{SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
@@ -15,6 +16,8 @@ use std::thread::{self, JoinHandle};
 
 /// Threads that accept on one TCP port.
 const ACCEPTORS: usize = 2;
+/// Connections that each of them keeps before it closes the oldest: their clients reset them, and shall be the first to.
+const HELD: usize = 256;
 /// As many as the kernel lets wait (`net.core.somaxconn`).
 const BACKLOG: i32 = 4096;
 /// Room for datagrams that are not read yet.
@@ -121,6 +124,7 @@ impl Drop for Servers {
 
 impl Shared {
     fn accept(&self, listener: &TcpListener, local: SocketAddrV4, mode: Mode) -> Result<()> {
+        let mut held = VecDeque::new();
         while !self.stop.load(Ordering::Acquire) {
             match listener.accept() {
                 Ok((stream, saw)) => {
@@ -128,6 +132,11 @@ impl Shared {
                     self.connections.fetch_add(1, Ordering::AcqRel);
                     if self.reads.load(Ordering::Acquire) {
                         self.read(stream);
+                        continue;
+                    }
+                    held.push_back(stream);
+                    if held.len() > HELD {
+                        held.pop_front();
                     }
                 }
                 // A reset that came first is the client's own way to close.
