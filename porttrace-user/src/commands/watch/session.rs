@@ -152,10 +152,7 @@ impl Session<'_> {
     /// Events of one CPU come in order, those of several interleaved: a batch is sorted by time first.
     fn take(&mut self, events: &mut Vec<Event>) {
         self.events += events.len() as u64;
-        events.sort_by_key(|event| event.time_ns);
-        for event in events.drain(..) {
-            self.correlator.push(event);
-        }
+        push_all(&mut self.correlator, events);
     }
 
     /// Prints what is known by now; true when `--count` is reached.
@@ -317,9 +314,27 @@ impl Session<'_> {
         Ok(self.inside.as_ref().map_or(lost, |inside| lost.plus(inside.lost())))
     }
 
+    /// What changed of the rules. Events are read meanwhile: many rules take a while, and the ring buffer does not hold all that
+    /// comes in a second.
+    async fn follow_rules(&mut self) -> anyhow::Result<Option<String>> {
+        let Self { rules, probe, correlator, events: count, .. } = self;
+        let follow = rules.follow();
+        tokio::pin!(follow);
+        let mut events = Vec::new();
+        loop {
+            tokio::select! {
+                changed = &mut follow => return Ok(changed),
+                read = probe.read(&mut events) => {
+                    *count += read? as u64;
+                    push_all(correlator, &mut events);
+                }
+            }
+        }
+    }
+
     /// Reads rules, routes and addresses again when they changed; true when they did.
     async fn reload_if_changed(&mut self) -> anyhow::Result<bool> {
-        let Some(text) = self.rules.follow().await else { return Ok(false) };
+        let Some(text) = self.follow_rules().await? else { return Ok(false) };
         predict_targets(&mut self.probe, &self.rules, self.args)?;
         if let Some(inside) = &mut self.inside {
             inside.expect_changes(Some(targets(&self.rules, self.args)));
@@ -355,6 +370,11 @@ impl Session<'_> {
         self.printer.summary(nanoseconds(started.elapsed()), events, &lost)?;
         Ok(!lost.is_empty())
     }
+}
+
+fn push_all(correlator: &mut Correlator, events: &mut Vec<Event>) {
+    events.sort_by_key(|event| event.time_ns);
+    events.drain(..).for_each(|event| correlator.push(event));
 }
 
 /// Tells the probe where the rules may send the watched connections, if it has a use for that.
