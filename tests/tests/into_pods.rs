@@ -106,15 +106,7 @@ fn the_pod_itself_refuses_because_nothing_listens() {
 /// A pod whose own rules send port 80 on to `to`, and masquerade.
 fn balancer(lab: &mut Lab, to: [IpAddr; 2], port: u16) {
     let mapping = PortMapping { host_port: BALANCED, container_port: 80, protocol: "tcp", host_ip: None };
-    let spec = PodSpec {
-        name: "svclb",
-        node: NodeName::Worker3,
-        number: 30,
-        mappings: vec![mapping],
-        tcp: Vec::new(),
-        udp: Vec::new(),
-        quiet: true,
-    };
+    let spec = PodSpec { mappings: vec![mapping], quiet: true, ..PodSpec::new("svclb", NodeName::Worker3, 30) };
     let tools = lab.tools.clone();
     let pod = &lab.add(spec).unwrap().netns;
     pod.exec(["sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"]).unwrap();
