@@ -24,7 +24,9 @@ use std::time::{Duration, Instant};
 const RATE: f64 = 5_000.0;
 /// Connections by which it is found out how many events one makes.
 const CALM: u16 = 200;
-/// Memory may grow so much between the two halves of the time after the first tenth, MiB.
+/// Connections that porttrace holds at once (`Limits::max_flows`): until it has met so many, its memory must grow.
+const HELD: f64 = 65_536.0;
+/// Memory may grow so much between the two halves of the time after that, MiB.
 const GROWTH: f64 = 4.0;
 /// How often memory is read, and what else changes.
 const SAMPLE: Duration = Duration::from_secs(1);
@@ -71,7 +73,7 @@ pub fn run(scene: &Scene, arguments: &Arguments) -> Result<()> {
     );
     println!("{changes} interfaces came and went; programs on {links} hooks before, on {left} after");
     let sent = made[0].connections * each[0] + made[1].connections * each[1];
-    let memory_is_flat = print_memory(&samples);
+    let memory_is_flat = print_memory(&samples, (2.0 * HELD / rate) as usize);
     let balances = print_events(&ended, sent)?;
     ensure!(left == links, "interfaces that are gone still have programs");
     ensure!(balances, "received and lost is not what was sent");
@@ -212,9 +214,10 @@ fn change(node: &Netns, stop: &AtomicBool) -> Result<u64> {
     Ok(interfaces)
 }
 
-/// Whether the second half needs no more than the first, the warm-up aside.
-fn print_memory(samples: &[f64]) -> bool {
-    let warm = &samples[samples.len() / 10..];
+/// Whether the second half needs no more than the first, the warm-up of some seconds aside.
+fn print_memory(samples: &[f64], warm_up: usize) -> bool {
+    let warm_up = warm_up.max(samples.len() / 10).min(samples.len());
+    let (cold, warm) = samples.split_at(warm_up);
     let (first, second) = warm.split_at(warm.len() / 2);
     let series = |part: &[f64]| {
         let mut series = Series::default();
@@ -222,9 +225,13 @@ fn print_memory(samples: &[f64]) -> bool {
         series
     };
     println!("resident memory in MiB, median (least to most)");
-    for (name, part) in [("warm-up", &samples[..samples.len() / 10]), ("first half", first), ("second half", second)] {
+    for (name, part) in [("warm-up", cold), ("first half", first), ("second half", second)] {
         let part = series(part);
         println!("  {name:<12} {:>8} ({} to {})", number(part.median()), number(part.least()), number(part.most()));
+    }
+    if first.is_empty() {
+        println!("  too short to say whether it stays so: it grows until {HELD} connections are held");
+        return true;
     }
     let grown = series(second).median() - series(first).median();
     println!("  grown by {} MiB from one half to the other", number(grown));
