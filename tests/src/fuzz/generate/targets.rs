@@ -55,13 +55,19 @@ pub fn target(
         "nat" => nat(rng, place, proto),
         "raw" if rng.percent(25) && guarded => "-j CT --notrack".into(),
         "raw" if rng.percent(20) => "-j TRACE".into(),
-        "mangle" if place.only(&["PREROUTING"]) && rng.percent(6) => {
-            *proto = Some(proto.take().filter(|proto| proto == "-p tcp").unwrap_or_else(|| "-p udp".into()));
+        // Another protocol stands there for a match that needs it.
+        "mangle" if place.only(&["PREROUTING"]) && rng.percent(6) && is_tcp_or_udp(proto) => {
+            proto.get_or_insert_with(|| "-p udp".into());
             format!("-j TPROXY --on-port 15001 --tproxy-mark 0x1/0x1{}", rng.pick(&["", &on_ip(place.family)]))
         }
         "mangle" if rng.percent(75) => mangle(rng, place, proto, matches),
         _ => plain(rng, guarded),
     }
+}
+
+/// Whether a rule is, or may be made, about TCP or UDP.
+fn is_tcp_or_udp(proto: &Option<String>) -> bool {
+    proto.as_deref().is_none_or(|proto| ["-p tcp", "-p udp"].contains(&proto))
 }
 
 fn on_ip(family: Family) -> String {
@@ -135,7 +141,7 @@ fn mangle(rng: &mut Rng, place: &Place, proto: &mut Option<String>, matches: &mu
             matches.push("-m tcp --tcp-flags SYN,RST SYN".into());
             "-j TCPMSS --clamp-mss-to-pmtu".into()
         }
-        9 if proto.as_deref() == Some("-p tcp") => "-j ECN --ecn-tcp-remove".into(),
+        9 if v4 && proto.as_deref() == Some("-p tcp") => "-j ECN --ecn-tcp-remove".into(),
         9 if place.only(&["FORWARD", "OUTPUT", "POSTROUTING"]) => "-j CLASSIFY --set-class 1:1".into(),
         9 => "-j CHECKSUM --checksum-fill".into(),
         _ => plain(rng, !matches.is_empty()),
