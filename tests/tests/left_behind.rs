@@ -133,3 +133,31 @@ fn after_fifty_kills_with_clsact_the_next_start_removes_everything() {
     assert_eq!(last.wait(DEADLINE).unwrap(), Some(0), "{:?}", last.stderr.snapshot());
     nothing_is_left(&node, &held, &before);
 }
+
+/// A kill between two steps would otherwise have the next start take a foreign queueing discipline away.
+#[test]
+fn the_clsact_of_others_is_at_no_moment_taken_for_porttraces() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let node = node();
+    let mut monitor = node.command("tc");
+    monitor.arg("monitor");
+    let monitor = ChildGuard::spawn(monitor).unwrap();
+    // It listens once it tells of a change.
+    let listens = Instant::now() + DEADLINE;
+    while monitor.stdout.snapshot().is_empty() {
+        assert!(Instant::now() < listens, "{:?}", monitor.stderr.snapshot());
+        node.exec(["tc", "qdisc", "replace", "dev", "bare0", "root", "pfifo"]).unwrap();
+    }
+    start_time(&node, &["--tc", "clsact"]);
+    // The last change is told of after all that went before.
+    node.exec("tc qdisc replace dev bare0 root pfifo limit 77".split(' ')).unwrap();
+    let end = monitor.stdout.wait_for(DEADLINE, |line| line.contains("limit 77p").then_some(()));
+    let told = monitor.stdout.snapshot();
+    assert!(end.is_some(), "{told:#?}");
+    // `lo` had none, so its marks show that marks are told of.
+    assert!(told.iter().any(|line| line.contains("dev lo ") && line.contains(":q")), "{told:#?}");
+    assert!(told.iter().any(|line| line.contains("dev foreign1 ") && line.contains("porttrace:")), "{told:#?}");
+    assert!(!told.iter().any(|line| [0, 1].iter().any(|n| line.contains(&format!("dev foreign{n} "))) && line.contains(":q")), "{told:#?}");
+}

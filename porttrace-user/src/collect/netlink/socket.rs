@@ -1,6 +1,6 @@
 //! Netlink requests: one socket, one dump at a time, messages as raw bytes.
 
-use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkBuffer};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_ECHO, NLM_F_REQUEST, NetlinkBuffer};
 use netlink_sys::{Socket, SocketAddr};
 use std::io;
 use thiserror::Error;
@@ -79,8 +79,9 @@ impl Connection {
         request: &[u8],
         mut take: impl FnMut(u16, &[u8]) -> Option<T>,
     ) -> Result<Option<T>, NetlinkError> {
-        // NLM_F_ACK ends the answer as DONE ends a dump.
-        self.send(kind, NLM_F_REQUEST | netlink_packet_core::NLM_F_ACK, request)?;
+        // NLM_F_ACK ends the answer as DONE ends a dump; traffic control only tells its multicast group without NLM_F_ECHO
+        // (`qdisc_get_notify`, net/sched/sch_api.c).
+        self.send(kind, NLM_F_REQUEST | NLM_F_ACK | NLM_F_ECHO, request)?;
         let mut found = None;
         self.receive(|kind, payload| found = found.take().or_else(|| take(kind, payload)))?;
         Ok(found)
@@ -91,7 +92,7 @@ impl Connection {
     /// # Errors
     /// What the kernel answered.
     pub fn change(&mut self, kind: u16, flags: u16, request: &[u8]) -> Result<(), NetlinkError> {
-        self.send(kind, NLM_F_REQUEST | netlink_packet_core::NLM_F_ACK | flags, request)?;
+        self.send(kind, NLM_F_REQUEST | NLM_F_ACK | flags, request)?;
         self.receive(|_, _| ()).map(|_| ())
     }
 
@@ -107,7 +108,7 @@ impl Connection {
     ) -> Result<[Result<(), NetlinkError>; N], NetlinkError> {
         let mut bytes = Vec::new();
         for (kind, flags, request) in changes {
-            let flags = NLM_F_REQUEST | netlink_packet_core::NLM_F_ACK | flags;
+            let flags = NLM_F_REQUEST | NLM_F_ACK | flags;
             bytes.extend(self.message(kind, flags, request)?);
             bytes.resize(bytes.len().next_multiple_of(4), 0);
         }
