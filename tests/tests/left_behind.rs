@@ -159,5 +159,10 @@ fn the_clsact_of_others_is_at_no_moment_taken_for_porttraces() {
     // `lo` had none, so its marks show that marks are told of.
     assert!(told.iter().any(|line| line.contains("dev lo ") && line.contains(":q")), "{told:#?}");
     assert!(told.iter().any(|line| line.contains("dev foreign1 ") && line.contains("porttrace:")), "{told:#?}");
-    assert!(!told.iter().any(|line| [0, 1].iter().any(|n| line.contains(&format!("dev foreign{n} "))) && line.contains(":q")), "{told:#?}");
+    assert!(
+        !told
+            .iter()
+            .any(|line| [0, 1].iter().any(|n| line.contains(&format!("dev foreign{n} "))) && line.contains(":q")),
+        "{told:#?}"
+    );
 }

@@ -119,7 +119,7 @@ impl Printer {
                 "warnings": header.warnings,
                 "ready_ns": header.ready_ns,
             });
-            self.line(&json::line("status", status))?;
+            json::line(&mut self.out, "status", status)?;
         } else {
             let text = header::header(header, self.style);
             self.out.write_all(text.as_bytes())?;
@@ -142,10 +142,7 @@ impl Printer {
             }
         }
         if self.json {
-            for line in json::flow(report, context, &self.clock.utc(report.flow.start_ns)) {
-                self.line(&line)?;
-            }
-            return Ok(());
+            return json::flow(&mut self.out, report, context, &self.clock.utc(report.flow.start_ns));
         }
         match show {
             Show::Whole => {
@@ -180,10 +177,7 @@ impl Printer {
             self.folder.amend(&before.shape, &shape, id);
         }
         if self.json {
-            for line in json::amendment(report, context) {
-                self.line(&line)?;
-            }
-            return Ok(());
+            return json::amendment(&mut self.out, report, context);
         }
         if !before.is_some_and(|before| before.was_shown) {
             return Ok(());
@@ -209,7 +203,7 @@ impl Printer {
     /// A connection that was reported has ended.
     pub fn ended(&mut self, id: u64, original: Tuple, start_ns: u64, end: &End) -> io::Result<()> {
         if self.json {
-            return self.line(&json::flow_end(id, start_ns, end));
+            return json::flow_end(&mut self.out, id, start_ns, end);
         }
         if !self.awaited.remove(&id) {
             return Ok(());
@@ -222,7 +216,7 @@ impl Printer {
     pub fn note(&mut self, text: &str, now_ns: u64, warning: bool) -> io::Result<()> {
         if self.json {
             let fields = json!({"time": self.clock.utc(now_ns), "text": text, "warning": warning});
-            self.line(&json::line("note", fields))?;
+            json::line(&mut self.out, "note", fields)?;
         } else {
             let time = self.clock.local(now_ns);
             let line = format!("! {time}  {text}");
@@ -237,7 +231,7 @@ impl Printer {
             let counts: serde_json::Map<String, serde_json::Value> =
                 reasons.iter().map(|(reason, count)| (reason.clone(), json!(count))).collect();
             let fields = json!({"time": self.clock.utc(now_ns), "total": counts, "received": received});
-            self.line(&json::line("lost", fields))?;
+            json::line(&mut self.out, "lost", fields)?;
             return self.out.flush();
         }
         let text: Vec<String> = reasons.iter().map(|(reason, count)| format!("{count} ({reason})")).collect();
@@ -272,7 +266,7 @@ impl Printer {
                 "verdicts": verdicts, "lost": lost,
                 "events": {"received": events.received, "lost": events.lost, "unclaimed": events.unclaimed},
             });
-            self.line(&json::line("status", fields))?;
+            json::line(&mut self.out, "status", fields)?;
         } else {
             let summary = Summary { connections: self.connections, duration_ns, shapes, lost };
             let text = header::summary(&summary, self.style);
@@ -321,9 +315,5 @@ impl Printer {
             writeln!(self.out, "    {line}")?;
         }
         Ok(())
-    }
-
-    fn line(&mut self, line: &str) -> io::Result<()> {
-        writeln!(self.out, "{line}")
     }
 }

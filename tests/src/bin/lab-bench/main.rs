@@ -15,6 +15,7 @@ use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
 use scene::Scene;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 #[derive(Parser)]
 struct Arguments {
@@ -55,17 +56,26 @@ enum What {
     Soak,
 }
 
-fn main() -> Result<()> {
-    let arguments = Arguments::parse();
+fn main() -> ExitCode {
+    match measure(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lab-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn measure(arguments: &Arguments) -> Result<()> {
     ensure!(nix::unistd::geteuid().is_root(), "the lab needs root (network namespaces): run it with sudo");
-    let scene = Scene::new(&arguments)?;
+    let scene = Scene::new(arguments)?;
     for what in &arguments.only {
         match what {
-            What::Ready => ready::measure(&scene, &arguments)?,
-            What::Harm => harm::measure(&scene, &arguments)?,
-            What::Rate => fixed_rate::measure(&scene, &arguments)?,
-            What::Programs => programs::measure(&scene, &arguments)?,
-            What::Soak => soak::run(&scene, &arguments)?,
+            What::Ready => ready::measure(&scene, arguments)?,
+            What::Harm => harm::measure(&scene, arguments)?,
+            What::Rate => fixed_rate::measure(&scene, arguments)?,
+            What::Programs => programs::measure(&scene, arguments)?,
+            What::Soak => soak::run(&scene, arguments)?,
         }
     }
     Ok(())
