@@ -282,3 +282,46 @@ fn bad_ports_are_refused_in_a_sentence() {
         assert!(output.stdout.is_empty());
     }
 }
+
+/// Where the rules take long to be read, connections until then are captured and told, with all that was seen and predicted.
+#[test]
+fn a_connection_while_the_rules_are_read_is_told_as_any_other() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let lab = Lab::up(LabOptions { phase: Phase::Fixed, ..LabOptions::default() }).unwrap();
+    // A save tool that waits for a word before it reads the rules.
+    let slow = tempfile::tempdir().unwrap();
+    let gate = slow.path().join("gate");
+    assert!(Command::new("mkfifo").arg(&gate).status().unwrap().success());
+    let tool = slow.path().join("iptables-nft-save");
+    let script = format!(
+        "#!/bin/sh\nread word < {}\nexec {} \"$@\"\n",
+        gate.display(),
+        lab.tools.tool("iptables-save").display()
+    );
+    std::fs::write(&tool, script).unwrap();
+    std::fs::set_permissions(&tool, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+
+    let mut command = lab.node(NodeName::Worker3).command(porttrace().unwrap());
+    let path = format!("{}:{}", slow.path().display(), lab.tools.path());
+    command.args(["watch", "9088", "--json"]).env("PATH", path);
+    let process = ChildGuard::spawn(command).unwrap();
+    let is_state =
+        |state: &'static str| move |line: &str| line.contains(&format!("\"state\":\"{state}\"")).then_some(());
+    assert!(process.stdout.wait_for(WAIT, is_state("capturing")).is_some(), "{:?}", process.stderr.snapshot());
+    let (_, original) = tcp(&lab, Origin::Outside);
+    assert_eq!(process.stdout.snapshot().len(), 1, "it is not ready before it knows the rules");
+    std::fs::write(&gate, "go\n").unwrap();
+    let (mut watch, ready) = Watch::of(process).unwrap();
+    assert!(ready["rules"].as_str().unwrap().contains("iptables-nft rules"), "{ready}");
+    let told = watch.connection(original, WAIT).unwrap();
+    assert_eq!(told.start["joined_late"], false);
+    assert_eq!(
+        (&told.verdict["outcome"], &told.verdict["agrees"]),
+        (&"answered".into(), &true.into()),
+        "{}",
+        told.report()
+    );
+    assert!(told.hops.iter().any(|hop| hop["kind"] == "rules" && hop["certainty"] == "both"), "{}", told.report());
+}

@@ -29,8 +29,18 @@ pub struct Collected {
 /// Collects everything and turns it into a state. Never fails: what is missing is in the diagnostics.
 pub fn state(options: Options) -> (NodeState, Timings) {
     let Collected { files, mut timings } = collect(options);
-    let state = timings.measure("parse", || parse::state(&files));
+    let state = timings.measure("parse", || parse::into_state(files));
     (state, timings)
+}
+
+/// The same node with its interfaces, addresses, routes and settings read again; rules and sockets are taken over.
+pub fn reread_network(former: &NodeState) -> NodeState {
+    let mut found = Found::default();
+    network(&mut found);
+    sysctls(&mut found);
+    let metadata = metadata(std::mem::take(&mut found.missing));
+    found.text("snapshot.json", metadata);
+    parse::with_network(former, &found.files)
 }
 
 /// Collects everything as files, its parts side by side.

@@ -16,6 +16,7 @@ pub mod kube_proxy;
 pub mod kubernetes;
 pub mod links;
 pub mod live;
+pub mod memory;
 pub mod netlink;
 pub mod nftables;
 pub mod pods;

@@ -186,6 +186,12 @@ impl Fingerprint {
         Self { nft: nftables::generation().ok(), legacy: earlier.legacy }
     }
 
+    /// With the legacy half of the rules as these files hold them: what was read need not be dumped again.
+    pub fn with_legacy_of(self, files: &Files) -> Self {
+        let names = [Family::V4, Family::V6].map(|family| file_name(Dump { flavour: Flavour::IptablesLegacy, family }));
+        Self { legacy: hash_of(names.into_iter().filter_map(|name| files.get(name))), ..self }
+    }
+
     /// Whether legacy rules exist, so that [`Fingerprint::take_cheap`] alone is not enough.
     pub fn has_legacy(&self) -> bool {
         self.legacy.is_some()
@@ -193,20 +199,54 @@ impl Fingerprint {
 }
 
 fn legacy_hash() -> Option<u64> {
+    hash_of([Family::V4, Family::V6].into_iter().filter_map(|family| {
+        let in_use = legacy_tables(family).is_ok_and(|tables| !tables.is_empty());
+        in_use.then(|| save(Dump { flavour: Flavour::IptablesLegacy, family }, false).unwrap_or_default())
+    }))
+}
+
+/// Hash of dumps without comments and counters, which chains (`:INPUT ACCEPT [12:3456]`) carry always and rules
+/// (`[12:3456] -A …`) by `-c`; `None` for none.
+fn hash_of<T: AsRef<[u8]>>(dumps: impl Iterator<Item = T>) -> Option<u64> {
     let mut hasher = DefaultHasher::new();
     let mut any = false;
-    for family in [Family::V4, Family::V6] {
-        if !legacy_tables(family).is_ok_and(|tables| !tables.is_empty()) {
-            continue;
-        }
+    for text in dumps {
         any = true;
-        let text = save(Dump { flavour: Flavour::IptablesLegacy, family }, false).unwrap_or_default();
-        for line in String::from_utf8_lossy(&text).lines().filter(|line| !line.starts_with('#')) {
-            // `:INPUT ACCEPT [12:3456]`: chains carry counters even without `-c`.
-            let line =
-                if line.starts_with(':') { line.rsplit_once(" [").map_or(line, |(chain, _)| chain) } else { line };
-            line.hash(&mut hasher);
+        for line in text.as_ref().split(|byte| *byte == b'\n') {
+            let told = match line.first() {
+                Some(b'#') => continue,
+                Some(b':') => line.rsplitn(2, |byte| *byte == b'[').last().unwrap_or(line),
+                Some(b'[') => line.splitn(2, |byte| *byte == b']').last().unwrap_or(line).trim_ascii_start(),
+                _ => line,
+            };
+            told.hash(&mut hasher);
         }
     }
     any.then(|| hasher.finish())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLAIN: &str = "# by iptables-save\n*nat\n:A - [0:0]\n-A A -s 10.0.0.1/32 -j RETURN\nCOMMIT\n";
+
+    fn hash(text: &str) -> u64 {
+        hash_of([text].into_iter()).expect("there is one")
+    }
+
+    #[test]
+    fn counters_and_comments_are_no_change() {
+        let counted = "# at another time\n*nat\n:A - [7:420]\n[3:180] -A A -s 10.0.0.1/32 -j RETURN\nCOMMIT\n";
+        assert_eq!(hash(PLAIN), hash(counted));
+    }
+
+    #[test]
+    fn a_policy_a_rule_and_an_order_are() {
+        let with = |from: &str, to: &str| hash(&PLAIN.replace(from, to));
+        assert_ne!(hash(PLAIN), with(":A -", ":A DROP"));
+        assert_ne!(hash(PLAIN), with("10.0.0.1", "10.0.0.2"));
+        assert_ne!(hash(PLAIN), with("COMMIT", "-A A -j DROP\nCOMMIT"));
+        assert_eq!(hash_of(std::iter::empty::<&str>()), None, "no dump is not an empty one");
+    }
 }

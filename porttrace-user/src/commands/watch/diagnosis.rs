@@ -1,7 +1,7 @@
 //! Why connections fail: the findings of `explain`, asked for each kind of failing connection once.
 
 use super::pods::Pods;
-use super::rules::Rules;
+use super::rules::{Node, Rules};
 use porttrace_user::collect::sysctl;
 use porttrace_user::core::correlate::flow::Flow;
 use porttrace_user::core::correlate::judge::{Outcome, Reached, Refusal, Refuser};
@@ -117,7 +117,7 @@ fn facts(rules: &Rules, pods: &Pods) -> Facts {
         native: pods.makers.native.clone(),
         ..Facts::default()
     };
-    facts.state.name = facts.cluster.pods_of.clone().or_else(|| Some(rules.node.clone()));
+    facts.state.name = facts.cluster.pods_of.clone().or_else(|| Some(Node::here().name));
     facts.name_node();
     facts.forget_balancers();
     facts

@@ -3,6 +3,7 @@
 pub mod args;
 mod diagnosis;
 mod inside;
+mod intake;
 mod output;
 mod pods;
 mod probing;
@@ -12,6 +13,7 @@ mod signals;
 
 use crate::commands::Usage;
 use anyhow::Context as _;
+use porttrace_user::collect::memory::give_back_early;
 use std::process::ExitCode;
 
 /// Something was lost and `--strict` was given.
@@ -26,6 +28,7 @@ pub fn run(args: &args::Args) -> anyhow::Result<ExitCode> {
         return Err(Usage("--summary is a way of printing text: leave it out, or leave --json out".to_owned()).into());
     }
     unblock_signals()?;
+    give_back_early();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

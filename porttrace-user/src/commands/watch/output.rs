@@ -4,7 +4,7 @@ use porttrace_user::core::correlate::flow::End;
 use porttrace_user::core::correlate::fold::{Bundle, Folder, Mode, Shape, Show};
 use porttrace_user::core::model::flow::Tuple;
 use porttrace_user::render::style::{Style, wrap};
-use porttrace_user::render::watch::header::{self, Header, Summary};
+use porttrace_user::render::watch::header::{self, Header, Opening, Summary};
 use porttrace_user::render::watch::words::{self, Mood};
 use porttrace_user::render::watch::{Context, Report, block, json};
 use serde_json::json;
@@ -105,15 +105,33 @@ impl Printer {
         }
     }
 
-    /// What stands above the log; also says that the session is ready.
-    pub fn header(&mut self, header: &Header<'_>) -> io::Result<()> {
+    /// The first lines; `capturing`: since when nothing is missed, nanoseconds since the start.
+    pub fn opening(&mut self, opening: &Opening<'_>, capturing: Option<u64>) -> io::Result<()> {
+        if !self.json {
+            self.out.write_all(header::opening(opening, self.style).as_bytes())?;
+        } else if let Some(capturing_ns) = capturing {
+            let status = json!({
+                "state": "capturing",
+                "ports": opening.ports,
+                "node": opening.node,
+                "kernel": opening.kernel,
+                "probes": opening.probes,
+                "capturing_ns": capturing_ns,
+            });
+            json::line(&mut self.out, "status", status)?;
+        }
+        self.out.flush()
+    }
+
+    /// What else stands above the log; also says that the session is ready.
+    pub fn header(&mut self, opening: &Opening<'_>, header: &Header<'_>) -> io::Result<()> {
         if self.json {
             let status = json!({
                 "state": "ready",
-                "ports": header.ports,
-                "node": header.node,
-                "kernel": header.kernel,
-                "probes": header.probes,
+                "ports": opening.ports,
+                "node": opening.node,
+                "kernel": opening.kernel,
+                "probes": opening.probes,
                 "rules": header.rules,
                 "inside": header.inside,
                 "warnings": header.warnings,

@@ -3,18 +3,22 @@
 use super::args::{Args, BackendChoice, ProtoChoice, TcChoice};
 use porttrace_user::collect::probe::{Backend, ConntrackBackend, Lost, ProbeConfig, ProbeInfo, Protos, TcMode};
 use porttrace_user::render::watch::header::count;
+use std::time::Duration;
 
-/// What runs and how fast, for the header.
-pub fn probes_sentence(info: &ProbeInfo) -> String {
+/// What runs, for the header; `captures`: since when all is captured, or `None` where that waits for the rules.
+pub fn probes_sentence(info: &ProbeInfo, captures: Option<Duration>) -> String {
     let conntrack = match info.conntrack_backend {
         ConntrackBackend::None => "not observed".to_owned(),
         backend => format!("by {backend}"),
     };
+    let since = match captures {
+        Some(after) => format!("capturing after {} ms", after.as_millis()),
+        None => "capturing once the rules are read".to_owned(),
+    };
     format!(
-        "TC ({}) on {}; conntrack {conntrack}; ready in {} ms, of which attaching {} ms",
+        "TC ({}) on {}; conntrack {conntrack}; {since} (attaching took {} ms)",
         tc_name(info.tc),
         count(info.interfaces, "interface"),
-        info.start_time.as_millis(),
         info.attach_time.as_millis(),
     )
 }

@@ -1,5 +1,6 @@
 //! The node's state as the session knows it: read at the start, read again when it changes.
 
+use nix::sys::utsname::UtsName;
 use porttrace_user::collect::live::{self, Options};
 use porttrace_user::collect::ruleset::Fingerprint;
 use porttrace_user::collect::sysctl;
@@ -13,13 +14,12 @@ use porttrace_user::core::parse::rulesets::unread_family;
 use porttrace_user::core::simulate::{Simulator, ipvs_in_use};
 use porttrace_user::render::watch::words;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Rules, routes and addresses, ready to be asked.
 pub struct Rules {
-    pub node: String,
-    pub kernel: String,
     pub owners: Arc<Owners>,
     pub simulator: Arc<Simulator>,
     /// What both were made of; without conntrack's entries.
@@ -40,6 +40,26 @@ pub struct Rules {
     stale: bool,
 }
 
+/// The names of this node and of its kernel.
+pub struct Node {
+    pub name: String,
+    pub kernel: String,
+}
+
+impl Node {
+    /// The name as Kubernetes has it, where the DaemonSet says so, else the kernel's.
+    pub fn here() -> Self {
+        let uname = nix::sys::utsname::uname().ok();
+        let text = |part: fn(&UtsName) -> &OsStr| {
+            uname.as_ref().map_or_else(|| "?".to_owned(), |uname| part(uname).to_string_lossy().into_owned())
+        };
+        Self {
+            name: std::env::var("NODE_NAME").unwrap_or_else(|_| text(UtsName::nodename)),
+            kernel: text(UtsName::release),
+        }
+    }
+}
+
 /// Diagnostics that the header shows; the rest is counted.
 const MOST_WARNINGS: usize = 5;
 
@@ -50,18 +70,13 @@ impl Rules {
     /// Reads the state of the calling thread's network namespace.
     pub fn read() -> Self {
         // Taken first: what changes while reading is then seen as a change.
-        let fingerprint = Fingerprint::take();
-        let (mut state, timings) = live::state(Options { processes: true, ..Options::default() });
+        let fingerprint = Fingerprint::take_cheap(&Fingerprint::default());
+        let live::Collected { files, mut timings } = live::collect(Options { processes: true, ..Options::default() });
+        let fingerprint = fingerprint.with_legacy_of(&files);
+        let mut state = timings.measure("parse", || parse::into_state(files));
         // A watched connection is new to conntrack; entries of older ones would only stand in the way.
         state.conntrack = Some(Vec::new());
-        let uname = nix::sys::utsname::uname();
-        let text = |part: Option<&std::ffi::OsStr>| {
-            part.map_or_else(|| "?".to_owned(), |part| part.to_string_lossy().into_owned())
-        };
         Self {
-            node: std::env::var("NODE_NAME")
-                .unwrap_or_else(|_| text(uname.as_ref().ok().map(nix::sys::utsname::UtsName::nodename))),
-            kernel: text(uname.as_ref().ok().map(nix::sys::utsname::UtsName::release)),
             owners: Arc::new(Owners::of(&state)),
             simulator: Arc::new(Simulator::new(&state)),
             generation: 0,
@@ -135,20 +150,35 @@ impl Rules {
             self.checked_at = Instant::now();
         }
         let rules_changed = now != self.fingerprint;
-        if !rules_changed && !self.stale {
+        if !rules_changed {
+            if std::mem::take(&mut self.stale) {
+                self.follow_network().await;
+            }
             return None;
         }
         let before = self.rule_counts();
         let read = tokio::task::spawn_blocking(Self::read).await.ok()?;
         *self = Self { generation: self.generation + 1, ..read };
         let after = self.rule_counts();
-        rules_changed.then(|| {
-            if before == after {
-                format!("the rules changed ({after})")
-            } else {
-                format!("the rules changed: {before} before, {after} now")
-            }
+        Some(if before == after {
+            format!("the rules changed ({after})")
+        } else {
+            format!("the rules changed: {before} before, {after} now")
         })
+    }
+
+    /// Reads the network again; the rules, which can be many, are as they were.
+    async fn follow_network(&mut self) {
+        let former = self.state.clone();
+        let reading = tokio::task::spawn_blocking(move || {
+            let state = live::reread_network(&former);
+            (Arc::new(Owners::of(&state)), Arc::new(Simulator::new(&state)), state)
+        });
+        // Where it broke off, the next change has it read again.
+        let Ok((owners, simulator, state)) = reading.await else { return };
+        self.warnings = warnings(&state);
+        (self.owners, self.simulator, self.state) = (owners, simulator, state);
+        self.generation += 1;
     }
 
     fn rule_counts(&self) -> String {

@@ -3,10 +3,11 @@
 use super::args::Args;
 use super::diagnosis::Diagnosis;
 use super::inside::IntoPods;
+use super::intake::{push_all, while_reading};
 use super::output::{Clock, Events, Printer};
 use super::pods::Pods;
 use super::probing::{probe_config, probes_sentence, reasons};
-use super::rules::Rules;
+use super::rules::{Node, Rules};
 use super::signals::Signals;
 use anyhow::Context as _;
 use porttrace_ebpf::Kind;
@@ -23,7 +24,7 @@ use porttrace_user::core::kube::targets::{NatTarget, nat_targets};
 use porttrace_user::core::model::event::Event;
 use porttrace_user::core::model::interfaces::Interfaces;
 use porttrace_user::core::model::trace::{Packet, Trace};
-use porttrace_user::render::watch::header::Header;
+use porttrace_user::render::watch::header::{Header, Opening};
 use porttrace_user::render::watch::{Context, Report};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -35,22 +36,32 @@ const TICK: Duration = Duration::from_millis(20);
 /// How often rules are checked for changes, lost events and bundles are printed.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
 
+/// After how many connections told the ring buffer is read again.
+const READ_EVERY: usize = 64;
+
 /// Runs a session; true when events were lost.
 pub async fn run(args: &Args) -> anyhow::Result<bool> {
     let started = Instant::now();
     let clock = Clock::measure()?;
     let reading = tokio::task::spawn_blocking(Rules::read);
     let mut probe = Probe::start(&probe_config(args))?;
-    let rules = reading.await.context("reading the rules was cut short")?;
-    predict_targets(&mut probe, &rules, args)?;
+    // Without hooks, what is captured depends on where the rules may lead.
+    let capturing = (!probe.wants_predictions()).then(|| started.elapsed());
     let mode = match (args.all, args.summary) {
         (true, _) => Mode::All,
         (_, true) => Mode::Summary,
         _ => Mode::Auto,
     };
-    let printer = Printer::new(args.json, mode, args.verbose > 0, args.colour.style(), clock);
+    let mut printer = Printer::new(args.json, mode, args.verbose > 0, args.colour.style(), clock);
     let limits = Limits { silence_ns: nanoseconds(args.timeout), ..Limits::default() };
-    let correlator = Correlator::new(args.ports.iter().copied(), limits.clone());
+    let mut correlator = Correlator::new(args.ports.iter().copied(), limits.clone());
+    let (node, probes) = (Node::here(), probes_sentence(probe.info(), capturing));
+    let opening = Opening { ports: &args.ports, node: &node.name, kernel: &node.kernel, probes: &probes };
+    printer.opening(&opening, capturing.map(nanoseconds))?;
+    let mut events = 0;
+    let rules = while_reading(reading, &mut probe, &mut correlator, &mut events).await?;
+    let rules = rules.context("reading the rules was cut short")?;
+    predict_targets(&mut probe, &rules, args)?;
     let interfaces = interfaces_of(&probe);
     let options = args.sources.options(live::Options::default());
     let mut inside = args.into_pods.then(|| IntoPods::new(probe_config(args), &limits, options.clone()));
@@ -69,13 +80,13 @@ pub async fn run(args: &Args) -> anyhow::Result<bool> {
         pods,
         diagnosis: Diagnosis::default(),
         inside,
-        events: 0,
+        events,
         lost: Lost::default(),
         evicted: 0,
     };
     // Before anybody is told that we are ready: from then on a signal ends the session with its sum.
     let mut signals = Signals::listen()?;
-    session.header(started)?;
+    session.header(&opening, started)?;
     session.watch(&mut signals).await?;
     session.end(started).await
 }
@@ -99,23 +110,19 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
-    fn header(&mut self, started: Instant) -> anyhow::Result<()> {
-        let info = self.probe.info();
-        let mut warnings = info.degradations.clone();
+    fn header(&mut self, opening: &Opening<'_>, started: Instant) -> anyhow::Result<()> {
+        let mut warnings = self.probe.info().degradations.clone();
         warnings.extend(self.rules.warnings());
         warnings.extend(self.inside.iter_mut().flat_map(IntoPods::notes));
         let header = Header {
             ports: &self.args.ports,
-            node: &self.rules.node,
-            kernel: &self.rules.kernel,
             owners: &self.rules.owners,
-            probes: probes_sentence(info),
             rules: self.rules.sentence(),
             inside: self.inside.as_ref().map(IntoPods::names),
             warnings: &warnings,
             ready_ns: nanoseconds(started.elapsed()),
         };
-        Ok(self.printer.header(&header)?)
+        Ok(self.printer.header(opening, &header)?)
     }
 
     /// Until a signal, `--duration` or `--count`.
@@ -149,7 +156,6 @@ impl Session<'_> {
         }
     }
 
-    /// Events of one CPU come in order, those of several interleaved: a batch is sorted by time first.
     fn take(&mut self, events: &mut Vec<Event>) {
         self.events += events.len() as u64;
         push_all(&mut self.correlator, events);
@@ -166,8 +172,14 @@ impl Session<'_> {
         Ok(full)
     }
 
+    /// Reads events in between: to tell of many connections takes longer than the ring buffer may wait.
     async fn tell(&mut self, updates: Vec<Update>) -> anyhow::Result<bool> {
-        for update in updates {
+        let mut events = Vec::new();
+        for (told, update) in updates.into_iter().enumerate() {
+            if told % READ_EVERY == READ_EVERY - 1 {
+                self.probe.read_now(&mut events)?;
+                self.take(&mut events);
+            }
             match update {
                 Update::Reported(flow) => {
                     self.report(*flow, false).await?;
@@ -314,33 +326,23 @@ impl Session<'_> {
         Ok(self.inside.as_ref().map_or(lost, |inside| lost.plus(inside.lost())))
     }
 
-    /// What changed of the rules. Events are read meanwhile: many rules take a while, and the ring buffer does not hold all that
-    /// comes in a second.
+    /// What changed of the rules.
     async fn follow_rules(&mut self) -> anyhow::Result<Option<String>> {
-        let Self { rules, probe, correlator, events: count, .. } = self;
-        let follow = rules.follow();
-        tokio::pin!(follow);
-        let mut events = Vec::new();
-        loop {
-            tokio::select! {
-                changed = &mut follow => return Ok(changed),
-                read = probe.read(&mut events) => {
-                    *count += read? as u64;
-                    push_all(correlator, &mut events);
-                }
-            }
-        }
+        let Self { rules, probe, correlator, events, .. } = self;
+        while_reading(rules.follow(), probe, correlator, events).await
     }
 
     /// Reads rules, routes and addresses again when they changed; true when they did.
     async fn reload_if_changed(&mut self) -> anyhow::Result<bool> {
-        let Some(text) = self.follow_rules().await? else { return Ok(false) };
-        predict_targets(&mut self.probe, &self.rules, self.args)?;
-        if let Some(inside) = &mut self.inside {
-            inside.expect_changes(Some(targets(&self.rules, self.args)));
+        let before = self.rules.generation;
+        if let Some(text) = self.follow_rules().await? {
+            predict_targets(&mut self.probe, &self.rules, self.args)?;
+            if let Some(inside) = &mut self.inside {
+                inside.expect_changes(Some(targets(&self.rules, self.args)));
+            }
+            self.printer.note(&text, Clock::now(), false)?;
         }
-        self.printer.note(&text, Clock::now(), false)?;
-        Ok(true)
+        Ok(self.rules.generation != before)
     }
 
     async fn end(mut self, started: Instant) -> anyhow::Result<bool> {
@@ -370,11 +372,6 @@ impl Session<'_> {
         self.printer.summary(nanoseconds(started.elapsed()), events, &lost)?;
         Ok(!lost.is_empty())
     }
-}
-
-fn push_all(correlator: &mut Correlator, events: &mut Vec<Event>) {
-    events.sort_by_key(|event| event.time_ns);
-    events.drain(..).for_each(|event| correlator.push(event));
 }
 
 /// Tells the probe where the rules may send the watched connections, if it has a use for that.

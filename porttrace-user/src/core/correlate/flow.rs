@@ -129,16 +129,10 @@ impl Flow {
         }
     }
 
-    /// All tuples that packets of this flow can carry; the index of the correlator holds them.
-    pub fn tuples(&self) -> Vec<Tuple> {
-        let mut tuples = vec![self.original, self.original.inverted()];
-        if let Some(reply) = self.reply {
-            let middle = self.after_dnat(reply);
-            tuples.extend([reply, reply.inverted(), middle, middle.inverted()]);
-        }
-        tuples.sort_unstable();
-        tuples.dedup();
-        tuples
+    /// The tuples that packets of this flow can carry, each in one direction.
+    pub fn tuples(&self) -> impl Iterator<Item = Tuple> {
+        let rewritten = self.reply.into_iter().flat_map(|reply| [reply, self.after_dnat(reply)]);
+        std::iter::once(self.original).chain(rewritten)
     }
 
     /// The flow with all that was seen of it; what stays has only the tuples, which are needed to see its end.

@@ -63,9 +63,9 @@ pub struct Counts {
 pub struct Correlator {
     limits: Limits,
     ports: BTreeSet<u16>,
-    flows: BTreeMap<u64, Flow>,
-    /// Tuple → the newest flow that can carry it. Looked up only, never listed.
-    index: HashMap<Tuple, u64>,
+    flows: BTreeMap<u64, Box<Flow>>,
+    /// Tuple in either direction → the newest flow that can carry it. Looked up only, never listed.
+    index: HashMap<Undirected, u64>,
     /// (when, flow): outcomes to report and flows to forget.
     timers: BTreeSet<(u64, u64)>,
     next_id: u64,
@@ -115,9 +115,7 @@ impl Correlator {
             Stage::Unanswered | Stage::Reported | Stage::Ended => flow.last_ns = flow.last_ns.max(event.time_ns),
         }
         if learned {
-            for tuple in flow.tuples() {
-                self.index.insert(tuple, id);
-            }
+            self.index.extend(flow.tuples().map(|tuple| (Undirected::of(tuple), id)));
         }
         match changes {
             Change::None => {}
@@ -136,7 +134,7 @@ impl Correlator {
 
     /// The newest connection that this tuple opened, with what was seen of it and not yet reported.
     pub fn opened_by(&self, original: Tuple) -> Option<&Flow> {
-        let flow = self.flows.get(self.index.get(&original)?)?;
+        let flow = self.flows.get(self.index.get(&Undirected::of(original))?)?;
         (flow.original == original).then_some(flow)
     }
 
@@ -190,7 +188,7 @@ impl Correlator {
         let told = flow.take_story();
         if waits {
             // Says where the request came from, should an answer follow.
-            flow.sightings.extend(told.sightings.first().cloned());
+            flow.sightings = told.sightings.first().cloned().into_iter().collect();
         }
         self.updates.push(Update::Reported(Box::new(told)));
         self.keep(id, if waits { Stage::Unanswered } else { Stage::Reported });
@@ -220,7 +218,7 @@ impl Correlator {
     fn forget(&mut self, id: u64) {
         let Some(flow) = self.flows.remove(&id) else { return };
         self.timers.remove(&(flow.decide_at, id));
-        for tuple in flow.tuples() {
+        for tuple in flow.tuples().map(Undirected::of) {
             if self.index.get(&tuple) == Some(&id) {
                 self.index.remove(&tuple);
             }
@@ -232,8 +230,8 @@ impl Correlator {
         let packet = event.packet.or_else(|| event.conntrack.map(|entry| entry.original));
         let known = event
             .conntrack
-            .and_then(|entry| self.index.get(&entry.original))
-            .or_else(|| packet.and_then(|tuple| self.index.get(&tuple)))
+            .and_then(|entry| self.index.get(&Undirected::of(entry.original)))
+            .or_else(|| packet.and_then(|tuple| self.index.get(&Undirected::of(tuple))))
             .copied();
         if let Some(id) = known
             && let Some(flow) = self.flows.get(&id)
@@ -284,11 +282,9 @@ impl Correlator {
             decide_at,
             end: None,
         };
-        for tuple in flow.tuples() {
-            self.index.insert(tuple, id);
-        }
+        self.index.extend(flow.tuples().map(|tuple| (Undirected::of(tuple), id)));
         self.timers.insert((decide_at, id));
-        self.flows.insert(id, flow);
+        self.flows.insert(id, Box::new(flow));
         Some((id, way))
     }
 
@@ -299,6 +295,16 @@ impl Correlator {
             self.report(id);
         }
         self.forget(id);
+    }
+}
+
+/// A tuple of either direction: a packet and its answer have the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+struct Undirected(Tuple);
+
+impl Undirected {
+    fn of(tuple: Tuple) -> Self {
+        Self(tuple.min(tuple.inverted()))
     }
 }
 

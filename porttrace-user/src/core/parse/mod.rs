@@ -25,4 +25,4 @@ pub mod sysctl;
 pub mod words;
 
 pub use facts::{facts, native_tables};
-pub use state::{FORMAT, Files, Metadata, into_state, state};
+pub use state::{FORMAT, Files, Metadata, into_state, state, with_network};

@@ -13,6 +13,9 @@ use std::sync::Arc;
 /// The format of snapshots that this porttrace writes.
 pub const FORMAT: u32 = 1;
 
+/// The source of what could not be collected at all.
+const COLLECTION: &str = "collection";
+
 /// Contents by file name: `iptables-save.txt`, `ip-route.json`, `sysctl.txt`, `xt_recent/NAME`, …
 pub type Files = BTreeMap<String, Vec<u8>>;
 
@@ -41,6 +44,42 @@ pub fn state(files: &Files) -> NodeState {
 pub fn into_state(mut files: Files) -> NodeState {
     let rules = rulesets::take_rulesets(&mut files);
     with_rules(&files, rules)
+}
+
+/// What of a node's files is its network: it changes without a rule.
+const NETWORK: [&str; 11] = [
+    "ip-link.json",
+    "bridge-link.json",
+    "ip-addr.json",
+    "ip-route.json",
+    "ip6-route.json",
+    "ip-rule.json",
+    "ip6-rule.json",
+    "ip-neigh.json",
+    "sysctl.txt",
+    "ip_vs.txt",
+    "ipvsadm.txt",
+];
+
+/// A node with the network of these files, and all else as it was.
+pub fn with_network(former: &NodeState, files: &Files) -> NodeState {
+    let read = with_rules(files, Default::default());
+    let is_network = |diagnostic: &Diagnostic| NETWORK.contains(&diagnostic.source.as_str());
+    let mut diagnostics: Vec<_> = former.diagnostics.iter().filter(|known| !is_network(known)).cloned().collect();
+    let is_new =
+        |found: &Diagnostic| is_network(found) || (found.source == COLLECTION && !former.diagnostics.contains(found));
+    diagnostics.extend(read.diagnostics.into_iter().filter(is_new));
+    NodeState {
+        links: read.links,
+        addresses: read.addresses,
+        routes: read.routes,
+        policy: read.policy,
+        sysctls: read.sysctls,
+        neighbours: read.neighbours,
+        ipvs: read.ipvs,
+        diagnostics,
+        ..former.clone()
+    }
 }
 
 fn with_rules(files: &Files, (rulesets, diagnostics): (Vec<Ruleset>, Vec<Diagnostic>)) -> NodeState {
@@ -118,7 +157,7 @@ impl<'a> Reader<'a> {
                 ),
             );
         }
-        let mut collection = Notes::new("collection");
+        let mut collection = Notes::new(COLLECTION);
         for missing in &metadata.missing {
             collection.add(0, missing.as_str());
         }
@@ -200,5 +239,39 @@ impl<'a> Reader<'a> {
             self.diagnostics.extend(notes.finish());
         }
         (!lists.is_empty()).then_some(lists)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn files(parts: &[(&str, &str)]) -> Files {
+        parts.iter().map(|(name, text)| ((*name).to_owned(), text.as_bytes().to_vec())).collect()
+    }
+
+    #[test]
+    fn another_network_leaves_the_rest_as_it_was() {
+        let former = state(&files(&[
+            ("iptables-save.txt", "*nat\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -j NO-SUCH-TARGET\nCOMMIT\n"),
+            ("ip-route.json", r#"[{"dst":"10.0.0.0/8","dev":"old0"}]"#),
+            ("ip-addr.json", "this is no JSON"),
+            ("ss.txt", "tcp LISTEN 0 128 0.0.0.0:22 0.0.0.0:*\n"),
+        ]));
+        let now = with_network(
+            &former,
+            &files(&[
+                ("ip-route.json", r#"[{"dst":"10.0.0.0/8","dev":"new0"}]"#),
+                ("ip-addr.json", "[]"),
+                ("snapshot.json", r#"{"format":1,"missing":["neighbours: the kernel refuses"]}"#),
+            ]),
+        );
+        assert!(Arc::ptr_eq(&former.rulesets[0], &now.rulesets[0]), "rules are not copied");
+        assert_eq!(now.sockets, former.sockets);
+        assert_eq!(now.routes.as_ref().map(|routes| format!("{:?}", routes[0].nexthops).contains("new0")), Some(true));
+        let about = |state: &NodeState, source: &str| state.diagnostics.iter().filter(|d| d.source == source).count();
+        assert_eq!((about(&former, "ip-addr.json"), about(&now, "ip-addr.json")), (1, 0), "it can be read now");
+        assert_eq!(about(&now, "iptables-save.txt"), about(&former, "iptables-save.txt"));
+        assert_eq!((about(&former, COLLECTION), about(&now, COLLECTION)), (0, 1), "{:?}", now.diagnostics);
     }
 }

@@ -6,15 +6,21 @@ use crate::core::model::flow::Proto;
 use crate::render::style::{Style, columns, wrap};
 use std::collections::BTreeSet;
 
-/// Everything the header tells.
+/// What is known as soon as the probes are attached, before the rules are read.
 #[derive(Clone, Debug)]
-pub struct Header<'a> {
+pub struct Opening<'a> {
     pub ports: &'a [u16],
     pub node: &'a str,
     pub kernel: &'a str,
-    pub owners: &'a Owners,
     /// One sentence on the probes: which, on how many interfaces, how fast.
-    pub probes: String,
+    pub probes: &'a str,
+}
+
+/// Everything else that the header tells.
+#[derive(Clone, Debug)]
+pub struct Header<'a> {
+    pub ports: &'a [u16],
+    pub owners: &'a Owners,
     /// One sentence on the rules: how many of which flavour, how fast.
     pub rules: String,
     /// With `--into-pods`: the pods that are followed inside.
@@ -24,13 +30,19 @@ pub struct Header<'a> {
     pub ready_ns: u64,
 }
 
-/// The header, with a final line that says that the log begins.
-pub fn header(header: &Header<'_>, style: Style) -> String {
-    let ports: Vec<String> = header.ports.iter().map(u16::to_string).collect();
+/// The first lines: from now on nothing is missed.
+pub fn opening(opening: &Opening<'_>, style: Style) -> String {
+    let ports: Vec<String> = opening.ports.iter().map(u16::to_string).collect();
     let title = format!("porttrace watch {}", ports.join(" "));
-    let place = format!("{} · kernel {}", header.node, header.kernel);
+    let place = format!("{} · kernel {}", opening.node, opening.kernel);
     let gap = style.width.saturating_sub(columns(&title) + columns(&place)).max(2);
-    let mut out = format!("{}{}{}\n", style.bold(&title), " ".repeat(gap), style.dim(place));
+    let title = format!("{}{}{}\n", style.bold(&title), " ".repeat(gap), style.dim(place));
+    title + &entry("probes", opening.probes, style)
+}
+
+/// The rest of the header, with a final line that says that the log begins.
+pub fn header(header: &Header<'_>, style: Style) -> String {
+    let mut out = String::new();
     for &port in header.ports {
         let claims = merged(header.owners.claims(port));
         if claims.is_empty() {
@@ -41,7 +53,6 @@ pub fn header(header: &Header<'_>, style: Style) -> String {
             out.push_str(&entry(&label, &text, style));
         }
     }
-    out.push_str(&entry("probes", &header.probes, style));
     out.push_str(&entry("rules", &header.rules, style));
     if let Some(pods) = &header.inside {
         let said =
