@@ -6,6 +6,10 @@ use std::fmt;
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+/// `BPF_PROG_LOAD`.
+const PROGRAM_LOAD: i64 = 5;
+/// `BPF_LINK_CREATE`.
+const LINK_CREATE: i64 = 28;
 /// `BPF_PROG_GET_FD_BY_ID`.
 const PROGRAM_BY_ID: i64 = 13;
 /// `BPF_LINK_GET_FD_BY_ID`.
@@ -120,6 +124,54 @@ fn usage_of(program: &OwnedFd) -> Result<Usage> {
     })
 }
 
+/// A TC program that does nothing, at one interface: what the kernel counts for it is what counting costs.
+pub struct Nothing {
+    program: OwnedFd,
+    _link: OwnedFd,
+}
+
+impl Nothing {
+    /// Loads it and links it (tcx) to packets that enter an interface of the calling thread's network namespace.
+    pub fn at(interface: &str) -> Result<Self> {
+        const SCHED_CLS: u32 = 3;
+        const TCX_INGRESS: u32 = 46;
+        /// `r0 = TCX_NEXT (-1); exit` (`struct bpf_insn`).
+        const CODE: [u64; 2] = [u64::from_le_bytes([0xb7, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]), 0x95];
+        let license = c"GPL";
+        let mut load = Vec::new();
+        load.extend([SCHED_CLS, CODE.len() as u32].map(u32::to_ne_bytes).concat());
+        load.extend([CODE.as_ptr() as u64, license.as_ptr() as u64].map(u64::to_ne_bytes).concat());
+        // log_level to prog_flags stay 0.
+        load.resize(48, 0);
+        load.extend(b"nothing\0\0\0\0\0\0\0\0\0");
+        // SAFETY: the kernel reads `load`, which names the code and the licence; all outlive the call.
+        let program = unsafe { made(PROGRAM_LOAD, &load) }.context("loading a program that does nothing")?;
+        let index = nix::net::if_::if_nametoindex(interface).with_context(|| format!("looking for {interface}"))?;
+        let link = [program.as_raw_fd().cast_unsigned(), index, TCX_INGRESS, 0].map(u32::to_ne_bytes).concat();
+        // SAFETY: the kernel reads `link` alone.
+        let link = unsafe { made(LINK_CREATE, &link) }.context("attaching a program that does nothing")?;
+        Ok(Self { program, _link: link })
+    }
+
+    pub fn usage(&self) -> Result<Usage> {
+        usage_of(&self.program)
+    }
+}
+
+/// What a command with these bytes of `union bpf_attr` makes.
+///
+/// # Safety
+/// Pointers in `attr` must be valid for the command.
+unsafe fn made(command: i64, attr: &[u8]) -> nix::Result<OwnedFd> {
+    // SAFETY: as the caller says; the length is that of `attr`.
+    let answer = unsafe { libc::syscall(libc::SYS_bpf, command, attr.as_ptr(), attr.len()) };
+    match i32::try_from(answer) {
+        // SAFETY: the call made this descriptor for us; nobody else has it.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(nix::errno::Errno::last()),
+    }
+}
+
 /// Whether the kernel opens the object with this ID; anything but "no such object" counts as yes.
 fn exists(command: i64, id: u32) -> bool {
     !matches!(open(command, id), Err(nix::errno::Errno::ENOENT))
@@ -130,11 +182,6 @@ fn open(command: i64, number: u32) -> nix::Result<OwnedFd> {
     // `union bpf_attr` begins with the number; `next_id` and `open_flags` stay 0.
     let mut attr = [0u32; 32];
     attr[0] = number;
-    // SAFETY: the kernel reads `size_of_val(&attr)` bytes of `attr` and checks that those it does not know are 0.
-    let answer = unsafe { libc::syscall(libc::SYS_bpf, command, attr.as_mut_ptr(), size_of_val(&attr)) };
-    match i32::try_from(answer) {
-        // SAFETY: the call made this descriptor for us; nobody else has it.
-        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-        _ => Err(nix::errno::Errno::last()),
-    }
+    // SAFETY: numbers only; the kernel checks that what it does not know is 0.
+    unsafe { made(command, &attr.map(u32::to_ne_bytes).concat()) }
 }

@@ -39,7 +39,10 @@ pub fn main(_: &Args) -> Result<()> {
 }
 
 fn fill(tree: &Path, binary: &Path) -> Result<()> {
-    fs::copy(binary, tree.join("porttrace"))?;
+    let packed = tree.join("porttrace");
+    fs::copy(binary, &packed)?;
+    // Line numbers are most of it; names stay, for who profiles it.
+    shell::step("strip", || shell::quietly(Command::new("strip").arg("--strip-debug").arg(&packed)))?;
     let completions = tree.join("completions");
     fs::create_dir(&completions)?;
     for name in SHELLS {
