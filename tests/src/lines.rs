@@ -134,3 +134,15 @@ impl<R: Read, W: Write> Read for Shown<R, W> {
         Ok(read)
     }
 }
+
+/// Waits until a condition holds that nobody tells of, as that the kernel has freed something; whether it came to hold.
+pub fn until(timeout: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + timeout;
+    while !condition() {
+        if Instant::now() > deadline {
+            return false;
+        }
+        thread::yield_now();
+    }
+    true
+}

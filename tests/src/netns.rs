@@ -79,6 +79,12 @@ impl Netns {
         command
     }
 
+    /// Names of the interfaces inside, in the order of their indices.
+    pub fn links(&self) -> Result<Vec<String>> {
+        let links = self.exec(["ip", "-o", "link"])?;
+        Ok(links.lines().filter_map(|line| Some(line.split(": ").nth(1)?.split('@').next()?.to_owned())).collect())
+    }
+
     /// Runs a command inside to its end and returns its standard output; a failure carries its standard error.
     pub fn exec<S: AsRef<OsStr>>(&self, argv: impl IntoIterator<Item = S>) -> Result<String> {
         run(&mut self.argv(argv)?, None).with_context(|| format!("in namespace {}", self.name))

@@ -7,6 +7,7 @@ use porttrace_tests::lab::pod::PodSpec;
 use porttrace_tests::lab::rules::{IptablesFlavour, Tools};
 use porttrace_tests::lab::topology::{HOST_PORT, NodeName};
 use porttrace_tests::lab::{Lab, LabOptions, Origin};
+use porttrace_tests::lines::until;
 use porttrace_tests::netns::Netns;
 use porttrace_tests::peer::{Answer, Connect, Outcome, Transport};
 use porttrace_tests::privilege::may_run;
@@ -108,7 +109,7 @@ fn balancer(lab: &mut Lab, to: [IpAddr; 2], port: u16) {
     let mapping = PortMapping { host_port: BALANCED, container_port: 80, protocol: "tcp", host_ip: None };
     let spec = PodSpec { mappings: vec![mapping], quiet: true, ..PodSpec::new("svclb", NodeName::Worker3, 30) };
     let tools = lab.tools.clone();
-    let pod = &lab.add(spec).unwrap().netns;
+    let pod = &lab.start_pod(spec).unwrap().netns;
     pod.exec(["sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"]).unwrap();
     for (family, to) in ["iptables", "ip6tables"].into_iter().zip(to) {
         let dnat =
@@ -222,23 +223,6 @@ fn a_pod_that_is_made_anew_is_followed_again() {
     assert!(noted(&watch, &gone), "{:?}", watch.others);
 }
 
-/// Interfaces of a namespace, by name.
-fn links(netns: &Netns) -> Vec<String> {
-    let links = netns.exec(["ip", "-o", "link"]).unwrap();
-    links.lines().filter_map(|line| Some(line.split(": ").nth(1)?.split('@').next()?.to_owned())).collect()
-}
-
-fn until(mut condition: impl FnMut() -> bool) -> bool {
-    let deadline = Instant::now() + WAIT;
-    while !condition() {
-        if Instant::now() > deadline {
-            return false;
-        }
-        std::thread::yield_now();
-    }
-    true
-}
-
 #[test]
 fn no_namespace_is_kept_alive() {
     if !may_run("porttrace watch") {
@@ -260,7 +244,7 @@ fn no_namespace_is_kept_alive() {
     assert_eq!(ready["inside"], json!([pod.name()]));
     // As a runtime that relies on the kernel: the name goes, and with its last user the namespace, and its interfaces.
     drop(pod);
-    assert!(until(|| !links(&node).contains(&"veth0".to_owned())), "{:?}", links(&node));
+    assert!(until(WAIT, || !node.links().unwrap().contains(&"veth0".to_owned())), "{:?}", node.links().unwrap());
 }
 
 #[test]
@@ -277,5 +261,5 @@ fn sigkill_leaves_nothing_inside_either() {
     assert!(held.links.len() > without.links.len(), "the pod's are among them: {held:?}");
     watch.process.signal(Signal::SIGKILL).unwrap();
     assert_eq!(watch.process.wait(WAIT).unwrap(), None);
-    assert!(until(|| held.alive() == Held::default()), "still there: {:?}", held.alive());
+    assert!(until(WAIT, || held.alive() == Held::default()), "still there: {:?}", held.alive());
 }

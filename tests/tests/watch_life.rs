@@ -4,6 +4,7 @@ use nix::sys::signal::Signal;
 use porttrace_tests::bpf::{Held, held_by};
 use porttrace_tests::lab::topology::{HOST_PORT, NodeName, OUTSIDE_V4};
 use porttrace_tests::lab::{Lab, LabOptions, Origin, Phase};
+use porttrace_tests::lines::until;
 use porttrace_tests::netns::{ChildGuard, Netns};
 use porttrace_tests::peer::{Answer, Connect, Outcome, Transport};
 use porttrace_tests::privilege::may_run;
@@ -25,28 +26,14 @@ fn tcp(lab: &Lab, origin: Origin) -> (Answer, Tuple) {
     (answer, tuple)
 }
 
-/// Waits until the condition holds: the kernel frees what a dead process held a moment later, and tells nobody.
-fn until(condition: impl Fn() -> bool) -> bool {
-    let deadline = Instant::now() + WAIT;
-    while !condition() {
-        if Instant::now() > deadline {
-            return false;
-        }
-        std::thread::yield_now();
-    }
-    true
-}
-
 /// clsact filters on any interface of the namespace.
 fn filters(netns: &Netns) -> String {
-    let links = netns.exec(["ip", "-o", "link"]).unwrap();
-    let names = links.lines().filter_map(|line| line.split(": ").nth(1)?.split('@').next());
-    let show = |name, side| netns.exec(["tc", "filter", "show", "dev", name, side]).unwrap();
-    names.map(|name| show(name, "ingress") + &show(name, "egress")).collect()
+    let show = |name: &str, side| netns.exec(["tc", "filter", "show", "dev", name, side]).unwrap();
+    netns.links().unwrap().iter().map(|name| show(name, "ingress") + &show(name, "egress")).collect()
 }
 
 fn nothing_is_left(held: &Held, netns: &Netns) {
-    assert!(until(|| held.alive() == Held::default()), "still there: {:?}", held.alive());
+    assert!(until(WAIT, || held.alive() == Held::default()), "still there: {:?}", held.alive());
     assert_eq!(filters(netns), "");
 }
 

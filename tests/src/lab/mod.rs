@@ -130,13 +130,6 @@ impl Lab {
         self.pods.get(&(name, node)).ok_or_else(|| anyhow!("no pod {name} on {}", node.name()))
     }
 
-    /// Starts one more pod.
-    pub fn add(&mut self, spec: PodSpec) -> Result<&Pod> {
-        let key = (spec.name, spec.node);
-        let pod = Pod::start(spec, self.nodes[&key.1].clone())?;
-        Ok(self.pods.entry(key).insert_entry(pod).into_mut())
-    }
-
     pub fn pods(&self) -> impl Iterator<Item = &Pod> {
         self.pods.values()
     }

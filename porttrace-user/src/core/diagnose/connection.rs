@@ -62,37 +62,13 @@ const EXPLAIN: [Explain; 31] = [
     ("localhost-not-served", |seen| seen.is_from_localhost(), |seen, finding| seen.is_about_port_or_node(finding)),
     ("network-policy-drops", |seen| seen.ended_by().is_some(), |seen, finding| seen.is_about_port(finding)),
     ("forward-policy-drop", |seen| seen.ended_by().is_some_and(|by| by.number.is_none()), any),
-    (
-        "source-ranges-exclude-client",
-        |seen| seen.ended_in("KUBE-PROXY-FIREWALL"),
-        |seen, finding| seen.is_about_service(finding),
-    ),
-    (
-        "external-local-without-endpoints",
-        |seen| seen.lacks("has no local endpoints"),
-        |seen, finding| seen.is_about_service(finding),
-    ),
-    (
-        "internal-local-without-endpoints",
-        |seen| seen.lacks("has no local endpoints"),
-        |seen, finding| seen.is_about_service(finding),
-    ),
-    ("selector-matches-nothing", |seen| seen.lacks("has no endpoints"), |seen, finding| seen.is_about_service(finding)),
-    (
-        "target-port-name-not-found",
-        |seen| seen.lacks("has no endpoints"),
-        |seen, finding| seen.is_about_service(finding),
-    ),
-    (
-        "service-without-ready-endpoints",
-        |seen| seen.lacks("has no endpoints"),
-        |seen, finding| seen.is_about_service(finding),
-    ),
-    (
-        "service-without-endpoints",
-        |seen| seen.lacks("has no endpoints"),
-        |seen, finding| seen.is_about_service(finding),
-    ),
+    ("source-ranges-exclude-client", |seen| seen.ended_in("KUBE-PROXY-FIREWALL"), of_the_service),
+    ("external-local-without-endpoints", |seen| seen.lacks("has no local endpoints"), of_the_service),
+    ("internal-local-without-endpoints", |seen| seen.lacks("has no local endpoints"), of_the_service),
+    ("selector-matches-nothing", without_endpoints, of_the_service),
+    ("target-port-name-not-found", without_endpoints, of_the_service),
+    ("service-without-ready-endpoints", without_endpoints, of_the_service),
+    ("service-without-endpoints", without_endpoints, of_the_service),
     ("stale-udp-entry", |seen| seen.failed.disagrees, |seen, finding| seen.is_about_port(finding)),
     (
         "stale-hostport",
@@ -128,6 +104,14 @@ const EXPLAIN: [Explain; 31] = [
 
 const fn any(_: &Seen<'_, '_>, _: &Finding) -> bool {
     true
+}
+
+fn of_the_service(seen: &Seen<'_, '_>, finding: &Finding) -> bool {
+    seen.is_about_service(finding)
+}
+
+fn without_endpoints(seen: &Seen<'_, '_>) -> bool {
+    seen.lacks("has no endpoints")
 }
 
 /// A connection with what its tuples mean on this node.
