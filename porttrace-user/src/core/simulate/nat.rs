@@ -57,15 +57,16 @@ impl Run<'_> {
         Next::Go
     }
 
-    /// A connection that MASQUERADE made is killed when its way out changes (`nf_nat_oif_changed`). The entry does not say
-    /// who made it: where its address is not the one that MASQUERADE would take here, both are followed.
+    /// A connection that MASQUERADE made is killed when its way out changes (`nf_nat_oif_changed`), also where the address that
+    /// it took was the sender's own. The entry does not say who made it: where its address is not the one that MASQUERADE
+    /// would take here, both are followed.
     fn doubt_masquerade(&mut self, walk: &mut Walk) {
         let conn = &walk.conn;
         if walk.stage.hook != Hook::Postrouting || !conn.existed || conn.direction != Direction::Original {
             return;
         }
         let (source, Some(output)) = (conn.reply.dst, walk.output.clone()) else { return };
-        let own = source != conn.original.src && self.sim.routing.is_local(source) == Some(true);
+        let own = self.sim.routing.is_local(source) == Some(true);
         let towards = walk.gateway.filter(|_| walk.family() == Family::V4).unwrap_or(walk.tuple.dst);
         if !own || self.sim.config.source_address(&output, towards).is_none_or(|here| here == Some(source)) {
             return;

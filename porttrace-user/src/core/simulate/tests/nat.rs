@@ -79,6 +79,23 @@ fn a_taken_source_port_is_chosen_by_the_kernel() {
     assert!(!only(&state, &packet("10.244.1.9:40001 > 1.2.3.4:80", "veth1")).sport_chosen);
 }
 
+/// Seen in the kernel (oracle seed 910003): the first packet left by another interface, and MASQUERADE had taken the sender's own
+/// address there.
+#[test]
+fn an_entry_with_the_senders_own_address_may_be_of_masquerade() {
+    let verdicts = |source: &str| {
+        let entry = format!(
+            "ipv4 2 udp 17 30 src={source} dst=10.244.1.9 sport=4000 dport=53 [UNREPLIED] src=10.244.1.9 dst={source} sport=53 dport=4000 mark=0 use=1\n"
+        );
+        let mut packet = packet(&format!("{source}:4000 > 10.244.1.9:53"), "");
+        packet.tuple.proto = Proto::Udp;
+        let branches = trace(&node(&dump(""), &[("conntrack.txt", &entry)]), &packet).branches;
+        branches.iter().map(|branch| matches!(branch.verdict, Verdict::Forwarded { .. })).collect::<Vec<_>>()
+    };
+    assert_eq!(verdicts("172.18.0.3"), [true, false], "veth1 has another address");
+    assert_eq!(verdicts("10.244.1.1"), [true]);
+}
+
 #[test]
 fn notrack_means_no_nat() {
     let rules = format!(
