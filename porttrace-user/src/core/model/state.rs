@@ -181,8 +181,8 @@ pub struct ConntrackEntry {
     pub zone: u16,
 }
 
-/// An ipset. A member is its element as `ipset save` writes it, followed by ` nomatch` where it is an exception; timeouts,
-/// counters and comments are left out.
+/// An ipset. A member is its element as `ipset save` writes it, followed by ` nomatch` where it is an exception and by
+/// ` wildcard` where its interface stands for all that begin so; timeouts, counters and comments are left out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct IpSet {
     /// `hash:ip,port`, …

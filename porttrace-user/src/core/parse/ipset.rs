@@ -44,16 +44,13 @@ fn create(rest: &str) -> IpSet {
     IpSet { kind: kind.to_owned(), family, options: options.to_owned(), members: Vec::new() }
 }
 
-/// The element and its `nomatch`; timeout, counters, comment and skb extensions do not decide a match.
+/// The element with its `nomatch` or `wildcard`; timeout, counters, comment and skb extensions do not decide a match.
 fn member(rest: &str) -> String {
     let (element, options) = rest.split_once(' ').unwrap_or((rest, ""));
     // A comment is quoted and may hold any word.
     let options = options.split_once('"').map_or(options, |(before, _)| before);
-    if options.split_ascii_whitespace().any(|word| word == "nomatch") {
-        format!("{element} nomatch")
-    } else {
-        element.to_owned()
-    }
+    let decides = |word: &&str| matches!(*word, "nomatch" | "wildcard");
+    [element].into_iter().chain(options.split_ascii_whitespace().filter(decides)).collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
@@ -71,6 +68,8 @@ create c bitmap:port range 0-1000
 add c 80
 create s hash:net family inet6 hashsize 1024 maxelem 65536
 add s fd00::/8 nomatch
+create i hash:net,iface family inet hashsize 1024 maxelem 65536 bucketsize 12 initval 0x3b1f0a4c
+add i 10.0.0.0/8,veth timeout 9 wildcard nomatch
 create l list:set size 8
 add l a
 add x 1.1.1.1
@@ -78,14 +77,15 @@ garbage
 ";
         let mut notes = Notes::new("ipset.txt");
         let sets = sets(text, &mut notes);
-        assert_eq!(sets.keys().collect::<Vec<_>>(), ["a", "b", "c", "l", "s"]);
+        assert_eq!(sets.keys().collect::<Vec<_>>(), ["a", "b", "c", "i", "l", "s"]);
         assert_eq!((sets["a"].kind.as_str(), sets["a"].family), ("hash:ip", Some(Family::V4)));
         assert!(sets["a"].options.contains("netmask 24"));
         assert_eq!(sets["b"].members, ["1.2.3.4,tcp:80,10.0.0.0/8"]);
         assert_eq!((sets["c"].family, sets["c"].members.as_slice()), (None, ["80".to_owned()].as_slice()));
         assert_eq!(sets["s"].members, ["fd00::/8 nomatch"]);
+        assert_eq!(sets["i"].members, ["10.0.0.0/8,veth wildcard nomatch"]);
         assert_eq!(sets["l"].members, ["a"]);
         let lines: Vec<_> = notes.finish().iter().map(|note| note.line).collect();
-        assert_eq!(lines, [11, 12]);
+        assert_eq!(lines, [13, 14]);
     }
 }

@@ -183,7 +183,7 @@ impl Run<'_> {
     fn in_set(&mut self, walk: &Walk, name: &str, source: &[bool], more: Option<&str>) -> Answer {
         let asked = Asked {
             tuple: &walk.tuple,
-            input: walk.phys_in.as_deref().or(walk.input.as_deref()),
+            input: walk.input.as_deref(),
             output: walk.hook_output.as_deref(),
             mark: walk.mark,
             source,

@@ -45,7 +45,11 @@ enum Value {
     Range(IpAddr, IpAddr),
     /// `None`: TCP and UDP (bitmap:port).
     Port(Option<Proto>, u16, u16),
-    Interface(String),
+    /// `wildcard`: every interface whose name begins so.
+    Interface {
+        name: String,
+        wildcard: bool,
+    },
     Mark(u32),
     Name(String),
 }
@@ -86,38 +90,40 @@ impl Sets {
             return Err(format!("set {name} holds itself"));
         }
         // Of all members that contain the packet the most specific decides (hash:net with nomatch).
-        let mut best: Option<(u32, bool)> = None;
+        let mut best = (0, false, false);
         for member in &set.members {
-            if let Some(width) = self.width(set, member, asked, depth)?
-                && best.is_none_or(|(known, _)| width > known)
+            if let Some((width, met)) = self.width(set, member, asked, depth)?
+                && (width, met) > (best.0, best.1)
             {
-                best = Some((width, !member.excluded));
+                best = (width, met, met && !member.excluded);
             }
         }
-        Ok(best.is_some_and(|(_, inside)| inside))
+        Ok(best.2)
     }
 
-    /// How specific a member is that contains the packet.
-    fn width(&self, set: &Set, member: &Member, asked: &Asked<'_>, depth: u8) -> Result<Option<u32>, String> {
+    /// How specific a member is that ends the search of the kernel, and whether the packet is in it: members with the packet's
+    /// network end it also where they name another interface (`multi` of `mtype_test_cidrs`,
+    /// net/netfilter/ipset/ip_set_hash_gen.h).
+    fn width(&self, set: &Set, member: &Member, asked: &Asked<'_>, depth: u8) -> Result<Option<(u32, bool)>, String> {
         if member.parts.len() != set.kinds.len() {
             return Ok(None);
         }
-        let mut width = 1;
+        let (mut width, mut met) = (1, true);
         for (at, value) in member.parts.iter().enumerate() {
             let source = asked.source.get(at).copied().unwrap_or(true);
             let inside = match value {
                 Value::Name(name) => self.test(name, asked, depth - 1)?,
                 plain => plain.holds(asked, source, set.netmask),
             };
-            if !inside {
-                return Ok(None);
-            }
-            // The kernel goes through the lengths of the first network, and for each through those of the second.
-            if let Value::Net(net) = value {
-                width = width * 256 + u32::from(net.prefix_len());
+            match value {
+                Value::Interface { .. } => met &= inside,
+                _ if !inside => return Ok(None),
+                // The kernel goes through the lengths of the first network, and for each through those of the second.
+                Value::Net(net) => width = width * 256 + u32::from(net.prefix_len()),
+                _ => {}
             }
         }
-        Ok(Some(width))
+        Ok(Some((width, met)))
     }
 }
 
@@ -143,9 +149,9 @@ impl Value {
                 let ours = proto.map_or(matches!(tuple.proto, Proto::Tcp | Proto::Udp), |proto| proto == tuple.proto);
                 ours && (*low..=*high).contains(&port)
             }
-            Self::Interface(name) => {
-                let interface = if source { asked.input } else { asked.output };
-                interface == Some(name.as_str())
+            Self::Interface { name, wildcard } => {
+                let interface = if source { asked.input } else { asked.output }.unwrap_or_default();
+                if *wildcard { interface.starts_with(name) } else { interface == name }
             }
             Self::Mark(mark) => asked.mark == *mark,
             Self::Name(_) => false,
@@ -179,10 +185,18 @@ fn part(name: &str) -> Part {
     }
 }
 
+/// `None`: no member that a packet can meet. Rules never ask for a bridge port (xt_set sets no `IPSET_FLAG_PHYSDEV`).
 fn member(text: &str, kinds: &[Part]) -> Option<Member> {
     let mut words = text.split_ascii_whitespace();
-    let parts = words.next()?.split(',').zip(kinds).map(|(text, kind)| value(text, *kind));
-    Some(Member { parts: parts.collect::<Option<_>>()?, excluded: words.any(|word| word == "nomatch") })
+    let element = words.next()?.split(',').zip(kinds);
+    let options: Vec<&str> = words.collect();
+    let wildcard = options.contains(&"wildcard");
+    let parts = element.map(|(text, kind)| match kind {
+        Part::Interface if text.starts_with("physdev:") => None,
+        Part::Interface => Some(Value::Interface { name: text.into(), wildcard }),
+        kind => value(text, *kind),
+    });
+    Some(Member { parts: parts.collect::<Option<_>>()?, excluded: options.contains(&"nomatch") })
 }
 
 fn value(text: &str, kind: Part) -> Option<Value> {
@@ -204,9 +218,8 @@ fn value(text: &str, kind: Part) -> Option<Value> {
             // A port without a protocol is TCP in a hash, anything in a bitmap; `ipset save` always names it in a hash.
             Value::Port(proto, low.parse().ok()?, high.parse().ok()?)
         }
-        Part::Interface => Value::Interface(text.strip_prefix("physdev:").unwrap_or(text).into()),
         Part::Mark => Value::Mark(u32::from_str_radix(text.trim_start_matches("0x"), 16).ok()?),
         Part::Name => Value::Name(text.into()),
-        Part::Unknown => return None,
+        Part::Interface | Part::Unknown => return None,
     })
 }

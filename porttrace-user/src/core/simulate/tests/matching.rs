@@ -154,6 +154,24 @@ fn sets_answer_by_their_members() {
 }
 
 #[test]
+fn a_network_with_another_interface_hides_wider_networks() {
+    let is = |members: &str| {
+        let added: String = members.split("; ").map(|member| format!("add pairs {member}\n")).collect();
+        let sets = format!("create pairs hash:net,iface family inet\n{added}");
+        takes("-m set --match-set pairs src,src", &[("ipset.txt", &sets)], |_| {})
+    };
+    assert_eq!(is("172.18.0.0/16,eth0"), Some(true));
+    assert_eq!(is("172.18.0.0/16,eth0; 172.18.0.0/24,eth1"), Some(false));
+    assert_eq!(is("172.18.0.0/24,eth1; 172.18.0.0/24,eth0"), Some(true));
+    assert_eq!(is("172.18.0.0/16,eth0; 172.18.0.0/24,eth1 nomatch"), Some(false));
+    assert_eq!(is("172.18.0.0/16,eth0; 172.19.0.0/24,eth1"), Some(true));
+    assert_eq!(is("172.18.0.0/16,eth wildcard"), Some(true));
+    assert_eq!(is("172.18.0.0/16,et"), Some(false));
+    assert_eq!(is("172.18.0.0/16,physdev:eth0"), Some(false));
+    assert_eq!(is("172.18.0.0/16,eth0; 172.18.0.0/24,physdev:eth0"), Some(true));
+}
+
+#[test]
 fn conntrack_states_follow_the_packet_and_the_entry() {
     let entry = "ipv4 2 tcp 6 100 ESTABLISHED src=172.18.0.4 dst=172.18.0.3 sport=40000 dport=80 src=172.18.0.3 dst=172.18.0.4 sport=80 dport=40000 [ASSURED] mark=7 use=1\n";
     let ack = |packet: &mut Packet| packet.tcp_flags = 0x10;
