@@ -65,6 +65,8 @@ pub struct Probe {
     links: LinkWatcher,
     attachments: Attachments,
     changes: Vec<LinkChange>,
+    /// Interfaces that came and could not be attached, a sentence each.
+    refusals: Vec<String>,
     /// Changes that are not taken care of yet.
     pending: VecDeque<LinkChange>,
     kernel: Kernel,
@@ -164,6 +166,11 @@ impl Probe {
         std::mem::take(&mut self.changes)
     }
 
+    /// What is not seen of interfaces that came since the last call, a sentence each.
+    pub fn refusals(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.refusals)
+    }
+
     /// Name of an interface that is or was there.
     pub fn interface_name(&self, index: u32) -> Option<&str> {
         self.links.names().get(&index).map(String::as_str)
@@ -252,6 +259,7 @@ impl Probe {
             links,
             attachments,
             changes: Vec::new(),
+            refusals: Vec::new(),
             pending: VecDeque::new(),
             kernel,
             log,
@@ -270,7 +278,7 @@ impl Probe {
                 LinkChange::Added { index, name } => {
                     attached += 1;
                     if let Err(error) = attach_interface(&self.kernel, &mut self.attachments, *index, name) {
-                        self.info.degradations.push(format!("packets at {name} are not seen: {error}"));
+                        self.refusals.push(format!("packets at {name} are not seen: {error}"));
                     }
                 }
                 LinkChange::Removed { index, .. } => self.attachments.detach(*index),

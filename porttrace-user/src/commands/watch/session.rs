@@ -293,6 +293,9 @@ impl Session<'_> {
 
     async fn keep_house(&mut self) -> anyhow::Result<()> {
         self.tell_lost()?;
+        for text in self.probe.refusals() {
+            self.printer.note(&text, Clock::now(), true)?;
+        }
         let evicted = self.correlator.counts().evicted;
         if evicted > self.evicted {
             let text =

@@ -260,6 +260,9 @@ impl Correlator {
         if self.flows.len() >= self.limits.max_flows {
             self.evict();
         }
+        if self.flows.len() == self.limits.max_flows / 2 {
+            self.size_index();
+        }
         let id = self.next_id;
         self.next_id += 1;
         let tcp = original.proto == Proto::Tcp;
@@ -286,6 +289,15 @@ impl Correlator {
         self.timers.insert((decide_at, id));
         self.flows.insert(id, Box::new(flow));
         Some((id, way))
+    }
+
+    /// Gives the index its final size. Left alone it would take that at some later moment, when what was removed has left it so
+    /// full of gaps that it counts as full; with twice the room it closes its gaps in place.
+    fn size_index(&mut self) {
+        /// The original tuple, the reply's, and the state between the two halves of NAT.
+        const TUPLES: usize = 3;
+        let room = 2 * TUPLES * self.limits.max_flows;
+        self.index.reserve(room.saturating_sub(self.index.len()));
     }
 
     fn evict(&mut self) {
