@@ -10,7 +10,7 @@ use std::path::{Component, Path, PathBuf};
 use thiserror::Error;
 
 /// The files that make up a snapshot; others in a directory or archive are passed over.
-pub const NAMES: [&str; 32] = [
+pub const NAMES: [&str; 34] = [
     "snapshot.json",
     "iptables-save.txt",
     "iptables-legacy-save.txt",
@@ -32,6 +32,8 @@ pub const NAMES: [&str; 32] = [
     "ipvsadm.txt",
     "ip_vs.txt",
     "ss.txt",
+    "nf_conntrack.txt",
+    "netstat.txt",
     "clock.txt",
     "proxy-mode.txt",
     "kube-proxy-config.json",

@@ -114,6 +114,11 @@ fn rp_filter_drops(stage: &Stage) {
     // (arp_ignore: on this one segment eth0 would answer for eth1's address.) The client has an address beyond the gateway; the answers find it again by the node's default route.
     stage.lab.outside.exec(["ip", "addr", "add", "192.0.2.77/32", "dev", "lo"]).unwrap();
     stage.lab.outside.exec(["ip", "route", "add", "172.19.0.0/24", "dev", "eth0"]).unwrap();
+    // Asked for its hardware address from there, the node would stay silent by the same rule; a gateway would ask with its own.
+    let link: serde_json::Value =
+        serde_json::from_str(&stage.lab.node(HERE).exec(["ip", "-j", "link", "show", "eth1"]).unwrap()).unwrap();
+    let hardware = link[0]["address"].as_str().unwrap();
+    stage.lab.outside.exec(["ip", "neigh", "add", "172.19.0.3", "lladdr", hardware, "dev", "eth0"]).unwrap();
     stage.lab.switch.exec(["ip", "route", "add", "192.0.2.77/32", "via", &OUTSIDE_V4.to_string()]).unwrap();
     stage.lab.switch.exec(["sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv4.conf.all.send_redirects=0"]).unwrap();
     let to = |address: Ipv4Addr| Connect {
@@ -125,6 +130,7 @@ fn rp_filter_drops(stage: &Stage) {
     stage.sends(Origin::Outside, to(second), Outcome::Timeout);
     let told = stage.explain(&["30080"]).only(&[ID]).predicts("works");
     let told = told.says(ID, "arrive by eth1 (to 172.19.0.3)").shows(ID, "setting", "net.ipv4.conf.eth1.rp_filter");
+    let told = told.has_live("by rp_filter");
     stage.follow(&told, ID);
     stage.sends(Origin::Outside, to(second), Outcome::Ok);
     stage.explain(&["30080"]).only(&[]).predicts("works");

@@ -212,6 +212,13 @@ impl Explained {
         self
     }
 
+    /// The live evidence says so.
+    pub fn has_live(self, words: &str) -> Self {
+        let lines = self.json["live"].as_array().unwrap();
+        assert!(lines.iter().any(|line| line.as_str().unwrap().contains(words)), "no {words:?} in\n{}", self.text);
+        self
+    }
+
     /// What the finding says to change.
     pub fn change(&self, id: &str) -> &str {
         let found = self.findings().find(|finding| finding["id"] == id);

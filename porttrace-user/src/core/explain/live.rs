@@ -1,11 +1,15 @@
-//! Traces that connections have left: conntrack entries and counters of rules.
+//! Traces that connections have left: conntrack entries, counters of rules, what the kernel counts as dropped.
 
 use crate::core::diagnose::place;
 use crate::core::model::flow::Proto;
+use crate::core::model::state::DropCounts;
 use crate::core::ports::{Kind, Port};
 use crate::core::world::World;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+
+/// Sentences of connections and rules at most.
+const MOST: usize = 8;
 
 /// Sentences.
 pub(super) fn live(world: &World<'_>, ports: &[Port], pods: &BTreeSet<IpAddr>) -> Vec<String> {
@@ -21,8 +25,25 @@ pub(super) fn live(world: &World<'_>, ports: &[Port], pods: &BTreeSet<IpAddr>) -
             said.push(format!("{packets} connections ({bytes} bytes) met {} since its rules were written", place(at)));
         }
     }
-    said.truncate(8);
+    said.truncate(MOST);
+    said.extend(world.facts.state.drops.as_ref().map(drops));
     said
+}
+
+/// Drops that the kernel counted, whatever the port; that there were none is worth a line too.
+fn drops(counts: &DropCounts) -> String {
+    let all = [
+        (counts.conntrack, "by conntrack, which could make no entry"),
+        (counts.reverse_path, "by rp_filter"),
+        (counts.listen_queue, "as a process did not accept connections fast enough"),
+    ];
+    let said: Vec<String> =
+        all.iter().filter(|(count, _)| *count > 0).map(|(count, why)| format!("{count} {why}")).collect();
+    if said.is_empty() {
+        return "the kernel counts no packet that conntrack, rp_filter or a full queue of connections dropped here"
+            .to_owned();
+    }
+    format!("packets dropped here so far, of any port: {}", said.join(", "))
 }
 
 /// `3 connections to port 9088 are in conntrack: 2 ESTABLISHED, 1 without an answer`.

@@ -2,6 +2,7 @@
 
 pub mod conntrack;
 pub mod cri;
+pub mod drops;
 mod facts;
 pub mod iproute;
 pub mod ipset;

@@ -1,7 +1,7 @@
 //! The files of a node, as a snapshot holds them and as live collection makes them, turned into its state.
 
 use super::notes::Notes;
-use super::{conntrack, iproute, ipset, ipvs, recent, rulesets, sockets, sysctl};
+use super::{conntrack, drops, iproute, ipset, ipvs, recent, rulesets, sockets, sysctl};
 use crate::core::model::flow::Family;
 use crate::core::model::rules::Ruleset;
 use crate::core::model::state::{Diagnostic, NodeState, PolicyRule, RouteEntry, VirtualServer};
@@ -107,6 +107,7 @@ fn with_rules(files: &Files, (rulesets, diagnostics): (Vec<Ruleset>, Vec<Diagnos
             Some(sockets::sockets(text, notes))
         }),
         ipvs: reader.ipvs(),
+        drops: drops::counts(reader.text("nf_conntrack.txt").as_deref(), reader.text("netstat.txt").as_deref()),
         neighbours: reader.part("ip-neigh.json", "neighbours are unknown", iproute::neighbours),
         ..NodeState::default()
     };
