@@ -47,6 +47,8 @@ pub enum News {
     State(Box<NodeState>),
     /// Counts since the start, when they changed.
     Lost(Lost),
+    /// What is not seen of an interface that came, a sentence.
+    Unseen(String),
     /// The thread ends; nothing is attached any more. `Some`: it could not do its work, because of this.
     Gone(Option<String>),
 }
@@ -222,6 +224,9 @@ impl Thread<'_> {
         if lost != self.lost {
             self.lost = lost;
             self.tell(News::Lost(lost)).await;
+        }
+        for text in self.probe.refusals() {
+            self.tell(News::Unseen(text)).await;
         }
         self.is_stale |= self.has_changed();
         self.read_state();

@@ -45,10 +45,11 @@ pub fn reread_network(former: &NodeState) -> NodeState {
 
 /// Collects everything as files, its parts side by side.
 pub fn collect(options: Options) -> Collected {
-    let parts: [(&'static str, Part); 6] = [
+    let parts: [(&'static str, Part); 7] = [
         ("rules", Box::new(rules)),
         ("netlink", Box::new(network)),
         ("sysctls", Box::new(sysctls)),
+        ("drops", Box::new(drops)),
         ("sockets", Box::new(move |found| socket_list(found, options.processes))),
         (
             "conntrack",
@@ -184,7 +185,10 @@ fn network(found: &mut Found) {
 
 fn sysctls(found: &mut Found) {
     found.text("sysctl.txt", parse::sysctl::write(&sysctl::read()));
-    // What the kernel counts is a remark: nobody misses it where it is not told.
+}
+
+/// What the kernel counts as dropped: a remark, which nobody misses where it is not told.
+fn drops(found: &mut Found) {
     for (name, place) in [("nf_conntrack.txt", "stat/nf_conntrack"), ("netstat.txt", "netstat")] {
         if let Ok(text) = fs::read_to_string(format!("/proc/thread-self/net/{place}")) {
             found.text(name, text);

@@ -178,7 +178,8 @@ impl Fingerprint {
     /// Takes one: a netlink round trip (tens of microseconds), and a dump of the legacy rules where there are any, which
     /// costs as much as `iptables-legacy-save` does; so better not more than every few seconds.
     pub fn take() -> Self {
-        Self { legacy: legacy_hash(), ..Self::take_cheap(&Self::default()) }
+        let dump = |family| save(Dump { flavour: Flavour::IptablesLegacy, family }, false).unwrap_or_default();
+        Self { legacy: legacy_hash(dump), ..Self::take_cheap(&Self::default()) }
     }
 
     /// Takes one with the legacy half of an earlier one: cheap enough for every tick of a clock.
@@ -188,8 +189,11 @@ impl Fingerprint {
 
     /// With the legacy half of the rules as these files hold them: what was read need not be dumped again.
     pub fn with_legacy_of(self, files: &Files) -> Self {
-        let names = [Family::V4, Family::V6].map(|family| file_name(Dump { flavour: Flavour::IptablesLegacy, family }));
-        Self { legacy: hash_of(names.into_iter().filter_map(|name| files.get(name))), ..self }
+        let dump = |family| {
+            let name = file_name(Dump { flavour: Flavour::IptablesLegacy, family });
+            files.get(name).map_or(&[][..], Vec::as_slice)
+        };
+        Self { legacy: legacy_hash(dump), ..self }
     }
 
     /// Whether legacy rules exist, so that [`Fingerprint::take_cheap`] alone is not enough.
@@ -198,11 +202,10 @@ impl Fingerprint {
     }
 }
 
-fn legacy_hash() -> Option<u64> {
-    hash_of([Family::V4, Family::V6].into_iter().filter_map(|family| {
-        let in_use = legacy_tables(family).is_ok_and(|tables| !tables.is_empty());
-        in_use.then(|| save(Dump { flavour: Flavour::IptablesLegacy, family }, false).unwrap_or_default())
-    }))
+/// `None`: there are no legacy rules. A dump that failed is empty.
+fn legacy_hash<T: AsRef<[u8]>>(dump: impl Fn(Family) -> T) -> Option<u64> {
+    let in_use = |family: &Family| legacy_tables(*family).is_ok_and(|tables| !tables.is_empty());
+    hash_of([Family::V4, Family::V6].into_iter().filter(in_use).map(dump))
 }
 
 /// Hash of dumps without comments and counters, which chains (`:INPUT ACCEPT [12:3456]`) carry always and rules

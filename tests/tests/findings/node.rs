@@ -130,7 +130,7 @@ fn rp_filter_drops(stage: &Stage) {
     stage.sends(Origin::Outside, to(second), Outcome::Timeout);
     let told = stage.explain(&["30080"]).only(&[ID]).predicts("works");
     let told = told.says(ID, "arrive by eth1 (to 172.19.0.3)").shows(ID, "setting", "net.ipv4.conf.eth1.rp_filter");
-    let told = told.has_live("by rp_filter");
+    let told = told.has_drops("by rp_filter");
     stage.follow(&told, ID);
     stage.sends(Origin::Outside, to(second), Outcome::Ok);
     stage.explain(&["30080"]).only(&[]).predicts("works");

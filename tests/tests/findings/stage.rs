@@ -212,10 +212,12 @@ impl Explained {
         self
     }
 
-    /// The live evidence says so.
-    pub fn has_live(self, words: &str) -> Self {
-        let lines = self.json["live"].as_array().unwrap();
-        assert!(lines.iter().any(|line| line.as_str().unwrap().contains(words)), "no {words:?} in\n{}", self.text);
+    /// The live evidence tells of packets that were dropped so.
+    pub fn has_drops(self, how: &str) -> Self {
+        let lines = self.json["live"].as_array().unwrap().iter().filter_map(Value::as_str);
+        let told = lines.filter_map(|line| line.strip_prefix("packets dropped here so far, of any port: "));
+        let count = told.flat_map(|line| line.split(", ")).find_map(|part| part.strip_suffix(how)?.trim().parse().ok());
+        assert!(count.is_some_and(|count: u64| count > 0), "no drops {how} in\n{}", self.text);
         self
     }
 

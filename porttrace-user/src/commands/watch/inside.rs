@@ -244,6 +244,7 @@ impl IntoPods {
             News::Interfaces(interfaces) => pod.interfaces = interfaces,
             News::State(state) => pod.simulator = Some(Simulator::new(&state)),
             News::Lost(lost) => pod.lost = lost,
+            News::Unseen(what) => self.notes.push(format!("inside {}: {what}", pod.attached.name)),
             News::Gone(why) => {
                 let name = pod.attached.name.clone();
                 self.lost_before = self.lost_before.plus(pod.lost);

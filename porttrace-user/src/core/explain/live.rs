@@ -26,24 +26,19 @@ pub(super) fn live(world: &World<'_>, ports: &[Port], pods: &BTreeSet<IpAddr>) -
         }
     }
     said.truncate(MOST);
-    said.extend(world.facts.state.drops.as_ref().map(drops));
+    said.extend(drops(world.facts.state.drops));
     said
 }
 
-/// Drops that the kernel counted, whatever the port; that there were none is worth a line too.
-fn drops(counts: &DropCounts) -> String {
+/// Drops that the kernel counted, whatever the port; that there were none of a kind is worth saying too.
+fn drops(counts: DropCounts) -> Option<String> {
     let all = [
         (counts.conntrack, "by conntrack, which could make no entry"),
         (counts.reverse_path, "by rp_filter"),
         (counts.listen_queue, "as a process did not accept connections fast enough"),
     ];
-    let said: Vec<String> =
-        all.iter().filter(|(count, _)| *count > 0).map(|(count, why)| format!("{count} {why}")).collect();
-    if said.is_empty() {
-        return "the kernel counts no packet that conntrack, rp_filter or a full queue of connections dropped here"
-            .to_owned();
-    }
-    format!("packets dropped here so far, of any port: {}", said.join(", "))
+    let said: Vec<String> = all.iter().filter_map(|(count, why)| Some(format!("{} {why}", (*count)?))).collect();
+    (!said.is_empty()).then(|| format!("packets dropped here so far, of any port: {}", said.join(", ")))
 }
 
 /// `3 connections to port 9088 are in conntrack: 2 ESTABLISHED, 1 without an answer`.

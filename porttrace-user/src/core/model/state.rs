@@ -36,20 +36,20 @@ pub struct NodeState {
     /// What IPVS takes for itself; empty where the kernel has no IPVS.
     pub ipvs: Option<Vec<VirtualServer>>,
     /// Packets that the kernel dropped, by its own counts.
-    pub drops: Option<DropCounts>,
+    pub drops: DropCounts,
     /// What could not be read or understood, each a sentence with its place.
     pub diagnostics: Vec<Diagnostic>,
 }
 
-/// Packets of all ports that were dropped in this network namespace since it was made.
+/// Packets of all ports that were dropped in this network namespace since it was made; `None`: not counted, or not told.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DropCounts {
     /// Conntrack could make no entry as its table is full, or another packet made the same one at that moment.
-    pub conntrack: u64,
+    pub conntrack: Option<u64>,
     /// `rp_filter`.
-    pub reverse_path: u64,
+    pub reverse_path: Option<u64>,
     /// New TCP connections, as a process did not accept those before.
-    pub listen_queue: u64,
+    pub listen_queue: Option<u64>,
 }
 
 /// Something in the input that porttrace could not use, and where.

@@ -2,16 +2,14 @@
 
 use crate::core::model::state::DropCounts;
 
-/// Reads what is there of both; `None` where neither has a count.
-pub fn counts(conntrack: Option<&str>, netstat: Option<&str>) -> Option<DropCounts> {
-    let entries = conntrack.and_then(conntrack_counts);
+/// Reads what is there of both.
+pub fn counts(conntrack: Option<&str>, netstat: Option<&str>) -> DropCounts {
     let extended = |name| netstat.and_then(|text| extended(text, name));
-    let (reverse_path, queue) = (extended("IPReversePathFilter"), extended("ListenDrops"));
-    (entries.is_some() || reverse_path.is_some() || queue.is_some()).then(|| DropCounts {
-        conntrack: entries.unwrap_or_default(),
-        reverse_path: reverse_path.unwrap_or_default(),
-        listen_queue: queue.unwrap_or_default(),
-    })
+    DropCounts {
+        conntrack: conntrack.and_then(conntrack_counts),
+        reverse_path: extended("IPReversePathFilter"),
+        listen_queue: extended("ListenDrops"),
+    }
 }
 
 /// `drop` of all CPUs: a line each, hexadecimal, below the names (`ct_cpu_seq_show`, net/netfilter/nf_conntrack_standalone.c).
@@ -40,15 +38,16 @@ mod tests {
 
     #[test]
     fn all_cpus_are_summed_and_columns_are_found_by_name() {
-        let counts = counts(Some(CONNTRACK), Some(NETSTAT)).unwrap();
-        assert_eq!(counts, DropCounts { conntrack: 17, reverse_path: 3, listen_queue: 2 });
+        let counts = counts(Some(CONNTRACK), Some(NETSTAT));
+        assert_eq!(counts, DropCounts { conntrack: Some(17), reverse_path: Some(3), listen_queue: Some(2) });
     }
 
     #[test]
     fn what_is_not_there_is_not_zero() {
-        assert_eq!(counts(None, None), None);
-        assert_eq!(counts(Some("another\nformat\n"), Some("of both")), None);
-        assert_eq!(counts(None, Some(NETSTAT)).map(|counts| counts.reverse_path), Some(3));
-        assert_eq!(counts(Some("insert_failed drop\n0 xyz\n"), None), None);
+        assert_eq!(counts(None, None), DropCounts::default());
+        assert_eq!(counts(Some("another\nformat\n"), Some("of both")), DropCounts::default());
+        let half = counts(None, Some(NETSTAT));
+        assert_eq!((half.conntrack, half.reverse_path), (None, Some(3)));
+        assert_eq!(counts(Some("insert_failed drop\n0 xyz\n"), None).conntrack, None);
     }
 }

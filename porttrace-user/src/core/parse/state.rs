@@ -46,57 +46,29 @@ pub fn into_state(mut files: Files) -> NodeState {
     with_rules(&files, rules)
 }
 
-/// What of a node's files is its network: it changes without a rule.
-const NETWORK: [&str; 11] = [
-    "ip-link.json",
-    "bridge-link.json",
-    "ip-addr.json",
-    "ip-route.json",
-    "ip6-route.json",
-    "ip-rule.json",
-    "ip6-rule.json",
-    "ip-neigh.json",
-    "sysctl.txt",
-    "ip_vs.txt",
-    "ipvsadm.txt",
-];
-
 /// A node with the network of these files, and all else as it was.
 pub fn with_network(former: &NodeState, files: &Files) -> NodeState {
-    let read = with_rules(files, Default::default());
-    let is_network = |diagnostic: &Diagnostic| NETWORK.contains(&diagnostic.source.as_str());
-    let mut diagnostics: Vec<_> = former.diagnostics.iter().filter(|known| !is_network(known)).cloned().collect();
-    let is_new =
-        |found: &Diagnostic| is_network(found) || (found.source == COLLECTION && !former.diagnostics.contains(found));
-    diagnostics.extend(read.diagnostics.into_iter().filter(is_new));
-    NodeState {
-        links: read.links,
-        addresses: read.addresses,
-        routes: read.routes,
-        policy: read.policy,
-        sysctls: read.sysctls,
-        neighbours: read.neighbours,
-        ipvs: read.ipvs,
-        diagnostics,
-        ..former.clone()
-    }
+    let mut reader = Reader { files, diagnostics: Vec::new() };
+    reader.metadata();
+    let mut state = NodeState { diagnostics: Vec::new(), ..former.clone() };
+    reader.network(&mut state);
+    let found = reader.diagnostics;
+    // What was said of a file that is read anew is said again, if it is still so.
+    let holds = |known: &&Diagnostic| {
+        let of_file = |other: &Diagnostic| other.source == known.source && other.source != COLLECTION;
+        !files.contains_key(&known.source) && !found.contains(known) && !found.iter().any(of_file)
+    };
+    state.diagnostics = former.diagnostics.iter().filter(holds).chain(&found).cloned().collect();
+    state
 }
 
 fn with_rules(files: &Files, (rulesets, diagnostics): (Vec<Ruleset>, Vec<Diagnostic>)) -> NodeState {
     let mut reader = Reader { files, diagnostics: Vec::new() };
     let metadata = reader.metadata();
-    let addresses = reader.part("ip-addr.json", "which addresses are the node's own is unknown", iproute::addresses);
     reader.diagnostics.extend(diagnostics);
     let mut state = NodeState {
         name: reader.name(&metadata),
         rulesets: rulesets.into_iter().map(Arc::new).collect(),
-        links: reader.links(),
-        addresses,
-        routes: reader.routes(),
-        policy: reader.policy(),
-        sysctls: reader.part("sysctl.txt", "forwarding, rp_filter and route_localnet are unknown", |text, notes| {
-            Some(sysctl::sysctls(text, notes))
-        }),
         conntrack: reader.part("conntrack.txt", "connections that exist already are unknown", |text, notes| {
             Some(conntrack::entries(text, notes))
         }),
@@ -106,11 +78,10 @@ fn with_rules(files: &Files, (rulesets, diagnostics): (Vec<Ruleset>, Vec<Diagnos
         sockets: reader.part("ss.txt", "which ports the node itself listens on is unknown", |text, notes| {
             Some(sockets::sockets(text, notes))
         }),
-        ipvs: reader.ipvs(),
         drops: drops::counts(reader.text("nf_conntrack.txt").as_deref(), reader.text("netstat.txt").as_deref()),
-        neighbours: reader.part("ip-neigh.json", "neighbours are unknown", iproute::neighbours),
         ..NodeState::default()
     };
+    reader.network(&mut state);
     state.diagnostics = reader.diagnostics;
     state
 }
@@ -173,6 +144,21 @@ impl<'a> Reader<'a> {
             Some(config.get("hostnameOverride")?.as_str()?.to_owned()).filter(|name| !name.is_empty())
         };
         metadata.node.clone().or_else(configured)
+    }
+
+    /// Interfaces, addresses, routes and settings, which change without a rule.
+    fn network(&mut self, state: &mut NodeState) {
+        state.addresses =
+            self.part("ip-addr.json", "which addresses are the node's own is unknown", iproute::addresses);
+        state.links = self.links();
+        state.routes = self.routes();
+        state.policy = self.policy();
+        state.sysctls =
+            self.part("sysctl.txt", "forwarding, rp_filter and route_localnet are unknown", |text, notes| {
+                Some(sysctl::sysctls(text, notes))
+            });
+        state.ipvs = self.ipvs();
+        state.neighbours = self.part("ip-neigh.json", "neighbours are unknown", iproute::neighbours);
     }
 
     fn links(&mut self) -> Option<Vec<crate::core::model::state::Link>> {
