@@ -244,6 +244,16 @@ fn where_rules_do_not_decide() {
     let elsewhere = |case| seen(case, OUTSIDE, &node(30080), LEFT).to("10.244.9.9:1");
     elsewhere("kube-proxy-replaced").gives("kube-proxy-replaced");
     elsewhere("ipvs-not-followed").gives("ipvs-not-followed");
+    // Nor do they tell of what is rewritten before netfilter sees it, and is not seen again.
+    for outcome in [ENTERED, SENT] {
+        seen("kube-proxy-replaced", OUTSIDE, &node(30080), outcome).gives("kube-proxy-replaced");
+    }
+    // An answer against the rules.
+    let by = "10.0.0.1:30080".parse().expect("an endpoint");
+    let answered = || Outcome::Answered { by, after_ns: 1 };
+    seen("kube-proxy-replaced", OUTSIDE, &node(30080), answered()).to("10.244.9.9:1").gives("kube-proxy-replaced");
+    seen("kube-proxy-replaced", OUTSIDE, &node(30080), answered()).stays_unexplained();
+    seen("base", OUTSIDE, &node(30080), answered()).to("10.244.9.9:1").stays_unexplained();
 }
 
 #[test]

@@ -6,6 +6,8 @@ use std::fmt;
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+/// `BPF_MAP_CREATE`.
+const MAP_CREATE: i64 = 0;
 /// `BPF_PROG_LOAD`.
 const PROGRAM_LOAD: i64 = 5;
 /// `BPF_LINK_CREATE`.
@@ -124,38 +126,60 @@ fn usage_of(program: &OwnedFd) -> Result<Usage> {
     })
 }
 
-/// A TC program that does nothing, at one interface: what the kernel counts for it is what counting costs.
-pub struct Nothing {
+/// Sides of an interface (`BPF_TCX_INGRESS`, `BPF_TCX_EGRESS`).
+pub const TCX_INGRESS: u32 = 46;
+pub const TCX_EGRESS: u32 = 47;
+
+/// A TC program at one side of an interface; dropping it removes both.
+pub struct Attachment {
     program: OwnedFd,
     _link: OwnedFd,
 }
 
-impl Nothing {
-    /// Loads it and links it (tcx) to packets that enter an interface of the calling thread's network namespace.
-    pub fn at(interface: &str) -> Result<Self> {
+impl Attachment {
+    /// Loads a program of these instructions (`struct bpf_insn`) and links it (tcx) to an interface of the calling thread's network
+    /// namespace, behind the programs that are there. A name has at most 15 bytes.
+    pub fn new(name: &str, code: &[u64], interface: &str, side: u32) -> Result<Self> {
         const SCHED_CLS: u32 = 3;
-        const TCX_INGRESS: u32 = 46;
-        /// `r0 = TCX_NEXT (-1); exit` (`struct bpf_insn`).
-        const CODE: [u64; 2] = [u64::from_le_bytes([0xb7, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]), 0x95];
+        /// Where `prog_name` stands in `union bpf_attr`, and its length.
+        const NAME_AT: usize = 48;
+        const NAME_LENGTH: usize = 16;
         let license = c"GPL";
         let mut load = Vec::new();
-        load.extend([SCHED_CLS, CODE.len() as u32].map(u32::to_ne_bytes).concat());
-        load.extend([CODE.as_ptr() as u64, license.as_ptr() as u64].map(u64::to_ne_bytes).concat());
+        load.extend([SCHED_CLS, u32::try_from(code.len())?].map(u32::to_ne_bytes).concat());
+        load.extend([code.as_ptr() as u64, license.as_ptr() as u64].map(u64::to_ne_bytes).concat());
         // log_level to prog_flags stay 0.
-        load.resize(48, 0);
-        load.extend(b"nothing\0\0\0\0\0\0\0\0\0");
+        load.resize(NAME_AT, 0);
+        load.extend(name.bytes().take(NAME_LENGTH - 1));
+        load.resize(NAME_AT + NAME_LENGTH, 0);
         // SAFETY: the kernel reads `load`, which names the code and the licence; all outlive the call.
-        let program = unsafe { made(PROGRAM_LOAD, &load) }.context("loading a program that does nothing")?;
+        let program = unsafe { made(PROGRAM_LOAD, &load) }.with_context(|| format!("loading {name}"))?;
         let index = nix::net::if_::if_nametoindex(interface).with_context(|| format!("looking for {interface}"))?;
-        let link = [program.as_raw_fd().cast_unsigned(), index, TCX_INGRESS, 0].map(u32::to_ne_bytes).concat();
+        let link = [program.as_raw_fd().cast_unsigned(), index, side, 0].map(u32::to_ne_bytes).concat();
         // SAFETY: the kernel reads `link` alone.
-        let link = unsafe { made(LINK_CREATE, &link) }.context("attaching a program that does nothing")?;
+        let link = unsafe { made(LINK_CREATE, &link) }.with_context(|| format!("attaching {name} to {interface}"))?;
         Ok(Self { program, _link: link })
+    }
+
+    /// One that does nothing with packets that enter: what the kernel counts for it is what counting costs.
+    pub fn of_nothing(interface: &str) -> Result<Self> {
+        /// `r0 = TCX_NEXT (-1); exit`.
+        const CODE: [u64; 2] = [u64::from_le_bytes([0xb7, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]), 0x95];
+        Self::new("nothing", &CODE, interface, TCX_INGRESS)
     }
 
     pub fn usage(&self) -> Result<Usage> {
         usage_of(&self.program)
     }
+}
+
+/// A map (`BPF_MAP_TYPE_LRU_HASH`) for some thousand keys; sizes in bytes.
+pub fn hash_map(key: usize, value: usize) -> Result<OwnedFd> {
+    const LRU_HASH: u32 = 9;
+    const ENTRIES: u32 = 4096;
+    let attr = [LRU_HASH, u32::try_from(key)?, u32::try_from(value)?, ENTRIES].map(u32::to_ne_bytes).concat();
+    // SAFETY: the kernel reads `attr` alone.
+    unsafe { made(MAP_CREATE, &attr) }.context("making a map")
 }
 
 /// What a command with these bytes of `union bpf_attr` makes.

@@ -7,6 +7,7 @@ pub mod lines;
 pub mod load;
 mod netlink;
 pub mod netns;
+pub mod nodeport;
 pub mod oracle;
 pub mod peer;
 pub mod privilege;

@@ -43,6 +43,12 @@ pub fn reread_network(former: &NodeState) -> NodeState {
     parse::with_network(former, &found.files)
 }
 
+/// The same node with what listens on it read again; `None`: the same sockets listen.
+pub fn reread_sockets(former: &NodeState) -> Option<NodeState> {
+    let sockets = sockets::read(true).ok()?;
+    (former.sockets.as_ref() != Some(&sockets)).then(|| NodeState { sockets: Some(sockets), ..former.clone() })
+}
+
 /// Collects everything as files, its parts side by side.
 pub fn collect(options: Options) -> Collected {
     let parts: [(&'static str, Part); 7] = [

@@ -4,6 +4,7 @@ use super::Usage;
 use super::sources::Sources;
 use anyhow::{Context, bail};
 use porttrace_user::collect::{facts, live, snapshot};
+use porttrace_user::core::kube::ebpf;
 use porttrace_user::core::model::cluster::{ObjectName, Part};
 use porttrace_user::core::model::facts::Facts;
 use porttrace_user::core::parse::{self, Files};
@@ -100,6 +101,9 @@ pub fn missing(facts: &Facts) -> Vec<String> {
     let mut sentences: Vec<String> = parts.into_iter().flatten().map(str::to_owned).collect();
     if facts.state.rulesets.is_empty() {
         sentences.push("no iptables rules: nothing that kube-proxy or portmap claims is known".to_owned());
+    }
+    if let Some(network) = ebpf::serving(&facts.state) {
+        sentences.push(format!("{}; NodePorts that it serves are not listed", network.sentence()));
     }
     if facts.state.sockets.is_none() {
         sentences.push("the node's own sockets are not known".to_owned());

@@ -1,10 +1,11 @@
 //! Who can reach a workload, by which of the ways: the founding experiment, in thought.
 
+mod ways;
+
 use super::diagnose::endpoints;
-use super::explain::{Subject, find_pod};
-use super::model::cluster::ObjectName;
+use super::explain::Subject;
+use super::kube::ebpf::Network;
 use super::model::flow::{Family, Proto};
-use super::ports::{self, Kind};
 use super::reach::{self, Outcome, Reach};
 use super::world::World;
 use serde::Serialize;
@@ -16,6 +17,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 pub struct Matrix {
     pub subject: Subject,
     pub node: Option<String>,
+    /// Why predictions need not hold on this node, a sentence.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub doubt: Option<String>,
     pub ways: Vec<Way>,
     pub rows: Vec<Row>,
 }
@@ -128,7 +132,7 @@ impl ClientKind {
 /// # Errors
 /// One sentence when the facts do not know the subject, or no way leads to it.
 pub fn matrix(world: &World<'_>, subject: Subject, outside: Option<IpAddr>) -> Result<Matrix, String> {
-    let ways = ways(world, &subject)?;
+    let ways = ways::ways(world, &subject)?;
     if ways.is_empty() {
         return Err(
             "no way leads there: nothing on this node claims it, and no Service or pod is known by it".to_owned()
@@ -140,7 +144,8 @@ pub fn matrix(world: &World<'_>, subject: Subject, outside: Option<IpAddr>) -> R
         .flat_map(|family| clients(world, family, &ways, outside))
         .map(|client| Row { cells: ways.iter().map(|way| cell(world, &client, way)).collect(), client })
         .collect();
-    Ok(Matrix { subject, node: world.facts.state.name.clone(), ways, rows })
+    let doubt = world.replaced().map(Network::sentence);
+    Ok(Matrix { subject, node: world.facts.state.name.clone(), doubt, ways, rows })
 }
 
 /// What one client meets on one way.
@@ -168,12 +173,26 @@ pub fn cell(world: &World<'_>, client: &Client, way: &Way) -> Option<Cell> {
 /// a pod of its own.
 pub fn probe_source(world: &World<'_>, client: &Client, way: &Way, reach: &Reach) -> Option<IpAddr> {
     let own = |address: IpAddr| world.facts.is_own(address) == Some(true) || world.behind(address).is_some();
-    let stays = reach.ends.iter().all(|end| own(end.ip()));
-    // Refused by a rule before it goes anywhere: the address itself must be the node's.
-    // Where that is not known, it may be forwarded (IPVS, a match that nobody can decide).
-    let known = !reach.ends.is_empty() || own(way.to.ip()) && reach.outcome != Outcome::Unknown;
+    let ends_here = if world.replaced().is_some() && way.kind != WayKind::Pod {
+        is_served_here(world, way)
+    } else {
+        let stays = reach.ends.iter().all(|end| own(end.ip()));
+        // Refused by a rule before it goes anywhere: the address itself must be the node's.
+        // Where that is not known, it may be forwarded (IPVS, a match that nobody can decide).
+        let known = !reach.ends.is_empty() || own(way.to.ip()) && reach.outcome != Outcome::Unknown;
+        stays && known
+    };
     let ours = matches!(client.kind, ClientKind::ThisNode | ClientKind::ThisNodeLoopback);
-    (ours && stays && known).then(|| if way.to.ip().is_loopback() { way.to.ip() } else { client.address })
+    (ours && ends_here).then(|| if way.to.ip().is_loopback() { way.to.ip() } else { client.address })
+}
+
+/// Whether a way asks for a NodePort on this node of which all endpoints are known, and pods of this node: where rules do not tell
+/// where its packets go, that does. (A ClusterIP that nobody translates leaves the node.)
+fn is_served_here(world: &World<'_>, way: &Way) -> bool {
+    let own = world.facts.is_own(way.to.ip()) == Some(true);
+    let ends = world.with_node_port(way.to.port(), Some(way.proto)).flat_map(|(of, port)| endpoints(world, of, port));
+    let mut ends = ends.filter(|(_, endpoint)| endpoint.ready).map(|(at, _)| at.ip()).peekable();
+    own && ends.peek().is_some() && ends.all(|end| world.behind(end).is_some())
 }
 
 /// Ways that are decided on another machine first.
@@ -218,134 +237,6 @@ fn masqueraded(world: &World<'_>, client: &Client, way: &Way) -> Option<Reach> {
     let trace = world.trace(way.proto, pod.address, node, way.to.port());
     let like = if trace.branches.iter().all(|branch| branch.masquerade) { behind } else { direct };
     Some(Reach { reason: format!("{} (if its node treats its pods' packets as this one does)", like.reason), ..like })
-}
-
-/// All ways to a subject.
-fn ways(world: &World<'_>, subject: &Subject) -> Result<Vec<Way>, String> {
-    let mut ways = Vec::new();
-    match subject {
-        Subject::Port { port, proto } => of_port(world, *port, *proto, &mut ways),
-        Subject::Service(name) => of_service(world, name, &mut ways)?,
-        Subject::Pod(name) => {
-            let pod = find_pod(world, name)?;
-            for port in pod.containers.iter().flat_map(|container| &container.ports) {
-                for address in pod.ips.iter().filter(|address| address.is_ipv4()) {
-                    add(
-                        &mut ways,
-                        WayKind::Pod,
-                        port.proto,
-                        SocketAddr::new(*address, port.port),
-                        format!("containerPort {}", port.port),
-                    );
-                }
-                if let Some(number) = port.host_port {
-                    of_port(world, number, Some(port.proto), &mut ways);
-                }
-            }
-            for address in pod.ips.iter().filter(|address| address.is_ipv4()) {
-                let sockets = world.facts.listeners.known().and_then(|all| all.sockets(*address)).unwrap_or_default();
-                for socket in sockets.iter().filter(|socket| !socket.address.is_loopback()) {
-                    let to = SocketAddr::new(*address, socket.port);
-                    add(&mut ways, WayKind::Pod, socket.proto, to, format!("listening on {}", socket.port));
-                }
-            }
-        }
-    }
-    ways.sort_by_key(|way| (way.kind, way.to.is_ipv6()));
-    Ok(ways)
-}
-
-fn add(ways: &mut Vec<Way>, kind: WayKind, proto: Proto, to: SocketAddr, what: String) {
-    if !ways.iter().any(|way| way.proto == proto && way.to == to) {
-        ways.push(Way { kind, proto, to, what });
-    }
-}
-
-fn of_port(world: &World<'_>, port: u16, proto: Option<Proto>, ways: &mut Vec<Way>) {
-    for one in ports::of_port(world, port).iter().filter(|one| proto.is_none_or(|proto| proto == one.proto)) {
-        for claim in &one.claims {
-            for family in claim.families.iter().take(1) {
-                let kind = match claim.kind {
-                    Kind::HostPort => WayKind::HostPort,
-                    Kind::NodePort | Kind::Refused => WayKind::NodePort,
-                    Kind::ExternalIp | Kind::LoadBalancer => WayKind::External,
-                    Kind::Listener => WayKind::Process,
-                };
-                let what = format!("{} {port} of {}", claim.kind.name(), claim.who);
-                if let Some(to) = claim.to {
-                    add(ways, WayKind::Pod, one.proto, to, format!("containerPort {}", to.port()));
-                }
-                let node = one.address.or(claim.only).or_else(|| world.node_address(*family));
-                if let Some(address) = node {
-                    add(ways, kind, one.proto, SocketAddr::new(address, port), what.clone());
-                }
-                if one.address.is_none() {
-                    let loopback = match family {
-                        Family::V4 => IpAddr::V4(Ipv4Addr::LOCALHOST),
-                        Family::V6 => IpAddr::V6(Ipv6Addr::LOCALHOST),
-                    };
-                    add(ways, WayKind::Loopback, one.proto, SocketAddr::new(loopback, port), what);
-                }
-                if let Some(name) = super::diagnose::service_of(claim.who.split(' ').next().unwrap_or_default())
-                    .filter(|_| claim.kind != Kind::HostPort)
-                {
-                    let _ = of_service_ports(world, &name, ways, Some(port));
-                }
-            }
-        }
-    }
-}
-
-fn of_service(world: &World<'_>, name: &ObjectName, ways: &mut Vec<Way>) -> Result<(), String> {
-    of_service_ports(world, name, ways, None)
-}
-
-/// ClusterIP, NodePort, external addresses and the pods' own ports of a Service; of the port with this NodePort only.
-fn of_service_ports(
-    world: &World<'_>,
-    name: &ObjectName,
-    ways: &mut Vec<Way>,
-    only: Option<u16>,
-) -> Result<(), String> {
-    let services = world.facts.cluster.services.get()?;
-    let service = services
-        .iter()
-        .find(|service| service.name == *name)
-        .ok_or_else(|| format!("there is no Service {name} among the {} that are known", services.len()))?;
-    for port in service.ports.iter().filter(|port| only.is_none_or(|only| port.node_port == Some(only))) {
-        let what = format!("port {} of Service {name}", port.port);
-        let first = service.cluster_ips.first().map(|address| Family::of(*address));
-        for address in service.cluster_ips.iter().take(1) {
-            add(ways, WayKind::ClusterIp, port.proto, SocketAddr::new(*address, port.port), what.clone());
-        }
-        let external = service.external_ips.iter().copied().chain(service.ingress.iter().map(|ingress| ingress.ip));
-        for address in external.filter(|address| Some(Family::of(*address)) == first) {
-            add(ways, WayKind::External, port.proto, SocketAddr::new(address, port.port), what.clone());
-        }
-        if let (None, Some(number)) = (only, port.node_port) {
-            let family = first.unwrap_or(Family::V4);
-            if let Some(address) = world.node_address(family) {
-                add(
-                    ways,
-                    WayKind::NodePort,
-                    port.proto,
-                    SocketAddr::new(address, number),
-                    format!("NodePort {number} of Service {name}"),
-                );
-            }
-            if family == Family::V4 {
-                let loopback = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), number);
-                add(ways, WayKind::Loopback, port.proto, loopback, format!("NodePort {number} of Service {name}"));
-            }
-        }
-        let endpoints = endpoints(world, service, port);
-        let mut of_family = endpoints.iter().filter(|(at, one)| Some(Family::of(at.ip())) == first && one.ready);
-        let local = of_family.clone().find(|(at, _)| world.behind(at.ip()).is_some());
-        if let Some((at, _)) = local.or_else(|| of_family.next()) {
-            add(ways, WayKind::Pod, port.proto, *at, format!("targetPort {}", port.target));
-        }
-    }
-    Ok(())
 }
 
 /// A client of each kind that the facts can name.

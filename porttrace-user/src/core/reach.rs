@@ -43,6 +43,30 @@ pub fn reach(world: &World<'_>, proto: Proto, src: IpAddr, dst: IpAddr, dport: u
 
 /// The same for a trace that is there already.
 pub fn of_trace(world: &World<'_>, trace: &Trace) -> Reach {
+    let reach = by_rules(world, trace);
+    match world.replaced() {
+        Some(network) if !is_plain(world, trace, &reach) => Reach {
+            outcome: Outcome::Unknown,
+            reason: format!("{} decides in eBPF; by the rules alone: {}", network.name(), reach.reason),
+            ..reach
+        },
+        _ => reach,
+    }
+}
+
+/// Whether it was decided by what listens at the very address and port that were asked for, and these are no Service's: that is
+/// so whoever serves Services.
+fn is_plain(world: &World<'_>, trace: &Trace, reach: &Reach) -> bool {
+    let asked = &trace.packet.tuple;
+    let own = world.facts.is_own(asked.dst) == Some(true);
+    let listens = reach.outcome == Outcome::Works;
+    let is_closed = reach.outcome == Outcome::Refused && !own && reach.rule.is_none();
+    reach.ends == [asked.destination()]
+        && (listens || is_closed)
+        && !(own && world.with_node_port(asked.dport, Some(asked.proto)).next().is_some())
+}
+
+fn by_rules(world: &World<'_>, trace: &Trace) -> Reach {
     let each: Vec<Reach> = trace.branches.iter().map(|branch| of_branch(world, trace, branch)).collect();
     let Some(first) = each.first() else {
         return Reach {

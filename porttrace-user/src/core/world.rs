@@ -1,6 +1,8 @@
 //! The facts of a node, ready to be asked: who claims what, where a packet would go, who could send one.
 
+use super::kube::ebpf;
 use super::kube::owners::Owners;
+use super::model::cluster::{Service, ServicePort};
 use super::model::facts::Facts;
 use super::model::flow::{Family, Proto, Tuple};
 use super::model::name::Name;
@@ -61,10 +63,25 @@ impl<'a> World<'a> {
 
     /// Whether kube-proxy's iptables rules are here: chains of Services, not only the empty ones of other modes.
     pub fn writes_iptables(&self) -> bool {
-        let tables = self.facts.state.rulesets.iter().flat_map(|set| &set.tables).filter(|table| table.name == "nat");
-        tables
-            .flat_map(|table| &table.chains)
-            .any(|chain| chain.name.starts_with("KUBE-SVC-") || chain.name.starts_with("KUBE-SEP-"))
+        ebpf::writes_iptables(&self.facts.state)
+    }
+
+    /// The network that serves Services in eBPF here instead of kube-proxy, in whatever mode.
+    pub fn replaced(&self) -> Option<ebpf::Network> {
+        let network = ebpf::serving(&self.facts.state)?;
+        let writes_nftables = self.facts.native.iter().any(|table| table.name == "kube-proxy");
+        (!writes_nftables).then_some(network)
+    }
+
+    /// The Services that Kubernetes knows to have this NodePort, whatever the rules say.
+    pub fn with_node_port(
+        &self,
+        port: u16,
+        proto: Option<Proto>,
+    ) -> impl Iterator<Item = (&'a Service, &'a ServicePort)> {
+        let ports =
+            self.facts.cluster.services.iter().flat_map(|service| service.ports.iter().map(move |of| (service, of)));
+        ports.filter(move |(_, of)| of.node_port == Some(port) && proto.is_none_or(|proto| proto == of.proto))
     }
 
     fn uplink_or(&self, otherwise: &'static str, towards: IpAddr) -> Name {

@@ -27,6 +27,11 @@ pub fn text(matrix: &Matrix, style: Style) -> String {
     let mut out = String::new();
     let probed = matrix.rows.iter().flat_map(|row| &row.cells).flatten().any(|cell| cell.tried.is_some());
     legend(matrix, style, &mut out);
+    if let Some(doubt) = &matrix.doubt {
+        for (at, line) in wrap(doubt, style.width.saturating_sub(2)).iter().enumerate() {
+            let _ = writeln!(out, "{} {}", if at == 0 { "!" } else { " " }, style.warn(line));
+        }
+    }
     let mut reasons: Vec<(String, String, Outcome)> = Vec::new();
     // A client of one family has no way to an address of the other: each has a table of its own.
     for family in [Family::V4, Family::V6] {
@@ -124,9 +129,11 @@ fn symbol(cell: &Cell, style: Style, reasons: &mut Vec<(String, String, Outcome)
         let _ = write!(text, "/{}", mark(style, tried.outcome));
         width += 2;
     }
-    let tried = cell.tried.as_ref().filter(|tried| tried.outcome != reach.outcome).map(|tried| match tried.outcome {
-        Outcome::Unknown => format!("; tried: {}", tried.text),
-        _ => format!("; but tried it is otherwise: {}", tried.text),
+    let tried = cell.tried.as_ref().filter(|tried| tried.outcome != reach.outcome).map(|tried| {
+        match (reach.outcome, tried.outcome) {
+            (Outcome::Unknown, _) | (_, Outcome::Unknown) => format!("; tried: {}", tried.text),
+            _ => format!("; but tried it is otherwise: {}", tried.text),
+        }
     });
     let key = (rule, format!("{}{}", reach.reason, tried.unwrap_or_default()), reach.outcome);
     let number = reasons.iter().position(|known| *known == key).unwrap_or_else(|| {

@@ -2,6 +2,7 @@
 //! nothing else, and after doing what the finding says the same clients are served and it is gone.
 
 mod bridges;
+mod ebpf;
 mod hostports;
 mod node;
 mod objects;

@@ -11,7 +11,6 @@ use porttrace_tests::watch::porttrace;
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::process::Command;
 use std::time::Duration;
 
 /// The node that is looked at.
@@ -135,9 +134,14 @@ impl Stage {
 
     /// `porttrace explain --objects`.
     pub fn explain_with(&self, objects: &Objects, arguments: &[&str]) -> Explained {
+        self.explained(arguments, &["--objects", &self.objects(objects)])
+    }
+
+    /// A file with these objects.
+    pub fn objects(&self, objects: &Objects) -> String {
         let path = self.folder.path().join("objects.json");
         std::fs::write(&path, objects.list().to_string()).unwrap();
-        self.explained(arguments, &["--objects", path.to_str().unwrap()])
+        path.to_str().unwrap().to_owned()
     }
 
     /// Names of the network namespaces of worker3's pods.
@@ -146,18 +150,21 @@ impl Stage {
         here.map(|pod| pod.netns.name().to_owned()).collect::<Vec<_>>().join(" ")
     }
 
+    /// What porttrace prints on worker3.
+    pub fn porttrace(&self, arguments: &[&str]) -> String {
+        let mut command = self.node().command("unshare");
+        command.args(["--mount", "sh", "-ec", OWN_PODS, "sh"]).arg(self.folder.path()).arg(self.pods());
+        command.arg(porttrace().unwrap()).args(arguments);
+        command.env("PATH", self.lab.tools.path()).env("COLUMNS", WIDTH.to_string());
+        run(&mut command, None).unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
     fn explained(&self, arguments: &[&str], options: &[&str]) -> Explained {
-        let command = |format: &[&str]| {
-            let mut command = self.node().command("unshare");
-            command.args(["--mount", "sh", "-ec", OWN_PODS, "sh"]).arg(self.folder.path()).arg(self.pods());
-            command.arg(porttrace().unwrap()).arg("explain").args(arguments).args(options).args(format);
-            command.env("PATH", self.lab.tools.path()).env("COLUMNS", WIDTH.to_string());
-            command
-        };
-        let json: Value = serde_json::from_str(&output(&mut command(&["--json"]))).unwrap();
+        let told = |format: &[&str]| self.porttrace(&[&["explain"], arguments, options, format].concat());
+        let json: Value = serde_json::from_str(&told(&["--json"])).unwrap();
         // Where nothing is wrong there is less to be read.
         let found = json["findings"].as_array().is_some_and(|findings| !findings.is_empty());
-        let text = if found { output(&mut command(&[])) } else { format!("{json:#}") };
+        let text = if found { told(&[]) } else { format!("{json:#}") };
         let explained = Explained { json, text };
         explained.text_says_the_same();
         explained
@@ -168,10 +175,6 @@ impl Stage {
 pub fn mapping(host_port: u16, host_ip: Option<Ipv4Addr>) -> porttrace_tests::lab::cni::PortMapping {
     let host_ip = host_ip.map(IpAddr::from);
     porttrace_tests::lab::cni::PortMapping { host_port, container_port: 80, protocol: "tcp", host_ip }
-}
-
-fn output(command: &mut Command) -> String {
-    run(command, None).unwrap_or_else(|error| panic!("{error:#}"))
 }
 
 /// What `porttrace explain` said.

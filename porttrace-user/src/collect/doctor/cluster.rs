@@ -2,6 +2,7 @@
 
 use crate::collect::{kube_proxy, probe};
 use crate::core::doctor::facts::{Cluster, CniConfig, Daemon};
+use crate::core::kube::ebpf::Network;
 use crate::core::model::state::Link;
 use serde_json::Value;
 use std::fs;
@@ -29,9 +30,7 @@ const PINS: [&str; 3] = ["/sys/fs/bpf/cilium", "/sys/fs/bpf/tc/globals", "/sys/f
 
 pub fn cluster(links: &[Link]) -> Cluster {
     let names = links.iter().map(|link| (link.index, link.name.clone())).collect();
-    let is_ebpf = |name: &str| {
-        matches!(name, "cilium_host" | "cilium_net" | "bpfin.cali" | "bpfout.cali") || name.starts_with("cilium_")
-    };
+    let is_ebpf = |name: &str| Network::making(name).is_some();
     Cluster {
         ipvs_interface: links.iter().any(|link| link.name == "kube-ipvs0"),
         ipvs_services: ipvs_services(),

@@ -49,8 +49,8 @@ impl Diagnosis {
         let kind = Kind {
             asked: Tuple { sport: 0, ..flow.original },
             end: flow.reply.map(Tuple::source),
-            outcome: class(outcome)?,
-            disagrees: story.disagrees,
+            outcome: class(outcome, story)?,
+            disagrees: story.contradicts(),
         };
         let now = (rules.generation, pods.generation);
         if self.facts.as_ref().is_none_or(|(rules, pods, _)| (*rules, *pods) != now) || self.known.len() >= MOST {
@@ -72,7 +72,7 @@ impl Diagnosis {
             reason,
             trace,
             branch: story.branch.as_ref(),
-            disagrees: story.disagrees,
+            disagrees: story.contradicts(),
         };
         let finding = explaining(&world, &failed);
         self.known.insert(kind, finding.clone());
@@ -80,9 +80,10 @@ impl Diagnosis {
     }
 }
 
-/// How it came out, as far as it matters for the cause; nothing for what did not fail.
-const fn class(outcome: &Outcome) -> Option<(u8, u32)> {
+/// How it came out, as far as it matters for the cause; nothing for what came out as the rules say.
+const fn class(outcome: &Outcome, story: &Story) -> Option<(u8, u32)> {
     Some(match outcome {
+        Outcome::Answered { .. } if story.contradicts() => (6, 0),
         Outcome::Answered { .. } | Outcome::JoinedLate => return None,
         Outcome::Refused { by, how, .. } => {
             let by = match by {

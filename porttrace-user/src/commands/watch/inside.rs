@@ -154,7 +154,7 @@ impl IntoPods {
             self.pods.get(&netns)?.correlator.opened_by(opening).filter(|seen| !seen.sightings.is_empty())?.clone();
         let mut inside = self.pods.get(&netns)?.told(seen, all);
         // Before the pod's rules are said to be contradicted, they are read again.
-        if inside.story.disagrees {
+        if inside.story.contradicts() {
             let insider = self.pods.get(&netns)?.insider.clone();
             self.until(insider.renew()).await;
             inside = self.pods.get(&netns)?.told(inside.flow, all);

@@ -318,7 +318,7 @@ impl Printer {
         let flow = &report.flow;
         let client = if self.verdicts.len() < MAX_SHAPES { flow.original.src.to_string() } else { "any".to_owned() };
         let end = flow.reply.map_or(flow.original.destination(), |reply| reply.source());
-        let agrees = if report.story.disagrees { " against the rules" } else { "" };
+        let agrees = if report.story.contradicts() { " against the rules" } else { "" };
         Shape(format!("{} {client} {} {end} {verdict}{agrees}", flow.original.proto, flow.original.destination()))
     }
 

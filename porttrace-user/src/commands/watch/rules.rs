@@ -4,6 +4,7 @@ use nix::sys::utsname::UtsName;
 use porttrace_user::collect::live::{self, Options};
 use porttrace_user::collect::ruleset::Fingerprint;
 use porttrace_user::collect::sysctl;
+use porttrace_user::core::kube::ebpf::{self, Network};
 use porttrace_user::core::kube::owners::Owners;
 use porttrace_user::core::model::flow::Family;
 use porttrace_user::core::model::state::NodeState;
@@ -12,7 +13,7 @@ use porttrace_user::core::parse;
 use porttrace_user::core::parse::notes::Notes;
 use porttrace_user::core::parse::rulesets::unread_family;
 use porttrace_user::core::simulate::{Simulator, ipvs_in_use};
-use porttrace_user::render::watch::words;
+use porttrace_user::render::watch::{header, words};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::sync::Arc;
@@ -33,6 +34,8 @@ pub struct Rules {
     took: Duration,
     fingerprint: Fingerprint,
     checked_at: Instant,
+    /// When the sockets were read.
+    sockets_at: Instant,
     /// When the settings were read, and how long that took.
     settings_at: Instant,
     settings_took: Duration,
@@ -87,6 +90,7 @@ impl Rules {
             state,
             fingerprint,
             checked_at: Instant::now(),
+            sockets_at: Instant::now(),
             settings_at: Instant::now(),
             settings_took: Duration::ZERO,
             stale: false,
@@ -136,6 +140,24 @@ impl Rules {
         (self.settings_at, self.settings_took) = (Instant::now(), begun.elapsed());
         let Some((simulator, state)) = changed else { return false };
         (self.simulator, self.state) = (simulator, state);
+        self.generation += 1;
+        true
+    }
+
+    /// Reads again what listens on this node, which changes without a word: at most every second. True when that changed.
+    pub async fn follow_sockets(&mut self) -> bool {
+        const EVERY: Duration = Duration::from_secs(1);
+        if self.sockets_at.elapsed() < EVERY {
+            return false;
+        }
+        self.sockets_at = Instant::now();
+        let former = self.state.clone();
+        let reading = tokio::task::spawn_blocking(move || {
+            let state = live::reread_sockets(&former)?;
+            Some((Arc::new(Owners::of(&state)), Arc::new(Simulator::new(&state)), state))
+        });
+        let Some((owners, simulator, state)) = reading.await.ok().flatten() else { return false };
+        (self.owners, self.simulator, self.state) = (owners, simulator, state);
         self.generation += 1;
         true
     }
@@ -191,7 +213,7 @@ impl Rules {
                     Flavour::IptablesLegacy => "iptables-legacy",
                     Flavour::Nftables => "nftables",
                 };
-                format!("{count} {flavour} rules")
+                header::count(*count, &format!("{flavour} rule"))
             })
             .collect();
         if said.is_empty() { "no rules".to_owned() } else { said.join(" and ") }
@@ -231,5 +253,6 @@ fn warnings(state: &NodeState) -> Vec<String> {
             .push(format!("{} more things about this node could not be read", state.diagnostics.len() - MOST_WARNINGS));
     }
     warnings.extend(ipvs_in_use(state));
+    warnings.extend(ebpf::serving(state).map(Network::sentence));
     warnings
 }

@@ -199,8 +199,10 @@ impl Session<'_> {
         let all = self.args.verbose > 0;
         let mut trace = self.predict(&flow);
         let mut story = tell(&flow, trace.as_ref(), &self.interfaces, all);
-        // Before the rules are said to be contradicted, they are read again: they may have changed a moment ago.
-        if story.disagrees && self.reload_if_changed().await? {
+        // Before the rules are said to be contradicted, they are read again: they may have changed a moment ago, or what listens.
+        if story.contradicts()
+            && (self.reload_if_changed().await? || story.is_unexplained && self.rules.follow_sockets().await)
+        {
             trace = self.predict(&flow);
             story = tell(&flow, trace.as_ref(), &self.interfaces, all);
         }

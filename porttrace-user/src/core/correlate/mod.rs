@@ -12,6 +12,7 @@ pub mod inside;
 pub mod judge;
 pub mod route;
 pub mod story;
+pub mod unexplained;
 
 use crate::core::model::event::Event;
 use crate::core::model::flow::{Proto, Tuple};

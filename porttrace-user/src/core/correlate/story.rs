@@ -6,7 +6,9 @@ use super::route::{self, Taken};
 use crate::core::model::flow::Tuple;
 use crate::core::model::interfaces::Interfaces;
 use crate::core::model::name::{Name, Text};
-use crate::core::model::trace::{Action, Because, Branch, Flavour, Fraction, Hook, Hop, Manip, Route, RuleRef, Trace};
+use crate::core::model::trace::{
+    Action, Because, Branch, Flavour, Fraction, Hook, Hop, Manip, Route, RuleRef, Trace, Verdict,
+};
 use porttrace_ebpf::Kind;
 
 /// Where a line of the story comes from.
@@ -74,6 +76,10 @@ pub enum What {
         observed: Tuple,
         entry_is_older: bool,
     },
+    /// It was answered, though by the rules it ends so.
+    Unexplained {
+        predicted: Verdict,
+    },
     Note {
         text: String,
     },
@@ -115,6 +121,8 @@ pub struct Story {
     pub branch: Option<Branch>,
     /// The observation contradicts every branch.
     pub disagrees: bool,
+    /// It was answered, though by the rules it cannot be.
+    pub is_unexplained: bool,
 }
 
 /// Tells `flow` against `trace`. `all` keeps rules without effect and every packet.
@@ -149,7 +157,8 @@ pub fn tell(flow: &Flow, trace: Option<&Trace>, interfaces: &Interfaces, all: bo
         }
     }
     lines.extend(seen);
-    Story { lines, branch: branch.cloned(), disagrees }.with_dropper()
+    let story = Story { lines, branch: branch.cloned(), disagrees, is_unexplained: false };
+    story.with_dropper().with_unexplained(flow, trace, interfaces)
 }
 
 /// The branch that did what conntrack says was done (where several did, the one whose route was taken); without conntrack the

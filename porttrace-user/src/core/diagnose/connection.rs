@@ -25,21 +25,22 @@ pub struct Failed<'a> {
     pub trace: Option<&'a Trace>,
     /// The branch of the trace that fits what was seen.
     pub branch: Option<&'a Branch>,
-    /// What was seen is none of what the rules allow.
+    /// What was seen is none of what the rules allow; of a connection that was answered, too.
     pub disagrees: bool,
 }
 
-/// The finding that explains it best, if any does; nothing for a connection that was answered.
+/// The finding that explains it best, if any does; of a connection that was answered, only why that was against the rules.
 ///
 /// The world's conntrack entries are looked at as they are: the connection's own is enough.
 pub fn explaining(world: &World<'_>, failed: &Failed<'_>) -> Option<Finding> {
-    if matches!(failed.outcome, Outcome::Answered { .. } | Outcome::JoinedLate) {
+    let answered = matches!(failed.outcome, Outcome::Answered { .. });
+    if answered && !failed.disagrees || *failed.outcome == Outcome::JoinedLate {
         return None;
     }
     let seen = Seen::new(world, failed);
     let mut scene: Option<Scene<'_, '_>> = None;
     for (id, may, fits) in EXPLAIN {
-        if !may(&seen) {
+        if answered && !BEYOND_RULES.contains(&id) || !may(&seen) {
             continue;
         }
         let Some((_, check)) = CHECKS.iter().find(|(of, _)| *of == id) else { continue };
@@ -98,9 +99,12 @@ const EXPLAIN: [Explain; 31] = [
     ("hostport-and-nodeport", |seen| seen.is_to_node(), |seen, finding| seen.is_about_port(finding)),
     ("hostport-and-process", |seen| seen.is_to_node(), |seen, finding| seen.is_about_port(finding)),
     ("nodeport-and-process", |seen| seen.is_to_node(), |seen, finding| seen.is_about_port(finding)),
-    ("kube-proxy-replaced", |seen| seen.is_beyond_rules(), any),
+    ("kube-proxy-replaced", |seen| seen.is_beyond_rules() || seen.world.replaced().is_some(), any),
     ("ipvs-not-followed", |seen| seen.is_beyond_rules(), any),
 ];
+
+/// Findings by which the rules do not decide.
+const BEYOND_RULES: [&str; 2] = ["kube-proxy-replaced", "ipvs-not-followed"];
 
 const fn any(_: &Seen<'_, '_>, _: &Finding) -> bool {
     true

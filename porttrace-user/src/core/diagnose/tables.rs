@@ -1,6 +1,7 @@
 //! Conntrack's table, and who else decides about packets.
 
 use super::{Checked, Evidence, Finding, Scene, Severity};
+use crate::core::kube::ebpf::Network;
 use crate::core::kube::owners::{Claim, ClaimKind};
 use crate::core::model::flow::{Family, Proto};
 use crate::core::model::state::ConntrackEntry;
@@ -161,24 +162,16 @@ pub(super) fn both_flavours(scene: &Scene<'_, '_>) -> Checked {
     Ok(found)
 }
 
-/// Cilium (or another) serves Services in eBPF instead of kube-proxy.
+/// Cilium or Calico serves Services in eBPF instead of kube-proxy.
 pub(super) fn replaced(scene: &Scene<'_, '_>) -> Checked {
     let world = scene.world;
     let Some(links) = &world.facts.state.links else { return Err("the node's links are not known".to_owned()) };
-    let signs: Vec<&str> = links
-        .iter()
-        .map(|link| link.name.as_str())
-        .filter(|name| matches!(*name, "cilium_host" | "cilium_net" | "cilium_vxlan"))
-        .collect();
-    if signs.is_empty() || world.writes_iptables() {
-        return Ok(Vec::new());
-    }
-    let sentence = "Cilium serves Services and hostPorts in eBPF here, and kube-proxy has no rules: what porttrace predicts from rules does not hold on this node".to_owned();
-    let change =
-        "ask Cilium (`cilium-dbg service list`, `cilium-dbg bpf lb list`), and go by what `porttrace watch` observes"
-            .to_owned();
-    let evidence = signs.into_iter().map(|name| Evidence::new("link", name, "made by Cilium"));
-    Ok(vec![Finding::new(Severity::Warning, sentence, change).with(evidence).of_node()])
+    let Some(network) = world.replaced() else { return Ok(Vec::new()) };
+    let signs = links.iter().map(|link| link.name.as_str()).filter(|name| Network::making(name) == Some(network));
+    let evidence = signs.map(|name| Evidence::new("link", name, format!("made by {}", network.name())));
+    let cause = format!("{} serves {} in eBPF, and kube-proxy has no rules", network.name(), network.serves());
+    let finding = Finding::new(Severity::Warning, network.sentence(), network.advice().to_owned());
+    Ok(vec![finding.because(cause).with(evidence).of_node()])
 }
 
 /// kube-proxy in IPVS mode: the kernel's virtual servers decide, which are not followed.

@@ -7,13 +7,41 @@ use crate::core::world::World;
 use std::collections::BTreeSet;
 
 /// What the number may be instead.
-pub(super) fn unclaimed(world: &World<'_>, port: u16, node: &str) -> Vec<Line> {
-    let sockets = if world.facts.state.sockets.is_some() { ", and no process of the node listens on it" } else { "" };
-    let sentence = format!("nobody claims port {port} on {node}: it is no NodePort and no hostPort{sockets}");
-    let mut lines = vec![Line { outcome: Outcome::Refused, sentence, change: None }];
+pub(super) fn unclaimed(world: &World<'_>, port: u16, proto: Option<Proto>, node: &str) -> Vec<Line> {
+    let mut lines = without_rules(world, port, proto, node);
     let mut said: BTreeSet<String> = as_service_port(world, port).into_iter().chain(as_pod_port(world, port)).collect();
     said.extend(as_loopback(world, port));
     lines.extend(said.into_iter().take(6).map(|sentence| Line { outcome: Outcome::Unknown, sentence, change: None }));
+    lines
+}
+
+/// No rule claims it; whether somebody else serves it is for Kubernetes, or for a network that needs no rules, to say.
+fn without_rules(world: &World<'_>, port: u16, proto: Option<Proto>, node: &str) -> Vec<Line> {
+    let sockets = if world.facts.state.sockets.is_some() { ", and no process of the node listens on it" } else { "" };
+    let network = world.replaced();
+    let outcome = if network.is_some() { Outcome::Unknown } else { Outcome::Refused };
+    let change = network.map(|network| network.advice().to_owned());
+    let line = |sentence| Line { outcome, sentence, change: change.clone() };
+    let node_ports = world.with_node_port(port, proto).map(|(service, of)| {
+        let place = format!("{} {port} on {node} is NodePort of Service {}", of.proto, service.name);
+        line(match network {
+            Some(network) => {
+                format!("{place}, which {} serves in eBPF: no rule tells what a client meets{sockets}", network.name())
+            }
+            None => format!("{place}, but no rule of this node serves it{sockets}"),
+        })
+    });
+    let mut lines: Vec<Line> = node_ports.collect();
+    if lines.is_empty() {
+        lines.push(line(match network {
+            Some(network) => format!(
+                "no rule of {node} claims port {port}{sockets}; {} serves {} in eBPF here, and this may be one of them",
+                network.name(),
+                network.serves()
+            ),
+            None => format!("nobody claims port {port} on {node}: it is no NodePort and no hostPort{sockets}"),
+        }));
+    }
     lines
 }
 

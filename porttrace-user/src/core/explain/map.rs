@@ -82,7 +82,13 @@ pub(super) fn maps(world: &World<'_>, subject: &Subject, ports: &[Port]) -> Vec<
     {
         pods.push(pod.ips.clone());
     } else {
-        services.extend(if let Subject::Service(name) = subject { Some(name.clone()) } else { None });
+        match subject {
+            Subject::Service(name) => services.extend([name.clone()]),
+            Subject::Port { port, proto } if ports.is_empty() => {
+                services.extend(world.with_node_port(*port, *proto).map(|(service, _)| service.name.clone()));
+            }
+            _ => {}
+        }
         for claim in ports.iter().flat_map(|port| &port.claims) {
             match claim.to {
                 Some(to) => add_pod(to.ip()),

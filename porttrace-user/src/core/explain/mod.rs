@@ -6,7 +6,7 @@ mod live;
 mod map;
 
 use super::diagnose::{self, Finding, Report, Severity};
-use super::model::cluster::{ObjectName, Pod, Service};
+use super::model::cluster::{ObjectName, Pod, Service, ServicePort};
 use super::model::flow::{Family, Proto};
 use super::model::trace::Trace;
 use super::ports::{self, Kind, Port, PortClaim, Wins};
@@ -83,7 +83,7 @@ pub fn explain(world: &World<'_>, mut subject: Subject, client: Option<IpAddr>) 
         Subject::Port { port, proto } => {
             let fits = |one: &Port| one.port == *port && proto.is_none_or(|proto| proto == one.proto);
             let ports: Vec<Port> = all.into_iter().filter(fits).collect();
-            (scope_of_ports(world, &ports, *port), ports)
+            (scope_of_ports(world, &ports, *port, *proto), ports)
         }
         Subject::Service(name) => {
             let service = find_service(world, name)?;
@@ -146,8 +146,15 @@ impl Scope {
     }
 }
 
-fn scope_of_ports(world: &World<'_>, ports: &[Port], port: u16) -> Scope {
+fn scope_of_ports(world: &World<'_>, ports: &[Port], port: u16, proto: Option<Proto>) -> Scope {
     let mut scope = Scope::default();
+    if ports.is_empty() {
+        for (service, of) in world.with_node_port(port, proto) {
+            scope.ports.insert((of.proto, port));
+            scope.services.insert(service.name.clone());
+            scope.addresses.extend(local_endpoints(world, service, of));
+        }
+    }
     for one in ports {
         scope.ports.insert((one.proto, port));
         for claim in &one.claims {
@@ -169,13 +176,15 @@ fn scope_of_service(world: &World<'_>, service: &Service) -> Scope {
     scope.services.insert(service.name.clone());
     for port in &service.ports {
         scope.ports.extend(port.node_port.map(|number| (port.proto, number)));
-        for (at, endpoint) in diagnose::endpoints(world, service, port) {
-            if endpoint.node == world.facts.state.name {
-                scope.addresses.insert(at.ip());
-            }
-        }
+        scope.addresses.extend(local_endpoints(world, service, port));
     }
     scope
+}
+
+/// Addresses of a Service port's endpoints on this node.
+fn local_endpoints(world: &World<'_>, service: &Service, port: &ServicePort) -> Vec<IpAddr> {
+    let endpoints = diagnose::endpoints(world, service, port).into_iter();
+    endpoints.filter(|(_, endpoint)| endpoint.node == world.facts.state.name).map(|(at, _)| at.ip()).collect()
 }
 
 fn scope_of_pod(world: &World<'_>, pod: &Pod) -> Scope {
@@ -247,10 +256,9 @@ fn verdict(world: &World<'_>, subject: &Subject, ports: &[Port], maps: &[PortMap
     let node = world.facts.state.name.as_deref().unwrap_or("this node");
     let mut lines: Vec<Line> = ports.iter().map(|port| line(port, node, report)).collect();
     match subject {
-        Subject::Port { port, .. } if lines.is_empty() => lines = hints::unclaimed(world, *port, node),
         // On an address of its own it is somebody's; on the node it is nobody's.
-        Subject::Port { port, .. } if ports.iter().all(|one| one.address.is_some()) => {
-            lines.extend(hints::unclaimed(world, *port, node));
+        Subject::Port { port, proto } if ports.iter().all(|one| one.address.is_some()) => {
+            lines.extend(hints::unclaimed(world, *port, *proto, node));
         }
         Subject::Service(name) if lines.is_empty() => lines.extend(cluster_only(world, name, report)),
         Subject::Pod(name) if lines.is_empty() => {
@@ -273,7 +281,13 @@ fn cluster_only(world: &World<'_>, name: &ObjectName, report: &Report) -> Option
     let client = world.node_address(Family::of(*address))?;
     let reach = reach::reach(world, port.proto, client, *address, port.port);
     let at = std::net::SocketAddr::new(*address, port.port);
-    let sentence = format!("Service {name} has no port on nodes; from this node to {at}: {}", reach.reason);
+    let node_port = service.ports.iter().find_map(|port| port.node_port);
+    let on_nodes = match (node_port, world.replaced()) {
+        (None, _) => "has no port on nodes".to_owned(),
+        (Some(number), Some(network)) => format!("is NodePort {number}, which {} serves in eBPF", network.name()),
+        (Some(number), None) => format!("is NodePort {number}, but no rule of this node serves it"),
+    };
+    let sentence = format!("Service {name} {on_nodes}; from this node to {at}: {}", reach.reason);
     Some(plain(report, reach.outcome, sentence))
 }
 

@@ -1,5 +1,6 @@
 //! Kubernetes names, as far as a node's rules tell them.
 
+pub mod ebpf;
 pub mod hash;
 pub mod owners;
 pub mod targets;

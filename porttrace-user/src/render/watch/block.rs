@@ -78,6 +78,9 @@ fn verdict(report: &Report, context: &Context<'_>, style: Style) -> String {
     if report.story.disagrees {
         sentence.push_str("; NAT was not what the rules say");
     }
+    if report.story.is_unexplained {
+        sentence.push_str("; no rule explains its way");
+    }
     let mut out = String::new();
     for (index, line) in wrap(&sentence, style.width.saturating_sub(4)).iter().enumerate() {
         let mark = if index == 0 { mood.mark() } else { " " };
@@ -137,6 +140,7 @@ fn place_name(line: &Line, context: &Context<'_>) -> String {
         What::Rewrite { .. } | What::Disagreement { .. } => "conntrack".to_owned(),
         What::Route { .. } => "route".to_owned(),
         What::Drop { .. } => "drop".to_owned(),
+        What::Unexplained { .. } => "rules".to_owned(),
         What::Note { .. } => String::new(),
     }
 }
@@ -194,6 +198,14 @@ fn text(
                 .iter()
                 .map(|text| style.bad(text))
                 .collect()
+        }
+        What::Unexplained { predicted } => {
+            let text = format!(
+                "it was answered, though by the rules {}: an eBPF program of somebody else took it, the rules changed \
+                 meanwhile, or porttrace is wrong",
+                words::ends(predicted)
+            );
+            wrap(&text, room).iter().map(|text| style.bad(text)).collect()
         }
         What::Note { text } => wrap(text, room).iter().map(|text| style.dim(text)).collect(),
     }

@@ -46,7 +46,8 @@ pub fn header(header: &Header<'_>, style: Style) -> String {
     for &port in header.ports {
         let claims = merged(header.owners.claims(port));
         if claims.is_empty() {
-            let text = "nothing on this node claims it: no hostPort, NodePort or Service rule, no listener";
+            let text =
+                "no rule of this node claims it (as hostPort, NodePort or Service port), and no process listens on it";
             out.push_str(&entry(&port.to_string(), text, style));
         }
         for (label, text) in claims {

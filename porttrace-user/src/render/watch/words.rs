@@ -185,6 +185,11 @@ fn silent(reached: Reached, tries: usize, report: &Report, context: &Context<'_>
                 format!("no answer: {what} was handed to this node's own sockets{times}, nothing came back in {wait}");
             (if udp { Mood::Unsure } else { Mood::Bad }, text)
         }
+        // Where eBPF decides, a packet that it rewrites looks like none of this connection, and so does its answer.
+        Reached::Entered { .. } | Reached::Sent if is_beyond_rules(report) => {
+            let text = format!("unknown: {what} was seen{times}, but not what became of it, and no answer in {wait}");
+            (Mood::Unsure, text)
+        }
         Reached::Entered { ifindex } => {
             let text = format!(
                 "lost on this node: {what} entered {}{times} and went no further",
@@ -196,6 +201,26 @@ fn silent(reached: Reached, tries: usize, report: &Report, context: &Context<'_>
             Mood::Bad,
             format!("lost on this node: {what} was sent by a local process and never left{}", expectation(report)),
         ),
+    }
+}
+
+/// Its finding says that not the rules decide here.
+pub fn is_beyond_rules(report: &Report) -> bool {
+    report.finding.as_ref().is_some_and(|finding| finding.id == "kube-proxy-replaced")
+}
+
+/// How a connection ends by the rules.
+pub fn ends(predicted: &Verdict) -> String {
+    match predicted {
+        Verdict::Dropped { by: Some(rule), .. } => format!("{} drops it", rule_name(rule)),
+        Verdict::Dropped { reason, by: None } => format!("it is dropped ({})", drop_words(reason)),
+        Verdict::Rejected { by: Some(rule), .. } => format!("{} rejects it", rule_name(rule)),
+        Verdict::Rejected { with, by: None } => format!("this node refuses it ({with})"),
+        Verdict::Delivered { to, .. } => {
+            format!("nothing rewrites it and nothing on this node listens on {}", to.destination())
+        }
+        Verdict::Forwarded { interface, .. } => format!("it leaves by {interface}"),
+        Verdict::Unknown { because, .. } => format!("nothing can be said ({because})"),
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::Arguments;
 use crate::scene::{OTHER_PORT, Scene};
 use anyhow::Result;
-use porttrace_tests::bpf::{self, Nothing};
+use porttrace_tests::bpf::{self, Attachment};
 use porttrace_tests::lab::topology::HOST_PORT;
 use porttrace_tests::load::Pace;
 use porttrace_user::core::model::flow::Proto;
@@ -12,7 +12,7 @@ use std::time::Duration;
 /// Counting costs time too, so this is a run of its own.
 pub fn measure(scene: &Scene, arguments: &Arguments) -> Result<()> {
     let _counting = bpf::count_time()?;
-    let nothing = scene.node().run_in(|| Nothing::at("eth0"))??;
+    let nothing = scene.node().run_in(|| Attachment::of_nothing("eth0"))??;
     for (port, options) in [(HOST_PORT, &[][..]), (HOST_PORT, &["--conntrack-backend", "ctnetlink"]), (OTHER_PORT, &[])]
     {
         let watch = scene.watch(port, options)?;

@@ -7,7 +7,7 @@ use crate::core::correlate::route::Taken;
 use crate::core::correlate::story::{Certainty, Line, PacketSeen, RulePath, RuleStep, What};
 use crate::core::model::flow::Tuple;
 use crate::core::model::name::Name;
-use crate::core::model::trace::{Action, Because, Flavour, Fraction, Hook, Manip, Route, RouteKind};
+use crate::core::model::trace::{Action, Because, Flavour, Fraction, Hook, Manip, Route, RouteKind, Verdict};
 use crate::render::watch::{Context, words};
 use serde::Serialize;
 use std::net::IpAddr;
@@ -69,6 +69,9 @@ enum Kind<'a> {
         observed: Tuple,
         entry_is_older: bool,
         predicted: Vec<Possible>,
+    },
+    Unexplained {
+        predicted: &'a Verdict,
     },
     Note {
         text: &'a str,
@@ -149,6 +152,7 @@ fn kind<'a>(what: &'a What, context: &Context<'_>) -> Kind<'a> {
             entry_is_older: *entry_is_older,
             predicted: predicted.iter().map(|&(probability, tuple)| Possible { probability, tuple }).collect(),
         },
+        What::Unexplained { predicted } => Kind::Unexplained { predicted },
         What::Note { text } => Kind::Note { text },
     }
 }

@@ -94,7 +94,11 @@ pub fn fields<'a>(report: &'a Report, context: &Context<'_>) -> Verdict<'a> {
         dnat: Half::of(flow.dnat(), Tuple::destination),
         snat: Half::of(flow.snat(), Tuple::source),
         conntrack: flow.reply.map(|reply| Entry { original: flow.original, reply }),
-        agrees: if report.story.disagrees { Some(false) } else { branch.map(|_| true) },
+        agrees: match branch {
+            _ if report.story.contradicts() => Some(false),
+            Some(_) if !words::is_beyond_rules(report) => Some(true),
+            _ => None,
+        },
         predicted: branch.map(Prediction::of),
         inside: report.inside.as_deref().map(|inside| Within::of(inside, context)),
         amends: false,

@@ -1,0 +1,42 @@
+//! Connections that were answered though the rules say that they cannot be: they went a way that no rule explains.
+
+use super::flow::{Flow, Way};
+use super::judge::{Outcome, judge};
+use super::story::{Certainty, Line, Story, What};
+use crate::core::model::interfaces::Interfaces;
+use crate::core::model::trace::{Branch, Trace, Verdict};
+use porttrace_ebpf::Kind;
+
+impl Story {
+    /// What was seen is not what the rules say.
+    pub const fn contradicts(&self) -> bool {
+        self.disagrees || self.is_unexplained
+    }
+
+    /// Says, before what came back, that no rule explains the answer, where that is so.
+    pub(super) fn with_unexplained(mut self, flow: &Flow, trace: Option<&Trace>, interfaces: &Interfaces) -> Self {
+        let Some(branch) = &self.branch else { return self };
+        let is_forbidden = trace.is_some_and(|trace| trace.branches.iter().all(|branch| forbids(branch, flow)));
+        if !is_forbidden || !matches!(judge(flow, interfaces), Outcome::Answered { .. }) {
+            return self;
+        }
+        let comes_back = |line: &Line| matches!(line.what, What::Packet { way: Way::Reply, .. });
+        let at = self.lines.iter().position(comes_back).unwrap_or(self.lines.len());
+        let what = What::Unexplained { predicted: branch.verdict.clone() };
+        self.lines.insert(at, Line { offset_ns: None, certainty: Certainty::Differs, what });
+        self.is_unexplained = true;
+        self
+    }
+}
+
+/// Whether a connection with this branch gets no answer, as far as the rules and the listening sockets tell.
+fn forbids(branch: &Branch, flow: &Flow) -> bool {
+    // Where netfilter saw it as it was sent, or it was handed to this node's own sockets, only what listens is another by now.
+    let went_as_predicted =
+        || flow.reply.is_some() || flow.sightings.iter().any(|seen| seen.event.kind == Kind::LocalIn);
+    match &branch.verdict {
+        Verdict::Rejected { .. } | Verdict::Dropped { .. } => true,
+        Verdict::Delivered { listening, .. } => *listening == Some(false) && !went_as_predicted(),
+        Verdict::Forwarded { .. } | Verdict::Unknown { .. } => false,
+    }
+}
