@@ -186,18 +186,18 @@ impl Runtime {
     async fn containers(&self) -> Result<BTreeMap<String, Vec<Container>>, CriError> {
         let list = v1::ListContainersRequest::default();
         let mut listed = self.ask("ListContainers", self.runtime.clone().list_containers(list)).await?.containers;
-        let exposed = self.images(listed.iter().map(image_id)).await?;
+        let images = self.images(listed.iter().map(image_id)).await?;
         listed.sort_by_key(|container| (container.state() == ContainerState::ContainerRunning, container.created_at));
         let mut by_sandbox: BTreeMap<String, BTreeMap<String, Container>> = BTreeMap::new();
         for one in listed {
-            let container = container(&one, &exposed);
+            let container = container(&one, &images);
             by_sandbox.entry(one.pod_sandbox_id).or_default().insert(container.name.clone(), container);
         }
         Ok(by_sandbox.into_iter().map(|(sandbox, all)| (sandbox, all.into_values().collect())).collect())
     }
 
-    /// What each of these images exposes; images whose configuration cannot be had are left out.
-    async fn images(&self, ids: impl Iterator<Item = String>) -> Result<BTreeMap<String, Vec<ExposedPort>>, CriError> {
+    /// What is known of each of these images; those that the runtime does not know are left out.
+    async fn images(&self, ids: impl Iterator<Item = String>) -> Result<BTreeMap<String, Image>, CriError> {
         let ids: std::collections::BTreeSet<String> = ids.filter(|id| !id.is_empty()).collect();
         let mut answers = stream::iter(ids.into_iter().map(|id| self.image(id))).buffer_unordered(AT_ONCE);
         let mut found = BTreeMap::new();
@@ -207,15 +207,27 @@ impl Runtime {
         Ok(found)
     }
 
-    async fn image(&self, id: String) -> Result<Option<(String, Vec<ExposedPort>)>, CriError> {
+    async fn image(&self, id: String) -> Result<Option<(String, Image)>, CriError> {
         let image = v1::ImageSpec { image: id.clone(), ..v1::ImageSpec::default() };
         let question = v1::ImageStatusRequest { image: Some(image), verbose: true };
         match self.ask("ImageStatus", self.images.clone().image_status(question)).await {
-            Ok(answer) => Ok(answer.info.get("info").and_then(|text| info::exposed(text)).map(|ports| (id, ports))),
+            Ok(answer) => {
+                let names = answer.image.unwrap_or_default();
+                let name = names.repo_tags.into_iter().chain(names.repo_digests).next();
+                let exposed = answer.info.get("info").and_then(|text| info::exposed(text));
+                Ok(Some((id, Image { name, exposed })))
+            }
             Err(CriError::Refused { .. }) => Ok(None),
             Err(error) => Err(error),
         }
     }
+}
+
+/// What ImageStatus says of an image.
+struct Image {
+    name: Option<String>,
+    /// `None`: its configuration cannot be had.
+    exposed: Option<Vec<ExposedPort>>,
 }
 
 fn with_network(mut sandbox: Sandbox, answer: v1::PodSandboxStatusResponse) -> Sandbox {
@@ -232,16 +244,25 @@ fn with_network(mut sandbox: Sandbox, answer: v1::PodSandboxStatusResponse) -> S
     sandbox
 }
 
-fn container(listed: &v1::Container, exposed: &BTreeMap<String, Vec<ExposedPort>>) -> Container {
+fn container(listed: &v1::Container, images: &BTreeMap<String, Image>) -> Container {
     let image = listed.image.clone().unwrap_or_default();
-    let named = Some(image.user_specified_image).filter(|name| !name.is_empty());
+    let known = images.get(&image_id(listed));
+    // CRI-O repeats what the kubelet asked for, and that is the image's ID (internal/factory/container, `UserRequestedImage`).
+    let tag = || known.and_then(|known| known.name.clone()).filter(|_| is_id(&image.image));
+    let named = Some(image.user_specified_image.clone()).filter(|name| !name.is_empty()).or_else(tag);
     Container {
         id: listed.id.clone(),
         name: listed.metadata.as_ref().map(|metadata| metadata.name.clone()).unwrap_or_default(),
         image: named.unwrap_or(image.image),
         running: listed.state() == ContainerState::ContainerRunning,
-        exposed: exposed.get(&image_id(listed)).cloned(),
+        exposed: known.and_then(|known| known.exposed.clone()),
     }
+}
+
+/// Whether it is an image's digest, with or without its algorithm, and no name.
+fn is_id(image: &str) -> bool {
+    let digits = image.strip_prefix("sha256:").unwrap_or(image);
+    digits.len() == 64 && digits.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 /// By what ImageStatus finds the image that a container was made from.

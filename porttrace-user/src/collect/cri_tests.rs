@@ -66,6 +66,30 @@ fn an_image_is_found_by_its_id_or_else_by_what_there_is() {
     assert_eq!(image_id(&container), "bb");
 }
 
+#[test]
+fn an_image_is_called_by_its_name_where_only_its_id_was_asked_for() {
+    let id = "4f2a".repeat(16);
+    let images = |name: Option<&str>| {
+        BTreeMap::from([(id.clone(), Image { name: name.map(str::to_owned), exposed: Some(Vec::new()) })])
+    };
+    let called = |asked: &str, written: &str, images: &BTreeMap<String, Image>| {
+        let image = v1::ImageSpec {
+            image: asked.to_owned(),
+            user_specified_image: written.to_owned(),
+            ..v1::ImageSpec::default()
+        };
+        container(&v1::Container { image: Some(image), image_id: id.clone(), ..v1::Container::default() }, images).image
+    };
+    let tagged = images(Some("quay.io/local/web:1"));
+    for asked in [id.clone(), format!("sha256:{id}")] {
+        assert_eq!(called(&asked, "", &tagged), "quay.io/local/web:1");
+        assert_eq!(called(&asked, "web:1", &tagged), "web:1");
+        assert_eq!(called(&asked, "", &images(None)), asked);
+        assert_eq!(called(&asked, "", &BTreeMap::new()), asked);
+    }
+    assert_eq!(called("web:1", "", &tagged), "web:1");
+}
+
 #[tokio::test]
 async fn usual_sockets_are_found_a_distribution_s_own_first() {
     let root = tempfile::tempdir().unwrap();

@@ -2,6 +2,7 @@
 //! plugins in a network namespace that plays the node. Everything is gone when the guard is dropped.
 
 mod config;
+pub mod crio;
 mod image;
 mod traces;
 
