@@ -237,7 +237,7 @@ impl Evidence {
     pub(crate) fn rule(world: &World<'_>, at: &RuleRef) -> Self {
         let text = match world.rule(at) {
             Some(rule) => match rule.counters {
-                Some((packets, _)) => format!("{} ({packets} packets)", &*rule.text),
+                Some((packets, _)) => format!("{} ({})", &*rule.text, count(packets, "packet")),
                 None => rule.text.to_string(),
             },
             None if at.number.is_none() => "the chain's policy".to_owned(),
@@ -261,7 +261,8 @@ pub fn place(at: &RuleRef) -> String {
 }
 
 /// `1 endpoint`, `2 endpoints`.
-pub(crate) fn count(number: usize, what: &str) -> String {
+pub(crate) fn count(number: impl TryInto<u64>, what: &str) -> String {
+    let number = number.try_into().unwrap_or(u64::MAX);
     format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
 

@@ -1,6 +1,6 @@
 //! Traces that connections have left: conntrack entries, counters of rules, what the kernel counts as dropped.
 
-use crate::core::diagnose::place;
+use crate::core::diagnose::{count, place};
 use crate::core::model::flow::Proto;
 use crate::core::model::state::DropCounts;
 use crate::core::ports::{Kind, Port};
@@ -22,7 +22,8 @@ pub(super) fn live(world: &World<'_>, ports: &[Port], pods: &BTreeSet<IpAddr>) -
     for claim in ports.iter().flat_map(|port| &port.claims).filter(|claim| claim.kind != Kind::Listener) {
         let Some(at) = &claim.rule else { continue };
         if let Some((packets, bytes)) = world.rule(at).and_then(|rule| rule.counters) {
-            said.push(format!("{packets} connections ({bytes} bytes) met {} since its rules were written", place(at)));
+            let connections = count(packets, "connection");
+            said.push(format!("{connections} ({bytes} bytes) met {} since its rules were written", place(at)));
         }
     }
     said.truncate(MOST);

@@ -249,6 +249,7 @@ impl Printer<'_, '_> {
     }
 
     fn note(&mut self, text: &str) {
+        self.hook = None;
         let style = self.context.style;
         let room = style.width.saturating_sub(columns(&strip(&self.guide)) + HOOK).max(20);
         for (i, line) in wrap(&clean(text), room).iter().enumerate() {
