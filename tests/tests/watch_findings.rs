@@ -3,8 +3,8 @@
 
 use porttrace_tests::lab::topology::{HOST_PORT, NodeName, service};
 use porttrace_tests::lab::{Lab, LabOptions, Origin, Phase};
-use porttrace_tests::netns::Netns;
-use porttrace_tests::peer::{Connect, Outcome, Transport};
+use porttrace_tests::netns::{ChildGuard, Netns};
+use porttrace_tests::peer::{self, Connect, Outcome, Transport};
 use porttrace_tests::privilege::may_run;
 use porttrace_tests::watch::Watch;
 use porttrace_user::core::model::flow::{Proto, Tuple};
@@ -132,4 +132,26 @@ fn a_stale_host_port_is_told() {
     scene.iptables(&format!("-t nat {chain}"));
     let told = scene.is_told(Origin::Outside, service::NO_ENDPOINTS_NODE_PORT, "stale-hostport");
     assert!(told["text"].as_str().unwrap().ends_with("stale-hostport: no pod has 10.244.1.77 any more"), "{told}");
+}
+
+/// What listens is read again before an answer is said to be against the rules: here no hook tells that the node's sockets got it.
+#[test]
+fn a_process_that_listens_later_is_no_contradiction() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    const PORT: u16 = 7777;
+    let lab = Lab::up(LabOptions { bare: true, ..LabOptions::default() }).unwrap();
+    let node = lab.node(NodeName::Worker3);
+    let mut watch = Watch::start(node, &lab.tools, &["7777", "--conntrack-backend", "none"]).unwrap();
+    let mut command = node.command(peer::binary().unwrap());
+    command.args(["serve", "--name", "late", "--tcp", &PORT.to_string()]);
+    let process = ChildGuard::spawn(command).unwrap();
+    process.stdout.wait_for(PATIENCE, |line| (line == "ready").then_some(())).unwrap();
+    let to = SocketAddr::new(Origin::Outside.target(false), PORT);
+    let answer = lab.connect(Origin::Outside, &Connect::new(Transport::Tcp, to)).unwrap();
+    let told = watch.connection(Tuple::new(Proto::Tcp, answer.local, to), PATIENCE).unwrap();
+    let verdict = &told.verdict;
+    assert_eq!((&verdict["outcome"], &verdict["agrees"]), (&"answered".into(), &true.into()), "{}", told.report());
+    assert_eq!(verdict["predicted"]["verdict"]["listening"], true, "{}", told.report());
 }

@@ -1,9 +1,10 @@
 //! The state of the node that porttrace runs on: the calling thread's network namespace.
 
 use super::{Timings, conntrack, netlink, nftables, ruleset, sockets, sysctl, tool};
-use crate::core::model::state::NodeState;
+use crate::core::model::state::{NodeState, Socket};
 use crate::core::parse::{self, FORMAT, Files, Metadata, iproute};
 use nix::time::{ClockId, clock_gettime};
+use std::collections::BTreeSet;
 use std::fs;
 use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -43,10 +44,17 @@ pub fn reread_network(former: &NodeState) -> NodeState {
     parse::with_network(former, &found.files)
 }
 
-/// The same node with what listens on it read again; `None`: the same sockets listen.
+/// The same node with what listens on it read again; `None`: the same sockets do. Whose they are takes a walk through `/proc`, and
+/// is only asked where they changed.
 pub fn reread_sockets(former: &NodeState) -> Option<NodeState> {
-    let sockets = sockets::read(true).ok()?;
-    (former.sockets.as_ref() != Some(&sockets)).then(|| NodeState { sockets: Some(sockets), ..former.clone() })
+    let places = |sockets: &[Socket]| -> BTreeSet<_> {
+        sockets.iter().map(|socket| (socket.proto, socket.address, socket.port, socket.v6only)).collect()
+    };
+    let now = places(&sockets::read(false).ok()?);
+    if former.sockets.as_deref().is_some_and(|sockets| places(sockets) == now) {
+        return None;
+    }
+    Some(NodeState { sockets: Some(sockets::read(true).ok()?), ..former.clone() })
 }
 
 /// Collects everything as files, its parts side by side.

@@ -120,13 +120,17 @@ fn matrix_tells_what_was_tried(stage: &Stage) {
     assert_eq!((&here["outcome"], &here["tried"]["outcome"]), (&json!("unknown"), &json!("works")), "{matrix:#}");
     assert_eq!(cell(&matrix, "outside")["outcome"], "unknown", "{matrix:#}");
     let text = stage.porttrace(&arguments);
-    let words = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    assert!(
-        words.contains("! Cilium serves") && words.contains("?/✓") && words.contains("; tried: connected in"),
-        "{text}"
-    );
+    for words in ["! Cilium serves Services", "?/✓", "; tried: connected in"] {
+        assert!(one_line(&text).contains(words), "{text}");
+    }
     let ports = stage.porttrace(&["ports"]);
-    assert!(ports.split_whitespace().collect::<Vec<_>>().join(" ").contains("NodePorts that it serves are not listed"));
+    assert!(one_line(&ports).contains("NodePorts that it serves are not listed"), "{ports}");
+    let simulated = stage.porttrace(&["simulate", "172.18.0.3:30302", "--from", "172.18.0.100"]);
+    assert!(one_line(&simulated).contains("- Cilium serves Services and hostPorts in eBPF here"), "{simulated}");
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 fn watch_tells_what_was_seen(stage: &Stage) {

@@ -144,9 +144,9 @@ impl Rules {
         true
     }
 
-    /// Reads again what listens on this node, which changes without a word: at most every second. True when that changed.
+    /// Reads again what listens on this node, which changes without a word: at most ten times a second. True when that changed.
     pub async fn follow_sockets(&mut self) -> bool {
-        const EVERY: Duration = Duration::from_secs(1);
+        const EVERY: Duration = Duration::from_millis(100);
         if self.sockets_at.elapsed() < EVERY {
             return false;
         }

@@ -6,6 +6,7 @@ use super::ipvs::Ipvs;
 use super::orders;
 use super::routing::Routing;
 use super::sets::Sets;
+use crate::core::kube::ebpf::{self, Network};
 use crate::core::model::flow::Family;
 use crate::core::model::name::{Name, Text};
 use crate::core::model::rules::{Chain, Rule, Ruleset};
@@ -135,6 +136,7 @@ impl Simulator {
         let open_orders = [Family::V4, Family::V6].map(|family| orders::open(&tables, family));
         let ipvs = Ipvs::new(state);
         assumptions.extend(ipvs.in_use());
+        assumptions.extend(ebpf::serving(state).map(Network::sentence));
         Self {
             timelines: (0..=open_orders[0] | open_orders[1])
                 .map(|order| timeline(&tables, order, ipvs.in_use().is_some()))
