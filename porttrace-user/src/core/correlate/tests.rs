@@ -9,7 +9,7 @@ use crate::core::model::interfaces::Interfaces;
 use crate::core::model::name::Name;
 use crate::core::model::trace::{Branch, Decisions, Fraction, Hop, Packet, Route, RouteKind, Trace, Verdict};
 
-const ETH0: u32 = 2;
+pub(super) const ETH0: u32 = 2;
 const VETH: u32 = 7;
 pub(super) const MS: u64 = 1_000_000;
 
@@ -67,10 +67,10 @@ pub(super) fn interfaces() -> Interfaces {
     interfaces
 }
 
-const CLIENT: &str = "172.18.0.4:60218 → 172.18.0.3:9088";
+pub(super) const CLIENT: &str = "172.18.0.4:60218 → 172.18.0.3:9088";
 pub(super) const TO_POD: &str = "172.18.0.4:60218 → 10.244.1.9:8081";
 pub(super) const FROM_POD: &str = "10.244.1.9:8081 → 172.18.0.4:60218";
-const TO_CLIENT: &str = "172.18.0.3:9088 → 172.18.0.4:60218";
+pub(super) const TO_CLIENT: &str = "172.18.0.3:9088 → 172.18.0.4:60218";
 
 /// The founding story: a SYN to hostPort 9088 that the pod refuses.
 pub(super) fn refused() -> Vec<Event> {
@@ -101,7 +101,7 @@ pub(super) fn reported(events: Vec<Event>, until: u64) -> Flow {
     flows.remove(0)
 }
 
-fn trace(final_tuple: &str) -> Trace {
+pub(super) fn trace(final_tuple: &str) -> Trace {
     let branch = Branch {
         probability: Fraction::ONE,
         final_tuple: tuple(final_tuple),
@@ -169,39 +169,6 @@ fn rules_that_lead_elsewhere_are_a_disagreement() {
     assert!(story.disagrees && story.branch.is_none());
     let said = story.lines.iter().find(|line| matches!(line.what, What::Disagreement { .. })).expect("it says so");
     assert_eq!(said.certainty, Certainty::Differs);
-}
-
-#[test]
-fn an_answer_against_the_rules_is_told_before_it() {
-    let seen = |more: &[Event]| {
-        let mut events = vec![event(1000, Kind::TcIngress, ETH0, CLIENT, SYN)];
-        events.extend_from_slice(more);
-        events.push(event(36_000, Kind::TcEgress, ETH0, TO_CLIENT, SYN | ACK));
-        reported(events, 200 * MS)
-    };
-    let ends = |verdicts: &[Verdict]| {
-        let mut trace = trace(CLIENT);
-        let branch = trace.branches.remove(0);
-        trace.branches.extend(verdicts.iter().map(|verdict| Branch { verdict: verdict.clone(), ..branch.clone() }));
-        trace
-    };
-    let closed = Verdict::Delivered { to: tuple(CLIENT), listening: Some(false) };
-    let open = Verdict::Delivered { to: tuple(CLIENT), listening: Some(true) };
-    let story = tell(&seen(&[]), Some(&ends(std::slice::from_ref(&closed))), &interfaces(), false);
-    assert!(story.is_unexplained && !story.disagrees);
-    let [_, said, answer] = story.lines.as_slice() else { panic!("{:?}", story.lines) };
-    assert_eq!((said.certainty, &said.what), (Certainty::Differs, &What::Unexplained { predicted: closed.clone() }));
-    assert!(matches!(answer.what, What::Packet { way: Way::Reply, .. }));
-    // What netfilter saw, or the node's sockets got, only met another listener; what may listen, listens.
-    let handed = event(2000, Kind::LocalIn, ETH0, CLIENT, SYN);
-    let tracked = with_conntrack(event(2000, Kind::AfterConntrack, ETH0, CLIENT, SYN), CLIENT, TO_CLIENT);
-    for (flow, verdicts) in [
-        (seen(&[handed]), vec![closed.clone()]),
-        (seen(&[tracked]), vec![closed.clone()]),
-        (seen(&[]), vec![closed, open]),
-    ] {
-        assert!(!tell(&flow, Some(&ends(&verdicts)), &interfaces(), false).is_unexplained, "{verdicts:?}");
-    }
 }
 
 /// The founding story with the route that its SYN carried, told against branches with these gateways: the route's lines.

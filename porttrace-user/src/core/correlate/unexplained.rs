@@ -40,3 +40,48 @@ fn forbids(branch: &Branch, flow: &Flow) -> bool {
         Verdict::Forwarded { .. } | Verdict::Unknown { .. } => false,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::flow::{ACK, SYN};
+    use super::super::story::tell;
+    use super::super::tests::{CLIENT, ETH0, MS, TO_CLIENT, event, interfaces, reported, trace, tuple, with_conntrack};
+    use super::*;
+    use crate::core::model::event::Event;
+
+    #[test]
+    fn an_answer_against_the_rules_is_told_before_it() {
+        let seen = |more: &[Event]| {
+            let mut events = vec![event(1000, Kind::TcIngress, ETH0, CLIENT, SYN)];
+            events.extend_from_slice(more);
+            events.push(event(36_000, Kind::TcEgress, ETH0, TO_CLIENT, SYN | ACK));
+            reported(events, 200 * MS)
+        };
+        let ends = |verdicts: &[Verdict]| {
+            let mut trace = trace(CLIENT);
+            let branch = trace.branches.remove(0);
+            trace.branches.extend(verdicts.iter().map(|verdict| Branch { verdict: verdict.clone(), ..branch.clone() }));
+            trace
+        };
+        let closed = Verdict::Delivered { to: tuple(CLIENT), listening: Some(false) };
+        let open = Verdict::Delivered { to: tuple(CLIENT), listening: Some(true) };
+        let story = tell(&seen(&[]), Some(&ends(std::slice::from_ref(&closed))), &interfaces(), false);
+        assert!(story.is_unexplained && !story.disagrees);
+        let [_, said, answer] = story.lines.as_slice() else { panic!("{:?}", story.lines) };
+        assert_eq!(
+            (said.certainty, &said.what),
+            (Certainty::Differs, &What::Unexplained { predicted: closed.clone() })
+        );
+        assert!(matches!(answer.what, What::Packet { way: Way::Reply, .. }));
+        // What netfilter saw, or the node's sockets got, only met another listener; what may listen, listens.
+        let handed = event(2000, Kind::LocalIn, ETH0, CLIENT, SYN);
+        let tracked = with_conntrack(event(2000, Kind::AfterConntrack, ETH0, CLIENT, SYN), CLIENT, TO_CLIENT);
+        for (flow, verdicts) in [
+            (seen(&[handed]), vec![closed.clone()]),
+            (seen(&[tracked]), vec![closed.clone()]),
+            (seen(&[]), vec![closed, open]),
+        ] {
+            assert!(!tell(&flow, Some(&ends(&verdicts)), &interfaces(), false).is_unexplained, "{verdicts:?}");
+        }
+    }
+}

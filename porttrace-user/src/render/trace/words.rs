@@ -5,7 +5,8 @@ use crate::core::model::flow::{Proto, Tuple};
 use crate::core::model::trace::{
     Action, Branch, Decision, DropReason, Fraction, Hop, Manip, Route, RouteKind, RuleRef, Verdict,
 };
-use crate::render::watch::words::{Mood, action, comment, drop_words, rule_name};
+use crate::render::watch::predicted::drop_words;
+use crate::render::watch::words::{Mood, action, comment, rule_name};
 use std::net::{IpAddr, SocketAddr};
 
 /// How a branch ends, in one word.

@@ -1,7 +1,7 @@
 //! One connection as a block of aligned text.
 
 use super::words::{self, Mood};
-use super::{Context, Report};
+use super::{Context, Report, predicted};
 use crate::core::correlate::flow::{End, Way};
 use crate::core::correlate::inside::Inside;
 use crate::core::correlate::story::{Certainty, Line, PacketSeen, RulePath, What};
@@ -199,11 +199,11 @@ fn text(
                 .map(|text| style.bad(text))
                 .collect()
         }
-        What::Unexplained { predicted } => {
+        What::Unexplained { predicted: end } => {
             let text = format!(
                 "it was answered, though by the rules {}: an eBPF program of somebody else took it, the rules changed \
                  meanwhile, or porttrace is wrong",
-                words::ends(predicted)
+                predicted::ends(end)
             );
             wrap(&text, room).iter().map(|text| style.bad(text)).collect()
         }

@@ -1,6 +1,7 @@
 //! What a verdict says of the pod's own view of a connection.
 
-use super::words::{drop_words, duration, rule_name};
+use super::predicted::drop_words;
+use super::words::{duration, rule_name};
 use super::{Context, Report};
 use crate::core::correlate::inside::Inside;
 use crate::core::correlate::judge::{Outcome, Reached, Refuser};

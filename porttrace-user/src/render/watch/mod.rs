@@ -5,6 +5,7 @@ pub mod header;
 mod inside;
 pub mod json;
 mod listener;
+pub mod predicted;
 pub mod words;
 
 pub use crate::core::correlate::inside::Report;

@@ -1,5 +1,6 @@
 //! The words of the live log: verdict sentences, packet labels, durations, sizes.
 
+use super::predicted::{expectation, is_beyond_rules, predicted_end};
 use super::{Context, Report, inside, listener};
 use crate::core::correlate::drops::DroppedBy;
 use crate::core::correlate::flow::{ACK, FIN, RST, SYN};
@@ -204,66 +205,6 @@ fn silent(reached: Reached, tries: usize, report: &Report, context: &Context<'_>
     }
 }
 
-/// Its finding says that not the rules decide here.
-pub fn is_beyond_rules(report: &Report) -> bool {
-    report.finding.as_ref().is_some_and(|finding| finding.id == "kube-proxy-replaced")
-}
-
-/// How a connection ends by the rules.
-pub fn ends(predicted: &Verdict) -> String {
-    match predicted {
-        Verdict::Dropped { by: Some(rule), .. } => format!("{} drops it", rule_name(rule)),
-        Verdict::Dropped { reason, by: None } => format!("it is dropped ({})", drop_words(reason)),
-        Verdict::Rejected { by: Some(rule), .. } => format!("{} rejects it", rule_name(rule)),
-        Verdict::Rejected { with, by: None } => format!("this node refuses it ({with})"),
-        Verdict::Delivered { to, .. } => {
-            format!("nothing rewrites it and nothing on this node listens on {}", to.destination())
-        }
-        Verdict::Forwarded { interface, .. } => format!("it leaves by {interface}"),
-        Verdict::Unknown { because, .. } => format!("nothing can be said ({because})"),
-    }
-}
-
-/// What the rules say about a packet that vanished.
-fn expectation(report: &Report) -> String {
-    match predicted_end(report) {
-        Some(Verdict::Dropped { by: Some(rule), .. }) => {
-            format!("; {}{} drops it", rule_name(rule), comment_of(report, rule))
-        }
-        Some(Verdict::Dropped { reason, by: None }) => format!("; predicted: {}", drop_words(reason)),
-        Some(Verdict::Rejected { by: Some(rule), .. }) => {
-            format!("; {}{} rejects it", rule_name(rule), comment_of(report, rule))
-        }
-        Some(Verdict::Rejected { with, by: None }) => format!("; predicted: {with}"),
-        Some(Verdict::Delivered { listening: Some(false), to }) => {
-            format!("; no rule rewrites it and nothing listens on {}", to.destination())
-        }
-        Some(Verdict::Unknown { because, .. }) => format!("; the rules leave it open: {because}"),
-        _ => String::new(),
-    }
-}
-
-/// A reason for a predicted drop, in words.
-pub fn drop_words(reason: &crate::core::model::trace::DropReason) -> String {
-    use crate::core::model::trace::DropReason as R;
-    match reason {
-        R::Rule => "a rule drops it".to_owned(),
-        R::NoRoute => "no route to its destination".to_owned(),
-        R::Blackhole => "a blackhole route".to_owned(),
-        R::RpFilter => "rp_filter drops it: the way back leads elsewhere".to_owned(),
-        R::Martian => "a martian address (127/8 needs route_localnet)".to_owned(),
-        R::ForwardingDisabled => "this node does not forward (ip_forward is 0)".to_owned(),
-        R::NoAddress => "MASQUERADE finds no address on the output interface".to_owned(),
-        R::Ttl => "its TTL is used up".to_owned(),
-        R::TooBig => "it is too big for the next link".to_owned(),
-        R::Other { text } => text.clone(),
-    }
-}
-
-fn predicted_end(report: &Report) -> Option<&Verdict> {
-    report.story.branch.as_ref().map(|branch| &branch.verdict)
-}
-
 /// `filter KUBE-FORWARD #1`, or `filter FORWARD policy`.
 pub fn rule_name(rule: &RuleRef) -> String {
     match rule.number {
@@ -280,7 +221,7 @@ pub fn dropper(by: &DroppedBy) -> String {
 }
 
 /// ` ("default/noep:p80 has no endpoints")`: the comment of a rule on the predicted path.
-fn comment_of(report: &Report, rule: &RuleRef) -> String {
+pub fn comment_of(report: &Report, rule: &RuleRef) -> String {
     let hops = report.story.branch.iter().flat_map(|branch| &branch.hops);
     let text = hops.filter_map(|hop| match hop {
         Hop::Rule { rule: of, text, .. } if of == rule => Some(&**text),

@@ -7,7 +7,7 @@ use crate::core::model::flow::Tuple;
 use crate::core::model::name::Name;
 use crate::core::model::trace::{Branch, Fraction, Verdict as Predicted};
 use crate::render::watch::words::{self, Mood};
-use crate::render::watch::{Context, Report};
+use crate::render::watch::{Context, Report, predicted};
 use serde::Serialize;
 use std::net::SocketAddr;
 
@@ -96,7 +96,7 @@ pub fn fields<'a>(report: &'a Report, context: &Context<'_>) -> Verdict<'a> {
         conntrack: flow.reply.map(|reply| Entry { original: flow.original, reply }),
         agrees: match branch {
             _ if report.story.contradicts() => Some(false),
-            Some(_) if !words::is_beyond_rules(report) => Some(true),
+            Some(_) if !predicted::is_beyond_rules(report) => Some(true),
             _ => None,
         },
         predicted: branch.map(Prediction::of),
