@@ -24,16 +24,22 @@ pub(super) enum Answer {
 #[derive(Debug)]
 pub(super) enum Verdict {
     No,
-    Yes {
-        /// Taken only with this probability.
-        chance: Option<Fraction>,
-        /// Taken only if these hold, which cannot be known.
-        unknown: Vec<String>,
-        /// The unknown is whether a client was seen before (`recent`).
-        affinity: bool,
-        /// How many of the walk's changes to `recent` lists happen also where the rule is not taken.
-        sure: usize,
-    },
+    Yes(Open),
+    /// It does not match, but before that was clear it may have changed a list of `recent`.
+    Remembers(Open),
+}
+
+/// What a rule's answer hangs on.
+#[derive(Debug, Default)]
+pub(super) struct Open {
+    /// So only with this probability.
+    pub(super) chance: Option<Fraction>,
+    /// So only if these hold, which cannot be known.
+    pub(super) unknown: Vec<String>,
+    /// The unknown is whether a client was seen before (`recent`).
+    pub(super) affinity: bool,
+    /// How many of the walk's changes to `recent` lists happen in any case.
+    pub(super) sure: usize,
 }
 
 impl From<bool> for Answer {
@@ -45,18 +51,16 @@ impl From<bool> for Answer {
 impl Run<'_> {
     /// A match of `recent` changes its list as soon as it is asked, whatever becomes of the rule.
     pub(super) fn matches(&mut self, walk: &mut Walk, rule: &Rule) -> Verdict {
-        let mut chance: Option<Fraction> = None;
-        let mut unknown = Vec::new();
-        let mut affinity = false;
+        let mut open = Open::default();
         let mut sure = None;
         let mut limited = false;
         for asked in &rule.matches {
             limited |= asked.kind == MatchKind::Limit;
-            if chance.is_some() || !unknown.is_empty() {
+            if open.chance.is_some() || !open.unknown.is_empty() {
                 sure.get_or_insert(walk.remembered.len());
             }
             if let Some(fraction) = probability(asked) {
-                chance = Some(chance.map_or(fraction, |before| before.times(fraction)));
+                open.chance = Some(open.chance.map_or(fraction, |before| before.times(fraction)));
                 continue;
             }
             let answer = self.answer(walk, &asked.kind);
@@ -66,19 +70,20 @@ impl Run<'_> {
             match answer {
                 Answer::Is(is) if is != asked.negated => {}
                 Answer::Is(_) | Answer::Never => {
-                    walk.remembered.truncate(sure.unwrap_or(usize::MAX));
-                    return Verdict::No;
+                    open.sure = sure.unwrap_or(walk.remembered.len());
+                    return if walk.remembered.len() > open.sure { Verdict::Remembers(open) } else { Verdict::No };
                 }
                 Answer::Unknown(why) => {
-                    affinity |= matches!(asked.kind, MatchKind::Recent(_));
-                    unknown.push(why);
+                    open.affinity |= matches!(asked.kind, MatchKind::Recent(_));
+                    open.unknown.push(why);
                 }
             }
         }
         if limited {
             self.assume("rate limits (-m limit) are taken as not used up: the packet finds a full bucket");
         }
-        Verdict::Yes { chance, unknown, affinity, sure: sure.unwrap_or(walk.remembered.len()) }
+        open.sure = sure.unwrap_or(walk.remembered.len());
+        Verdict::Yes(open)
     }
 
     fn answer(&mut self, walk: &Walk, kind: &MatchKind) -> Answer {

@@ -45,6 +45,29 @@ fn recent_sets_even_where_the_rule_does_not_match_and_update_only_renews() {
 }
 
 #[test]
+fn recent_behind_a_random_match_sets_as_often_as_that_holds_though_the_rule_never_matches() {
+    let outcomes = |between: &str| {
+        let first =
+            format!("-A INPUT {between} -m recent --set --name L --rsource -m addrtype --src-type LOCAL -j ACCEPT");
+        let text = dump("filter", &format!("{first}\n-A INPUT -m recent --rcheck --name L --rsource -j DROP"));
+        let state = node(&text, &[("xt_recent/L", "")]);
+        let trace = Simulator::new(&state).trace(&packet("172.18.0.4:1 > 172.18.0.3:22", "eth0"));
+        let dropped = |branch: &Branch| matches!(branch.verdict, Verdict::Dropped { .. });
+        let mut outcomes: Vec<(bool, String)> =
+            trace.branches.iter().map(|branch| (dropped(branch), branch.probability.to_string())).collect();
+        outcomes.sort();
+        outcomes
+    };
+    let pairs =
+        |list: &[(bool, &str)]| list.iter().map(|(dropped, odds)| (*dropped, (*odds).into())).collect::<Vec<_>>();
+    assert_eq!(outcomes("-m statistic --mode random --probability 0.25"), pairs(&[(false, "3/4"), (true, "1/4")]));
+    assert_eq!(outcomes("-m statistic --mode random --probability 1.0"), pairs(&[(true, "1")]));
+    assert_eq!(outcomes("-m statistic --mode random --probability 0"), pairs(&[(false, "1")]));
+    // Whether the option is there is not known: both, each with its full probability.
+    assert_eq!(outcomes("-p tcp -m tcp --tcp-option 8"), pairs(&[(false, "1"), (true, "1")]));
+}
+
+#[test]
 fn what_came_as_a_broadcast_is_not_forwarded_even_after_dnat() {
     let routes = r#"[{"dst":"172.18.0.0/16","dev":"eth0","scope":"link"},{"dst":"10.244.1.9","dev":"veth1","scope":"link"},
         {"type":"broadcast","dst":"172.18.255.255","dev":"eth0","table":"local","scope":"link"}]"#;
