@@ -104,8 +104,15 @@ impl Watch {
     /// Waits for a `status` line with this state.
     pub fn status(&mut self, state: &str, timeout: Duration) -> Result<Option<Value>> {
         let wanted = |line: &&Value| line["type"] == "status" && line["state"] == state;
-        self.read_until(timeout, |watch| watch.others.iter().any(|line| wanted(&line)))?;
-        Ok(self.others.iter().find(wanted).cloned())
+        // Each line is looked at once, however many come meanwhile.
+        let (mut seen, mut found) = (0, None);
+        self.read_until(timeout, |watch| {
+            let new = watch.others.get(seen..).unwrap_or_default();
+            found = new.iter().find(wanted).cloned();
+            seen = watch.others.len();
+            found.is_some()
+        })?;
+        Ok(found)
     }
 
     /// Original tuples of what was told and not handed out.
@@ -114,7 +121,7 @@ impl Watch {
     }
 
     /// Reads lines until `done`; whether that came about before the deadline and the end of the output.
-    pub fn read_until(&mut self, timeout: Duration, done: impl Fn(&Self) -> bool) -> Result<bool> {
+    pub fn read_until(&mut self, timeout: Duration, mut done: impl FnMut(&Self) -> bool) -> Result<bool> {
         let deadline = Instant::now() + timeout;
         while !done(self) {
             let left = deadline.saturating_duration_since(Instant::now());

@@ -201,14 +201,10 @@ fn branch_end(branch: &Branch) -> End {
 
 /// Compares all branches of a trace with what happened to the packet itself, or to the kernel's copy of it.
 pub fn judge(kernel: &View, trace: &Trace, probe: &Probe, copy: bool) -> Judgement {
-    let open = left_open(trace);
-    let mut kernel = kernel.clone();
-    kernel.steps.retain(|step| !is_open(step, "", &open));
-    kernel.legacy.retain(|step| !is_open(step, "iptables-legacy ", &open));
-    let kernel = &kernel;
     let own = || trace.branches.iter().filter(|branch| !is_copy(branch));
     let undecided = own().count() > 1 && own().any(|branch| branch.decisions.is_empty());
     for branch in trace.branches.iter().filter(|branch| !undecided && is_copy(branch) == copy) {
+        let kernel = &without_open(kernel, branch);
         let view = branch_view(branch, probe);
         let open = matches!(branch.verdict, Verdict::Unknown { .. });
         let chosen = branch.sport_chosen;
@@ -239,13 +235,23 @@ fn is_copy(branch: &Branch) -> bool {
     branch.decisions.iter().any(|decision| matches!(decision, Decision::Copy { .. }))
 }
 
-/// Rules of which the simulator says that it does not know whether they match and that they have no effect: table, chain and number.
-fn left_open(trace: &Trace) -> BTreeSet<String> {
+/// Rules of which a branch says that it is not known whether they match and that they have no effect: table, chain and number.
+/// Another branch may know (a source port that is chosen only there).
+fn left_open(branch: &Branch) -> BTreeSet<String> {
     let note = |hop: &Hop| match hop {
         Hop::Note { text } => text.split_once(": not known whether it matches").map(|(place, _)| place.to_string()),
         _ => None,
     };
-    trace.branches.iter().flat_map(|branch| branch.hops.iter()).filter_map(note).collect()
+    branch.hops.iter().filter_map(note).collect()
+}
+
+/// What the kernel did, without the rules that the branch leaves open.
+fn without_open(kernel: &View, branch: &Branch) -> View {
+    let open = left_open(branch);
+    let mut kernel = kernel.clone();
+    kernel.steps.retain(|step| !is_open(step, "", &open));
+    kernel.legacy.retain(|step| !is_open(step, "iptables-legacy ", &open));
+    kernel
 }
 
 fn is_open(step: &Step, flavour: &str, open: &BTreeSet<String>) -> bool {

@@ -167,15 +167,19 @@ fn describe(round: &Round, probe: &Probe, kernel: &View, trace: &Trace) -> Strin
     let shared = common(view);
     let _ = writeln!(text, "  conntrack: kernel {:?}, simulator {:?}", kernel.state, view.state);
     for step in &kernel.steps[..shared] {
-        let _ = writeln!(text, "    {step}   {}", text_of(round, probe, step));
+        let _ = writeln!(text, "    {step}   {}", text_of(round, probe, step, Flavour::IptablesNft));
     }
     for (who, view) in [("kernel", kernel), ("simulator", view)] {
         for step in &view.legacy {
-            let _ = writeln!(text, "  {who}, iptables-legacy: {step}");
+            let _ = writeln!(
+                text,
+                "  {who}, iptables-legacy: {step}   {}",
+                text_of(round, probe, step, Flavour::IptablesLegacy)
+            );
         }
         let _ = writeln!(text, "  {who} goes on:");
         for step in view.steps.iter().skip(shared) {
-            let _ = writeln!(text, "    {step}   {}", text_of(round, probe, step));
+            let _ = writeln!(text, "    {step}   {}", text_of(round, probe, step, Flavour::IptablesNft));
         }
         let _ = writeln!(text, "    {:?}, answered {:?}", view.end, view.refusal);
     }
@@ -195,10 +199,9 @@ fn same_beginning(view: &View, kernel: &View) -> usize {
         .unwrap_or_default()
 }
 
-fn text_of<'a>(round: &'a Round, probe: &Probe, step: &Step) -> &'a str {
+fn text_of<'a>(round: &'a Round, probe: &Probe, step: &Step, flavour: Flavour) -> &'a str {
     let Step::Rule { table, chain, number, .. } = step else { return "" };
-    let find = |flavour| rule(round, (probe.packet.tuple.family(), flavour), table, chain, *number);
-    find(Flavour::IptablesNft).or_else(|| find(Flavour::IptablesLegacy)).map_or("", |rule| &rule.text)
+    rule(round, (probe.packet.tuple.family(), flavour), table, chain, *number).map_or("", |rule| &rule.text)
 }
 
 impl fmt::Display for Report {
