@@ -7,6 +7,7 @@ mod bridge;
 mod compiled;
 mod config;
 mod conn;
+mod decide;
 mod fib;
 mod index;
 mod input;

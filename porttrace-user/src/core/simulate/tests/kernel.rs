@@ -46,9 +46,9 @@ fn recent_sets_even_where_the_rule_does_not_match_and_update_only_renews() {
 
 #[test]
 fn recent_behind_a_random_match_sets_as_often_as_that_holds_though_the_rule_never_matches() {
-    let outcomes = |between: &str| {
-        let first =
-            format!("-A INPUT {between} -m recent --set --name L --rsource -m addrtype --src-type LOCAL -j ACCEPT");
+    let never = "-m addrtype --src-type LOCAL -j ACCEPT";
+    let outcomes = |between: &str, then: &str| {
+        let first = format!("-A INPUT {between} -m recent --set --name L --rsource {then}");
         let text = dump("filter", &format!("{first}\n-A INPUT -m recent --rcheck --name L --rsource -j DROP"));
         let state = node(&text, &[("xt_recent/L", "")]);
         let trace = Simulator::new(&state).trace(&packet("172.18.0.4:1 > 172.18.0.3:22", "eth0"));
@@ -60,11 +60,17 @@ fn recent_behind_a_random_match_sets_as_often_as_that_holds_though_the_rule_neve
     };
     let pairs =
         |list: &[(bool, &str)]| list.iter().map(|(dropped, odds)| (*dropped, (*odds).into())).collect::<Vec<_>>();
-    assert_eq!(outcomes("-m statistic --mode random --probability 0.25"), pairs(&[(false, "3/4"), (true, "1/4")]));
-    assert_eq!(outcomes("-m statistic --mode random --probability 1.0"), pairs(&[(true, "1")]));
-    assert_eq!(outcomes("-m statistic --mode random --probability 0"), pairs(&[(false, "1")]));
+    assert_eq!(
+        outcomes("-m statistic --mode random --probability 0.25", never),
+        pairs(&[(false, "3/4"), (true, "1/4")])
+    );
+    assert_eq!(outcomes("-m statistic --mode random --probability 1.0", never), pairs(&[(true, "1")]));
+    assert_eq!(outcomes("-m statistic --mode random --probability 0", never), pairs(&[(false, "1")]));
     // Whether the option is there is not known: both, each with its full probability.
-    assert_eq!(outcomes("-p tcp -m tcp --tcp-option 8"), pairs(&[(false, "1"), (true, "1")]));
+    let unknown = "-p tcp -m tcp --tcp-option 8";
+    assert_eq!(outcomes(unknown, never), pairs(&[(false, "1"), (true, "1")]));
+    // A rule that does nothing else is not without effect either.
+    assert_eq!(outcomes(unknown, ""), pairs(&[(false, "1"), (true, "1")]));
 }
 
 #[test]
