@@ -4,7 +4,8 @@ use super::run::Run;
 use super::walk::Walk;
 use crate::core::model::flow::{Direction, Proto, Tuple};
 use crate::core::model::rules::CtStates;
-use crate::core::model::trace::Hop;
+use crate::core::model::state::ConntrackEntry;
+use crate::core::model::trace::{Decision, Hop};
 
 /// A packet's view of conntrack (`skb->_nfct`).
 #[derive(Clone, Copy, Debug)]
@@ -137,30 +138,31 @@ impl Run<'_> {
             );
         }
         if let Some((entry, direction)) = found.flatten() {
-            if !reopens(walk, &entry.state, direction) {
-                // A reply is seen as soon as it is looked up, before any rule (`nf_conntrack_in`).
-                let seen = if entry.unreplied && direction == Direction::Original { 0 } else { SEEN_REPLY };
-                let status = CONFIRMED | seen | if entry.assured { ASSURED } else { 0 };
-                let established = direction == Direction::Reply || !entry.unreplied;
-                walk.conn = Conn {
-                    state: if established { CtInfo::Established } else { CtInfo::New },
-                    original: entry.original,
-                    reply: entry.reply,
-                    direction,
-                    src_done: true,
-                    dst_done: true,
-                    mark: entry.mark,
-                    status,
-                    timeout: entry.timeout,
-                    existed: true,
-                    sport_chosen: false,
-                };
-                return Some(format!("{} / {}", entry.original, entry.reply));
+            match reopens(walk, &entry.state, direction) {
+                Reopens::No => return Some(walk.belongs_to(entry, direction)),
+                Reopens::Yes => {}
+                Reopens::Unknown => self.goes_on_as_it_was(walk, entry, direction),
             }
             walk.note("the old conntrack entry of this connection is closed: a SYN replaces it");
+            walk.replaced = Some(entry.reply);
         }
         walk.conn.state = if self.starts(walk) { CtInfo::New } else { CtInfo::Invalid };
         None
+    }
+
+    /// A SYN meets an entry that was reset, and the entry does not say by whom: besides the walk on which it is replaced, one
+    /// on which the SYN is ignored and belongs to it (`TCP_CONNTRACK_IGNORE`).
+    fn goes_on_as_it_was(&mut self, walk: &mut Walk, entry: &ConntrackEntry, direction: Direction) {
+        let text = "the old conntrack entry of this connection was reset by its client, or after a FIN";
+        let decision = |taken| Decision::Assumed { rule: None, text: text.into(), taken };
+        let mut other = walk.fork();
+        other.decide(decision(false));
+        other.note("a SYN does not replace a conntrack entry that the server reset: the packet belongs to it");
+        let known = other.belongs_to(entry, direction);
+        other.hop(Hop::Conntrack { state: other.conn.name(), entry: Some(known) });
+        other.stage.entry += 1;
+        self.later(other);
+        walk.decide(decision(true));
     }
 
     /// Whether a packet without an entry makes one (`nf_conntrack_tcp_packet` → `tcp_new`; UDP and the rest always do).
@@ -181,9 +183,45 @@ impl Run<'_> {
     }
 }
 
-/// A SYN in the original direction of a closed connection deletes the entry and starts anew
-/// (nf_conntrack_proto_tcp.c, "Attempt to reopen a closed/aborted connection").
-fn reopens(walk: &Walk, state: &str, direction: Direction) -> bool {
+impl Walk {
+    /// Makes the packet one of an existing entry; the text tells which.
+    fn belongs_to(&mut self, entry: &ConntrackEntry, direction: Direction) -> String {
+        // A reply is seen as soon as it is looked up, before any rule (`nf_conntrack_in`).
+        let seen = if entry.unreplied && direction == Direction::Original { 0 } else { SEEN_REPLY };
+        let status = CONFIRMED | seen | if entry.assured { ASSURED } else { 0 };
+        let established = direction == Direction::Reply || !entry.unreplied;
+        self.conn = Conn {
+            state: if established { CtInfo::Established } else { CtInfo::New },
+            original: entry.original,
+            reply: entry.reply,
+            direction,
+            src_done: true,
+            dst_done: true,
+            mark: entry.mark,
+            status,
+            timeout: entry.timeout,
+            existed: true,
+            sport_chosen: false,
+        };
+        format!("{} / {}", entry.original, entry.reply)
+    }
+}
+
+/// Whether a packet deletes the entry that it finds and starts anew.
+enum Reopens {
+    No,
+    Yes,
+    Unknown,
+}
+
+/// `nf_conntrack_tcp_packet`, "Attempt to reopen a closed/aborted connection": a SYN in the original direction does so where a FIN
+/// has been seen, which TIME_WAIT cannot do without, or where the last packet was the client's own reset. Neither is part of
+/// what an entry in CLOSE shows.
+fn reopens(walk: &Walk, state: &str, direction: Direction) -> Reopens {
     let syn = walk.tuple.proto == Proto::Tcp && walk.tcp_flags & 0x17 == 2;
-    syn && direction == Direction::Original && matches!(state, "TIME_WAIT" | "CLOSE")
+    match state {
+        "TIME_WAIT" if syn && direction == Direction::Original => Reopens::Yes,
+        "CLOSE" if syn && direction == Direction::Original => Reopens::Unknown,
+        _ => Reopens::No,
+    }
 }

@@ -85,6 +85,7 @@ fn start(packet: &Packet) -> Walk {
         flooded: false,
         received: packet.tuple,
         conn: conn::Conn::begins(packet.tuple),
+        replaced: None,
         leaves_as: RouteKind::Unicast,
         copied: None,
         nat_by: None,

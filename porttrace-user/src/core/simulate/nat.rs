@@ -88,15 +88,15 @@ impl Run<'_> {
             return;
         }
         *done(&mut walk.conn, manip) = true;
-        if manip == Manip::Snat && self.taken(walk.conn.reply) {
+        if manip == Manip::Snat && self.taken(walk, walk.conn.reply) {
             walk.conn.sport_chosen = true;
             walk.note("another connection has this tuple: the kernel chooses another source port");
         }
     }
 
     /// Whether another conntrack entry owns the tuple (`nf_nat_used_tuple`).
-    fn taken(&self, reply: Tuple) -> bool {
-        self.sim.config.entry(&reply).flatten().is_some()
+    fn taken(&self, walk: &Walk, reply: Tuple) -> bool {
+        self.sim.config.entry(&reply).flatten().is_some_and(|(entry, _)| walk.replaced != Some(entry.reply))
     }
 
     /// `nf_nat_packet`: the packet gets the half of its translated tuple that this hook is for.
@@ -218,7 +218,7 @@ impl Run<'_> {
         let fits = range.addresses.as_ref().is_none_or(|ends| between(ends, old.src));
         let port_fits = range.with.ports.is_none_or(|(low, high)| (low..=high).contains(&old.sport));
         let keeps = manip == Manip::Snat && !range.with.random && fits && port_fits;
-        if keeps && !self.taken(old.inverted()) {
+        if keeps && !self.taken(walk, old.inverted()) {
             return;
         }
         if let Some((low, high)) = &range.addresses {
@@ -237,7 +237,7 @@ impl Run<'_> {
     /// The per-protocol half of `get_unique_tuple` and `nf_nat_l4proto_unique_tuple`.
     fn choose_port(&mut self, walk: &mut Walk, new: &mut Tuple, range: &NatRange, manip: Manip) {
         let port = if manip == Manip::Snat { new.sport } else { new.dport };
-        let free = !self.taken(new.inverted());
+        let free = !self.taken(walk, new.inverted());
         let keeps = match range.ports {
             _ if range.random => false,
             Some((low, high)) => range.base_port.is_none() && (low..=high).contains(&port) && (low == high || free),

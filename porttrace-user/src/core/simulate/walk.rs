@@ -45,6 +45,8 @@ pub(super) struct Walk {
     /// As it came.
     pub(super) received: Tuple,
     pub(super) conn: Conn,
+    /// Reply tuple of an old entry that this packet made the kernel delete.
+    pub(super) replaced: Option<Tuple>,
     /// Kind of the route by which it leaves.
     pub(super) leaves_as: RouteKind,
     /// This is the kernel's copy of a broadcast; the broadcast itself waits here until the copy has gone its way.
