@@ -10,6 +10,7 @@ pub mod model;
 pub mod near_miss;
 pub mod parse;
 pub mod ports;
+pub mod quantity;
 pub mod reach;
 pub mod simulate;
 pub mod world;

@@ -2,7 +2,7 @@
 
 use super::args::{Args, BackendChoice, ProtoChoice, TcChoice};
 use porttrace_user::collect::probe::{Backend, ConntrackBackend, Lost, ProbeConfig, ProbeInfo, Protos, TcMode};
-use porttrace_user::render::watch::header::count;
+use porttrace_user::core::quantity::count;
 use std::time::Duration;
 
 /// What runs, for the header; `captures`: since when all is captured, or `None` where that waits for the rules.

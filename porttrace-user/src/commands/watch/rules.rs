@@ -12,8 +12,9 @@ use porttrace_user::core::model::trace::Flavour;
 use porttrace_user::core::parse;
 use porttrace_user::core::parse::notes::Notes;
 use porttrace_user::core::parse::rulesets::unread_family;
+use porttrace_user::core::quantity;
 use porttrace_user::core::simulate::{Simulator, ipvs_in_use};
-use porttrace_user::render::watch::{header, words};
+use porttrace_user::render::watch::words;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::sync::Arc;
@@ -213,7 +214,7 @@ impl Rules {
                     Flavour::IptablesLegacy => "iptables-legacy",
                     Flavour::Nftables => "nftables",
                 };
-                header::count(*count, &format!("{flavour} rule"))
+                quantity::count(*count, &format!("{flavour} rule"))
             })
             .collect();
         if said.is_empty() { "no rules".to_owned() } else { said.join(" and ") }

@@ -8,6 +8,7 @@ use crate::core::model::cluster::{Service, ServicePort};
 use crate::core::model::flow::Family;
 use crate::core::model::rules::{MatchKind, Target};
 use crate::core::model::trace::{DropReason, Verdict};
+use crate::core::quantity;
 use crate::core::world::World;
 use std::net::{IpAddr, SocketAddr};
 
@@ -224,7 +225,7 @@ pub(super) fn localhost(scene: &Scene<'_, '_>) -> Checked {
     }
     let Some((what, to, proto, port)) = lost.first().copied() else { return Ok(Vec::new()) };
     let more = if lost.len() > 1 {
-        format!(", and the same goes for {}", super::count(lost.len() - 1, "other port"))
+        format!(", and the same goes for {}", quantity::count(lost.len() - 1, "other port"))
     } else {
         String::new()
     };

@@ -20,6 +20,7 @@ pub(crate) use services::{endpoints, port_name};
 use super::model::cluster::{ObjectName, Service};
 use super::model::flow::Proto;
 use super::model::trace::RuleRef;
+use super::quantity::count;
 use super::world::World;
 use samples::Samples;
 use serde::Serialize;
@@ -258,12 +259,6 @@ pub fn place(at: &RuleRef) -> String {
         Some(number) => format!("{} {} #{number}", at.table, at.chain),
         None => format!("{} {} policy", at.table, at.chain),
     }
-}
-
-/// `1 endpoint`, `2 endpoints`.
-pub(crate) fn count(number: impl TryInto<u64>, what: &str) -> String {
-    let number = number.try_into().unwrap_or(u64::MAX);
-    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
 
 /// `80`, `80 or 8080`.

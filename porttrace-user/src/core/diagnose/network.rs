@@ -6,6 +6,7 @@ use crate::core::kube::owners::ClaimKind;
 use crate::core::model::flow::Family;
 use crate::core::model::state::Link;
 use crate::core::model::trace::{Branch, Hop, Manip, Verdict};
+use crate::core::quantity;
 use crate::core::world::World;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -28,7 +29,7 @@ pub(super) fn masquerade(scene: &Scene<'_, '_>) -> Checked {
         .map(|(kind, (why, samples, evidence))| {
             // Everybody else gets through; CRI-O means it so.
             let severity = if kind == "localhost" { Severity::Warning } else { Severity::Error };
-            let more = if samples.len() > 1 { format!(" (and so for {})", super::count(samples.len() - 1, "other port")) } else { String::new() };
+            let more = if samples.len() > 1 { format!(" (and so for {})", quantity::count(samples.len() - 1, "other port")) } else { String::new() };
             let sentence = format!("{}: {why}{more}", samples[0].what);
             let change = "restore the masquerade rules: KUBE-MARK-MASQ and KUBE-POSTROUTING are kube-proxy's (its clusterCIDR must be right), CNI-HOSTPORT-SETMARK and CNI-HOSTPORT-MASQ are portmap's, CRIO-HOSTPORTS-MASQ is CRI-O's".to_owned();
             let finding = samples.iter().fold(Finding::new(severity, sentence, change), |finding, sample| finding.port(sample.proto, sample.port));

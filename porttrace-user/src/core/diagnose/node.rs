@@ -4,6 +4,7 @@ use super::samples::{From, Sample};
 use super::{Checked, Evidence, Finding, Scene, Severity};
 use crate::core::model::flow::{Family, Proto, Tuple};
 use crate::core::model::trace::{Branch, DropReason, Hop, RuleRef, Verdict};
+use crate::core::quantity;
 use crate::core::world::World;
 use std::collections::BTreeMap;
 
@@ -151,7 +152,7 @@ fn translated(branch: &Branch) -> bool {
 }
 
 fn more(count: usize) -> String {
-    if count > 1 { format!(", and {}", super::count(count - 1, "other port")) } else { String::new() }
+    if count > 1 { format!(", and {}", quantity::count(count - 1, "other port")) } else { String::new() }
 }
 
 fn about(finding: Finding, samples: &[&Sample]) -> Finding {

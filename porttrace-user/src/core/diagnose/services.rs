@@ -4,6 +4,7 @@ use super::{Checked, Evidence, Finding, Scene, Severity};
 use crate::core::kube::owners::ClaimKind;
 use crate::core::model::cluster::{Endpoint, EndpointSlice, Pod, Service, ServicePort, ServiceType, TargetPort};
 use crate::core::model::flow::{Family, Proto};
+use crate::core::quantity;
 use crate::core::world::World;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -175,7 +176,7 @@ pub(super) fn without_ready(scene: &Scene<'_, '_>) -> Checked {
         let sentence = format!(
             "Service {} has {}, none of which is ready: every connection to it is refused",
             service.name,
-            super::count(endpoints.len(), "endpoint")
+            quantity::count(endpoints.len(), "endpoint")
         );
         let which = if pods.is_empty() { "its endpoints".to_owned() } else { format!("pod {}", pods.join(", ")) };
         let change = format!("find out why {which} is not ready (`kubectl describe pod`: readiness probe, crashes)");
@@ -187,7 +188,7 @@ pub(super) fn without_ready(scene: &Scene<'_, '_>) -> Checked {
                 format!("{} ready=false", addresses.join(", ")),
             )
         });
-        let count = super::count(endpoints.len(), "endpoint");
+        let count = quantity::count(endpoints.len(), "endpoint");
         found.push(
             of_service(Severity::Error, service, sentence, change)
                 .because(format!("Service {} has {count}, none of which is ready", service.name))
@@ -347,7 +348,7 @@ fn differs(world: &World<'_>, service: &Service, port: &ServicePort, family: Fam
         _ => None,
     });
     let evidence = rule.map(|rule| Evidence::rule(world, rule));
-    let slices = Evidence::new("object", format!("EndpointSlices of {name}"), super::count(known.len(), "endpoint"));
+    let slices = Evidence::new("object", format!("EndpointSlices of {name}"), quantity::count(known.len(), "endpoint"));
     let finding = of_service(Severity::Error, service, sentence, change.to_owned()).with(evidence).with([slices]);
     Some(gone.iter().fold(finding, |finding, at| finding.address(at.ip())))
 }

@@ -1,7 +1,8 @@
 //! Who makes the rules: kube-proxy and its mode, portmap and its backend, networks that forward in eBPF.
 
 use super::facts::{Cluster, Facts, Program};
-use super::{Check, Group, Status, count};
+use super::{Check, Group, Status};
+use crate::core::quantity::count;
 use std::collections::BTreeSet;
 
 pub fn checks(facts: &Facts) -> Vec<Check> {

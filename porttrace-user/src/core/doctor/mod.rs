@@ -148,8 +148,3 @@ fn summary(facts: &Facts, can_watch: bool, degraded: bool, backend: Backend) -> 
     let tail = if degraded { "; see the marks below" } else { "" };
     format!("watch can run here: {nat}{tail}")
 }
-
-/// `1 Service`, `3 Services`.
-fn count(number: usize, noun: &str) -> String {
-    if number == 1 { format!("1 {noun}") } else { format!("{number} {noun}s") }
-}

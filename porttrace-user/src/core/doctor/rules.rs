@@ -1,7 +1,8 @@
 //! The rules: which flavours hold any, and whether the tools to read them are there.
 
 use super::facts::{Facts, RuleSet, Rules};
-use super::{Check, Group, Status, count};
+use super::{Check, Group, Status};
+use crate::core::quantity::count;
 
 pub fn checks(facts: &Facts) -> Vec<Check> {
     let rules = &facts.rules;

@@ -1,9 +1,10 @@
 //! Traces that connections have left: conntrack entries, counters of rules, what the kernel counts as dropped.
 
-use crate::core::diagnose::{count, place};
+use crate::core::diagnose::place;
 use crate::core::model::flow::Proto;
 use crate::core::model::state::DropCounts;
 use crate::core::ports::{Kind, Port};
+use crate::core::quantity::count;
 use crate::core::world::World;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

@@ -160,7 +160,6 @@ impl Run<'_> {
         other.note("a SYN does not replace a conntrack entry that the server reset: the packet belongs to it");
         let known = other.belongs_to(entry, direction);
         other.hop(Hop::Conntrack { state: other.conn.name(), entry: Some(known) });
-        other.stage.entry += 1;
         self.later(other);
         walk.decide(decision(true));
     }

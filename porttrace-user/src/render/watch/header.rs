@@ -3,6 +3,7 @@
 use super::words;
 use crate::core::kube::owners::{Claim, ClaimKind, Owners};
 use crate::core::model::flow::Proto;
+use crate::core::quantity::count;
 use crate::render::style::{Style, columns, wrap};
 use std::collections::BTreeSet;
 
@@ -149,11 +150,6 @@ fn words_of(kind: &ClaimKind) -> (String, String) {
     }
 }
 
-/// `1 endpoint`, `3 endpoints`.
-pub fn count(number: usize, noun: &str) -> String {
-    if number == 1 { format!("1 {noun}") } else { format!("{number} {noun}s") }
-}
-
 /// The sum at the end of a session.
 #[derive(Clone, Debug)]
 pub struct Summary<'a> {
@@ -166,7 +162,7 @@ pub struct Summary<'a> {
 }
 
 pub fn summary(summary: &Summary<'_>, style: Style) -> String {
-    let total = count(usize::try_from(summary.connections).unwrap_or(usize::MAX), "connection");
+    let total = count(summary.connections, "connection");
     let mut out = style.bold(format!("{total} in {}\n", words::duration(summary.duration_ns)));
     const MOST: usize = 20;
     for (verdict, like, times, mood) in summary.shapes.iter().take(MOST) {
