@@ -228,7 +228,7 @@ proptest! {
             let trace = simulator.trace(&packet);
             shares(&trace)?;
             prop_assert_eq!(&trace, &simulator.trace_linear(&packet));
-            trace.branches.iter().take(2).for_each(|branch| drop(near_misses(&state, branch)));
+            trace.branches.iter().take(2).for_each(|branch| drop(near_misses(branch)));
             let mut json = Vec::new();
             Printer::new(false).answer(&trace, None, &mut json).unwrap();
             let answer: serde_json::Value = serde_json::from_slice(&json).unwrap();

@@ -10,7 +10,6 @@ use super::Usage;
 use super::output::Colour;
 use expect::Expectation;
 use porttrace_user::core::kube::owners::Owners;
-use porttrace_user::core::model::state::NodeState;
 use porttrace_user::core::model::trace::Trace;
 use porttrace_user::core::near_miss::{NearMiss, near_misses};
 use porttrace_user::core::simulate::Simulator;
@@ -123,17 +122,17 @@ fn print(args: &Args, trace: &Trace, context: &Context<'_>) -> anyhow::Result<()
     } else {
         out.write_all(trace::text(trace, context).as_bytes())?;
         if args.why {
-            out.write_all(trace::near_misses(&misses(trace, context.state), context).as_bytes())?;
+            out.write_all(trace::near_misses(&misses(trace), context).as_bytes())?;
         }
     }
     Ok(out.flush()?)
 }
 
 /// Near misses of all branches, each once; branches that are many are alike in what they passed.
-fn misses(trace: &Trace, state: &NodeState) -> Vec<NearMiss> {
+fn misses(trace: &Trace) -> Vec<NearMiss> {
     let mut all: Vec<NearMiss> = Vec::new();
     for branch in trace.branches.iter().take(BRANCHES) {
-        for miss in near_misses(state, branch) {
+        for miss in near_misses(branch) {
             if !all.contains(&miss) {
                 all.push(miss);
             }

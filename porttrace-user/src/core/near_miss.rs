@@ -2,11 +2,9 @@
 //! held, the port (or, without one, the address) among them.
 
 use super::model::flow::Tuple;
-use super::model::rules::{Match, MatchKind, Net, PortSide, Rule, Ruleset, Table};
-use super::model::state::NodeState;
-use super::model::trace::{Action, Branch, ChainRef, Hook, Hop, RuleRef};
+use super::model::rules::{Match, MatchKind, Net, PortSide, Rule};
+use super::model::trace::{Action, Branch, Hook, Hop, RuleRef};
 use std::net::IpAddr;
-use std::sync::Arc;
 
 /// A rule that was passed, and the one condition that failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,8 +18,8 @@ pub struct NearMiss {
 }
 
 /// The near misses of one branch, in the order in which the packet passed them.
-pub fn near_misses(state: &NodeState, branch: &Branch) -> Vec<NearMiss> {
-    let mut walk = Walk { state, found: Vec::new(), stack: Vec::new(), seen: None };
+pub fn near_misses(branch: &Branch) -> Vec<NearMiss> {
+    let mut walk = Walk { found: Vec::new(), stack: Vec::new(), seen: None };
     for hop in &branch.hops {
         walk.hop(hop);
     }
@@ -45,14 +43,13 @@ struct Open {
     passed: u32,
 }
 
-struct Walk<'s> {
-    state: &'s NodeState,
+struct Walk {
     found: Vec<NearMiss>,
     stack: Vec<Open>,
     seen: Option<Seen>,
 }
 
-impl Walk<'_> {
+impl Walk {
     fn hop(&mut self, hop: &Hop) {
         match hop {
             Hop::Receive { interface, tuple } => {
@@ -80,19 +77,18 @@ impl Walk<'_> {
 
     fn rule(&mut self, hook: Hook, rule: &RuleRef, action: &Action) {
         self.leave(Some((hook, rule)));
-        let top = self.stack.iter().rposition(|open| open.hook == hook && same_chain(&open.place, rule));
+        let top = self.stack.iter().rposition(|open| open.hook == hook && open.place.same_chain(rule));
         let index = top.unwrap_or_else(|| {
             self.stack.push(Open { hook, place: rule.clone(), passed: 0 });
             self.stack.len() - 1
         });
-        let until = rule.number.unwrap_or(u32::MAX);
+        let until = rule.number().unwrap_or(u32::MAX);
         self.pass(index, until.saturating_sub(1));
         self.stack[index].passed = until;
         match (action, &mut self.seen) {
             (Action::Mark { mark }, Some(seen)) => seen.mark = *mark,
             (Action::Jump { chain } | Action::Goto { chain }, _) => {
-                let place = RuleRef::new(ChainRef { chain: chain.clone(), ..(**rule).clone() }, None);
-                self.stack.push(Open { hook, place, passed: 0 });
+                self.stack.push(Open { hook, place: RuleRef::new(chain.clone(), None), passed: 0 });
             }
             _ => {}
         }
@@ -101,7 +97,7 @@ impl Walk<'_> {
     /// Closes the chains above the one that `next` is in; a chain that ran out was passed as a whole.
     fn leave(&mut self, next: Option<(Hook, &RuleRef)>) {
         let keep = next.and_then(|(hook, rule)| {
-            self.stack.iter().rposition(|open| open.hook == hook && same_chain(&open.place, rule))
+            self.stack.iter().rposition(|open| open.hook == hook && open.place.same_chain(rule))
         });
         let floor = keep.map_or(0, |index| index + 1);
         for index in (floor..self.stack.len()).rev() {
@@ -116,28 +112,16 @@ impl Walk<'_> {
     /// Looks at the rules of an open chain up to and including number `until`.
     fn pass(&mut self, index: usize, until: u32) {
         let (Some(seen), Some(open)) = (self.seen.clone(), self.stack.get(index)) else { return };
-        let Some((ruleset, table)) = find(&self.state.rulesets, &open.place) else { return };
-        let Some(chain) = table.chain(&open.place.chain) else { return };
+        let Some(chain) = open.place.chain() else { return };
         let passed = (1u32..).zip(&chain.rules).skip(open.passed as usize).take_while(|(number, _)| *number <= until);
-        let chain_of = Arc::new(ChainRef { flavour: ruleset.flavour, ..(*open.place).clone() });
         let misses = passed.filter_map(|(number, rule)| {
             let failed = near(rule, &seen)?;
-            let place = RuleRef::new(chain_of.clone(), Some(number));
+            let place = RuleRef::new(open.place.place(), Some(number));
             Some(NearMiss { hook: open.hook, rule: place, text: rule.text.to_string(), failed })
         });
         let misses: Vec<NearMiss> = misses.collect();
         self.found.extend(misses);
     }
-}
-
-fn same_chain(one: &RuleRef, two: &RuleRef) -> bool {
-    one.chain == two.chain && one.table == two.table && one.flavour == two.flavour && one.family == two.family
-}
-
-fn find<'s>(rulesets: &'s [Arc<Ruleset>], place: &RuleRef) -> Option<(&'s Ruleset, &'s Table)> {
-    let ruleset = rulesets.iter().find(|set| set.flavour == place.flavour && set.family == place.family)?;
-    let table = ruleset.tables.iter().find(|table| table.name == *place.table)?;
-    Some((ruleset, table))
 }
 
 /// The one condition that failed, if the rule was nearly matched.
@@ -208,9 +192,11 @@ fn option(rule: &Rule, part: &Match) -> String {
 mod tests {
     use super::*;
     use crate::core::model::flow::{Family, Proto};
+    use crate::core::model::state::NodeState;
     use crate::core::model::trace::{Flavour, Packet};
     use crate::core::parse::iptables;
     use crate::core::simulate::Simulator;
+    use std::sync::Arc;
 
     const RULES: &str = "*nat\n:PREROUTING ACCEPT [0:0]\n:X - [0:0]\n:Y - [0:0]\n\
         -A PREROUTING -p tcp -j X\n\
@@ -234,8 +220,8 @@ mod tests {
             dport: 80,
         };
         let trace = Simulator::new(&state).trace(&Packet::first_of(tuple, Some("eth0".into())));
-        let misses = near_misses(&state, &trace.branches[0]);
-        let told: Vec<(u32, &str)> = misses.iter().map(|miss| (miss.rule.number.unwrap(), &*miss.failed)).collect();
+        let misses = near_misses(&trace.branches[0]);
+        let told: Vec<(u32, &str)> = misses.iter().map(|miss| (miss.rule.number().unwrap(), &*miss.failed)).collect();
         assert_eq!(told, [(1, "-p udp"), (2, "-s 10.9.0.0/16"), (4, "-d 10.0.0.8/32")]);
     }
 }

@@ -93,7 +93,7 @@ impl<'a> World<'a> {
         let rulesets = self.facts.state.rulesets.iter();
         let ruleset = rulesets.filter(|set| set.flavour == at.flavour && set.family == at.family);
         let mut tables = ruleset.flat_map(|set| &set.tables).filter(|table| *table.name == *at.table);
-        let number = usize::try_from(at.number?).ok()?;
+        let number = usize::try_from(at.number()?).ok()?;
         tables.find_map(|table| table.chain(&at.chain)).and_then(|chain| chain.rules.get(number.checked_sub(1)?))
     }
 

@@ -30,13 +30,13 @@ pub fn nft_steps(lines: &[String]) -> Vec<String> {
 pub fn branch_steps(branch: &Branch, empty: &dyn Fn(&RuleRef) -> bool) -> Vec<String> {
     let step = |hop: &Hop| {
         let Hop::Rule { rule, action, .. } = hop else { return None };
-        if rule.number.is_none() && empty(rule) {
+        if rule.number().is_none() && empty(rule) {
             return None;
         }
         let verdict = match action {
-            _ if rule.number.is_none() => "policy accept".to_owned(),
-            Action::Jump { chain } => format!("jump {chain}"),
-            Action::Goto { chain } => format!("goto {chain}"),
+            _ if rule.number().is_none() => "policy accept".to_owned(),
+            Action::Jump { chain } => format!("jump {}", chain.chain),
+            Action::Goto { chain } => format!("goto {}", chain.chain),
             Action::Return => "return".into(),
             Action::Drop | Action::Reject { .. } => "drop".into(),
             Action::Accept | Action::Dnat { .. } | Action::Snat { .. } | Action::Masquerade => "accept".into(),
@@ -57,7 +57,7 @@ pub fn xt_texts(lines: &[String]) -> Vec<String> {
 /// Texts of the rules of a branch.
 pub fn branch_texts(branch: &Branch) -> Vec<String> {
     let text = |hop: &Hop| match hop {
-        Hop::Rule { rule, text, .. } if rule.number.is_some() => Some(plain(text)),
+        Hop::Rule { rule, .. } if rule.number().is_some() => Some(plain(rule.text())),
         _ => None,
     };
     branch.hops.iter().filter_map(text).collect()
@@ -76,9 +76,9 @@ pub fn legacy_steps(lines: &[LegacyStep]) -> Vec<String> {
 /// A branch in the words of [`legacy_steps`]. A RETURN without conditions looks like the end of its chain there.
 pub fn branch_numbers(branch: &Branch) -> Vec<String> {
     let step = |hop: &Hop| {
-        let Hop::Rule { rule, action, text, .. } = hop else { return None };
-        match rule.number {
-            _ if *action == Action::Return && conditions(text).is_empty() => None,
+        let Hop::Rule { rule, action, .. } = hop else { return None };
+        match rule.number() {
+            _ if *action == Action::Return && conditions(rule.text()).is_empty() => None,
             Some(number) => Some(service(&format!("{}:{}:rule:{number}", rule.table, pod(&rule.chain)))),
             None => Some(format!("{}:{}:policy", rule.table, rule.chain)),
         }

@@ -164,15 +164,15 @@ pub fn branch_view(branch: &Branch, probe: &Probe) -> View {
 
 fn rule_step(rule: &RuleRef, action: &Action, tuple: Tuple, branch: &Branch) -> Option<Step> {
     let (table, chain) = (rule.table.to_string(), rule.chain.to_string());
-    let Some(number) = rule.number else {
+    let Some(number) = rule.number() else {
         return (*action == Action::Drop).then_some(Step::Policy { table, chain });
     };
     let no_address = matches!(&branch.verdict,
         Verdict::Dropped { reason: DropReason::NoAddress, by: Some(by) } if by == rule);
     let verdict = match action {
         Action::Drop | Action::Reject { .. } => Said::Drop,
-        Action::Jump { chain } => Said::Jump(chain.to_string()),
-        Action::Goto { chain } => Said::Goto(chain.to_string()),
+        Action::Jump { chain } => Said::Jump(chain.chain.to_string()),
+        Action::Goto { chain } => Said::Goto(chain.chain.to_string()),
         Action::Return => Said::Return,
         Action::Masquerade | Action::Redirect { .. } if no_address => Said::Drop,
         Action::Accept

@@ -132,7 +132,7 @@ struct Worker<'a> {
 
 impl Worker<'_> {
     fn work(&mut self, queue: &Mutex<Receiver<Job>>) {
-        let simulator = Simulator::apart(&self.task.loaded.state);
+        let simulator = Simulator::new(&self.task.loaded.state);
         loop {
             let next = queue.lock().map_or(None, |queue| queue.recv().ok());
             let Some(job) = next else { return };

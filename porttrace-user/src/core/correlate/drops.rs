@@ -3,7 +3,7 @@
 use super::flow::{Flow, Way};
 use super::story::{Story, What};
 use crate::core::model::interfaces::Interfaces;
-use crate::core::model::trace::{Because, Branch, Hook, Hop, Packet, RuleRef, Trace, Verdict};
+use crate::core::model::trace::{Branch, Hook, Hop, Packet, RuleRef, Trace, Verdict};
 use porttrace_ebpf::Kind;
 
 /// A DROP rule or policy, and the hook in which the packet met it.
@@ -11,7 +11,6 @@ use porttrace_ebpf::Kind;
 pub struct DroppedBy {
     pub hook: Hook,
     pub rule: RuleRef,
-    pub because: Because,
 }
 
 impl DroppedBy {
@@ -19,9 +18,7 @@ impl DroppedBy {
     pub fn in_branch(branch: &Branch) -> Option<Self> {
         let Verdict::Dropped { by: Some(by), .. } = &branch.verdict else { return None };
         branch.hops.iter().rev().find_map(|hop| match hop {
-            Hop::Rule { hook, rule, text, .. } if rule == by => {
-                Some(Self { hook: *hook, rule: rule.clone(), because: Because(text.clone()) })
-            }
+            Hop::Rule { hook, rule, .. } if rule == by => Some(Self { hook: *hook, rule: rule.clone() }),
             _ => None,
         })
     }

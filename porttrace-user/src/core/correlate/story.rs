@@ -5,9 +5,9 @@ use super::flow::{Flow, Way};
 use super::route::{self, Taken};
 use crate::core::model::flow::Tuple;
 use crate::core::model::interfaces::Interfaces;
-use crate::core::model::name::{Name, Text};
+use crate::core::model::name::Name;
 use crate::core::model::trace::{
-    Action, Because, Branch, Flavour, Fraction, Hook, Hop, Manip, Route, RuleRef, Trace, Verdict,
+    Action, Branch, Flavour, Fraction, Hook, Hop, Manip, Place, Route, RuleRef, Trace, Verdict,
 };
 use porttrace_ebpf::Kind;
 
@@ -107,10 +107,8 @@ pub struct RulePath {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuleStep {
     pub rule: RuleRef,
-    pub because: Because,
-    pub text: Text,
     /// The chain that the rule jumps or goes to.
-    pub leads_to: Option<Name>,
+    pub leads_to: Option<Place>,
 }
 
 /// The whole story.
@@ -303,7 +301,7 @@ fn predicted(flow: &Flow, branch: &Branch, taken: Option<&Taken>, interfaces: &I
     let mut at: Option<(Hook, Name)> = None;
     for hop in &branch.hops {
         match hop {
-            Hop::Rule { hook, rule, action, text } => {
+            Hop::Rule { hook, rule, action } => {
                 let place = (*hook, rule.table.clone());
                 if at.as_ref() != Some(&place) {
                     stack.clear();
@@ -314,12 +312,7 @@ fn predicted(flow: &Flow, branch: &Branch, taken: Option<&Taken>, interfaces: &I
                     Action::Jump { chain } | Action::Goto { chain } => Some(chain.clone()),
                     _ => None,
                 };
-                stack.push(RuleStep {
-                    rule: rule.clone(),
-                    because: Because(text.clone()),
-                    text: text.clone(),
-                    leads_to,
-                });
+                stack.push(RuleStep { rule: rule.clone(), leads_to });
                 if acts(action, rule) || all {
                     let path = RulePath {
                         hook: *hook,
@@ -358,7 +351,7 @@ fn predicted(flow: &Flow, branch: &Branch, taken: Option<&Taken>, interfaces: &I
 /// Drops the steps of chains that returned without leading to `chain`.
 fn unwind(stack: &mut Vec<RuleStep>, chain: &str) {
     while let Some(last) = stack.last() {
-        if last.leads_to.as_deref() == Some(chain) {
+        if last.leads_to.as_ref().is_some_and(|place| place.chain == *chain) {
             return;
         }
         stack.pop();
@@ -368,7 +361,7 @@ fn unwind(stack: &mut Vec<RuleStep>, chain: &str) {
 /// Rules that are worth a line: those that change the packet or decide about it.
 fn acts(action: &Action, rule: &RuleRef) -> bool {
     match action {
-        Action::Accept => rule.number.is_some() && rule.table != "nat",
+        Action::Accept => rule.number().is_some() && rule.table != "nat",
         Action::Continue | Action::Jump { .. } | Action::Goto { .. } | Action::Return | Action::Other { .. } => false,
         _ => true,
     }

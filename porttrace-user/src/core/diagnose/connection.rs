@@ -62,7 +62,7 @@ const EXPLAIN: [Explain; 31] = [
     ("rp-filter-drops", |seen| seen.predicts(&DropReason::RpFilter) || seen.kernel_says("IP_RPFILTER"), any),
     ("localhost-not-served", |seen| seen.is_from_localhost(), |seen, finding| seen.is_about_port_or_node(finding)),
     ("network-policy-drops", |seen| seen.ended_by().is_some(), |seen, finding| seen.is_about_port(finding)),
-    ("forward-policy-drop", |seen| seen.ended_by().is_some_and(|by| by.number.is_none()), any),
+    ("forward-policy-drop", |seen| seen.ended_by().is_some_and(|by| by.number().is_none()), any),
     ("source-ranges-exclude-client", |seen| seen.ended_in("KUBE-PROXY-FIREWALL"), of_the_service),
     ("external-local-without-endpoints", |seen| seen.lacks("has no local endpoints"), of_the_service),
     ("internal-local-without-endpoints", |seen| seen.lacks("has no local endpoints"), of_the_service),

@@ -241,7 +241,7 @@ impl Evidence {
                 Some((packets, _)) => format!("{} ({})", &*rule.text, count(packets, "packet")),
                 None => rule.text.to_string(),
             },
-            None if at.number.is_none() => "the chain's policy".to_owned(),
+            None if at.number().is_none() => "the chain's policy".to_owned(),
             None => String::new(),
         };
         Self::new("rule", place(at), text)
@@ -255,7 +255,7 @@ impl Evidence {
 
 /// `nat CNI-DN-5219cd06badb5524e0a26 #3`.
 pub fn place(at: &RuleRef) -> String {
-    match at.number {
+    match at.number() {
         Some(number) => format!("{} {} #{number}", at.table, at.chain),
         None => format!("{} {} policy", at.table, at.chain),
     }

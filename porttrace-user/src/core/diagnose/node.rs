@@ -74,7 +74,7 @@ pub(super) fn rp_filter(scene: &Scene<'_, '_>) -> Checked {
 
 /// filter FORWARD ends in its policy DROP.
 pub(super) fn forward_policy(scene: &Scene<'_, '_>) -> Checked {
-    let by_policy = |by: &RuleRef| by.number.is_none() && &*by.chain == "FORWARD" && &*by.table == "filter";
+    let by_policy = |by: &RuleRef| by.number().is_none() && &*by.chain == "FORWARD" && &*by.table == "filter";
     Ok(dropped(scene, by_policy)
         .into_values()
         .map(|(by, samples)| {

@@ -113,6 +113,6 @@ fn refused(state: &NodeState, claim: &Claim) -> Option<IpAddr> {
     let at = claim.rule.as_ref()?;
     let sets = state.rulesets.iter().filter(|set| set.flavour == at.flavour && set.family == at.family);
     let mut tables = sets.flat_map(|set| &set.tables).filter(|table| *table.name == *at.table);
-    let number = usize::try_from(at.number?).ok()?;
+    let number = usize::try_from(at.number()?).ok()?;
     destination_of(tables.find_map(|table| table.chain(&at.chain))?.rules.get(number.checked_sub(1)?)?)
 }

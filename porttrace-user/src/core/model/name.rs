@@ -73,26 +73,6 @@ impl Text {
             _ => Self::default(),
         }
     }
-
-    /// A piece of `whole` as the same piece of a copy of it (see `Simulator`: a copy for each thread keeps reference counts
-    /// apart); a piece of anything else as it is.
-    pub fn moved(&self, whole: &Name, copy: &Name) -> Self {
-        if std::ptr::eq(whole.as_ptr(), self.whole.as_ptr()) {
-            return Self { whole: copy.clone(), ..*self };
-        }
-        self.clone()
-    }
-
-    /// Which piece of which text: the whole's address, and where in it the piece begins. Two pieces of living texts that
-    /// begin at the same place are the same line.
-    pub fn place(&self) -> (usize, u32) {
-        (self.whole.as_ptr().addr(), self.start)
-    }
-
-    /// The text that this is a piece of.
-    pub fn whole(&self) -> &Name {
-        &self.whole
-    }
 }
 
 impl From<&str> for Text {
@@ -188,9 +168,6 @@ mod tests {
         let whole = Name::from("first\nsecond\n");
         let line = Text::of(&whole, 6, 6);
         assert_eq!(line, "second");
-        let copy = Name::from("FIRST\nSECOND\n");
-        assert_eq!(line.moved(&whole, &copy), "SECOND");
-        assert_eq!(line.moved(&Name::from("first\nsecond\n"), &copy), "second");
         assert_eq!(Text::of(&whole, 6, 600), "");
     }
 

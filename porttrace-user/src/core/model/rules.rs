@@ -3,6 +3,8 @@
 use super::flow::Family;
 use super::name::{Name, Text};
 use super::trace::Flavour;
+use smallvec::SmallVec;
+use std::net::IpAddr;
 
 /// What one `iptables-save` printed.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,7 +54,7 @@ pub struct Rule {
     pub counters: Option<(u64, u64)>,
     /// The line as it was read, from `-A` on.
     pub text: Text,
-    pub matches: Box<[Match]>,
+    pub matches: Matches,
     pub target: Target,
 }
 
@@ -83,6 +85,9 @@ pub fn conditions(text: &str) -> String {
     kept.join(" ")
 }
 
+/// Most rules of kube-proxy have one, which then lies beside its target.
+pub type Matches = SmallVec<[Match; 1]>;
+
 /// One condition and whether it stands behind a `!`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Match {
@@ -97,6 +102,16 @@ pub struct Match {
 pub enum Net {
     V4 { addr: u32, mask: u32 },
     V6(Box<(u128, u128)>),
+}
+
+impl Net {
+    /// The address, whatever the mask.
+    pub fn address(&self) -> IpAddr {
+        match self {
+            Self::V4 { addr, .. } => IpAddr::V4((*addr).into()),
+            Self::V6(both) => IpAddr::V6(both.0.into()),
+        }
+    }
 }
 
 /// What a rule asks of a packet. Port and number ranges are inclusive.
@@ -145,8 +160,11 @@ pub enum MatchKind {
         value: u32,
         mask: u32,
     },
-    /// P = k / 2³¹ (`xt_statistic.c`).
-    Random(u32),
+    /// `statistic --mode random`: the probability in lowest terms.
+    Random {
+        num: u32,
+        den: u32,
+    },
     Nth {
         every: u32,
         packet: u32,
@@ -361,7 +379,7 @@ pub enum ConnMarkOp {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tproxy {
-    pub on_ip: Option<std::net::IpAddr>,
+    pub on_ip: Option<IpAddr>,
     /// 0: the packet's own destination port.
     pub on_port: u16,
     pub mark: MarkOp,

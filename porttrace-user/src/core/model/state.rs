@@ -141,10 +141,9 @@ pub struct PolicyRule {
 }
 
 impl PolicyRule {
-    /// The rules that every network namespace begins with (net/ipv4/fib_rules.c `fib_default_rules_init`, net/ipv6/fib6_rules.c
-    /// `fib6_rules_net_init`).
-    pub fn defaults(family: Family) -> Vec<Self> {
-        let rule = |priority: u32, table: &str| Self {
+    /// A rule that selects every packet.
+    pub const fn for_all(family: Family, priority: u32, action: PolicyAction) -> Self {
+        Self {
             family,
             priority,
             not: false,
@@ -157,10 +156,16 @@ impl PolicyRule {
             proto: None,
             sport: None,
             dport: None,
-            action: PolicyAction::Table(table.to_owned()),
+            action,
             suppress_prefix: None,
             unknown: Vec::new(),
-        };
+        }
+    }
+
+    /// The rules that every network namespace begins with (net/ipv4/fib_rules.c `fib_default_rules_init`, net/ipv6/fib6_rules.c
+    /// `fib6_rules_net_init`).
+    pub fn defaults(family: Family) -> Vec<Self> {
+        let rule = |priority, table: &str| Self::for_all(family, priority, PolicyAction::Table(table.to_owned()));
         let mut rules = vec![rule(0, "local"), rule(32766, "main")];
         if family == Family::V4 {
             rules.push(rule(32767, "default"));

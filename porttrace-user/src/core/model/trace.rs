@@ -1,16 +1,15 @@
 //! What the simulator predicts: a trace of branches, each a list of hops that ends in a verdict.
 
-use super::flow::{Family, Proto, Tuple};
+use super::flow::{Proto, Tuple};
 use super::hops::Hops;
-use super::name::{Name, Text};
+use super::name::Name;
+pub use super::place::{ChainRef, Chains, Place, RuleRef};
 use serde::Serialize;
 use serde::ser::{SerializeStruct, Serializer};
 use smallvec::SmallVec;
 use std::borrow::Cow;
 use std::fmt;
 use std::net::IpAddr;
-use std::ops::Deref;
-use std::sync::Arc;
 
 /// Version of the serialised form of [`Trace`].
 pub const TRACE_SCHEMA: u32 = 1;
@@ -53,50 +52,6 @@ pub enum Flavour {
     Nftables,
 }
 
-/// Where a chain is.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ChainRef {
-    pub flavour: Flavour,
-    pub family: Family,
-    pub table: Name,
-    pub chain: Name,
-}
-
-/// A rule's place: enough to find it again with `iptables -t TABLE -L CHAIN --line-numbers`. Its chain's fields are read as if
-/// they were its own; rules of one chain share them.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct RuleRef {
-    place: Arc<ChainRef>,
-    /// 1-based position in the chain, as iptables counts; `None` for the chain's policy.
-    pub number: Option<u32>,
-}
-
-impl RuleRef {
-    pub fn new(place: impl Into<Arc<ChainRef>>, number: Option<u32>) -> Self {
-        Self { place: place.into(), number }
-    }
-}
-
-impl Deref for RuleRef {
-    type Target = ChainRef;
-
-    fn deref(&self) -> &ChainRef {
-        &self.place
-    }
-}
-
-impl Serialize for RuleRef {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut rule = serializer.serialize_struct("RuleRef", 5)?;
-        rule.serialize_field("flavour", &self.flavour)?;
-        rule.serialize_field("family", &self.family)?;
-        rule.serialize_field("table", &self.table)?;
-        rule.serialize_field("chain", &self.chain)?;
-        rule.serialize_field("number", &self.number)?;
-        rule.end()
-    }
-}
-
 /// What a matching rule did.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case", tag = "do")]
@@ -104,10 +59,12 @@ pub enum Action {
     /// A rule without a target, or with one that only counts, logs or traces.
     Continue,
     Jump {
-        chain: Name,
+        #[serde(serialize_with = "chain_name")]
+        chain: Place,
     },
     Goto {
-        chain: Name,
+        #[serde(serialize_with = "chain_name")]
+        chain: Place,
     },
     Accept,
     Drop,
@@ -144,20 +101,8 @@ pub enum Action {
     },
 }
 
-/// The matches of a rule, as iptables writes them, without the comment; made from the rule's text when it is printed.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Because(pub Text);
-
-impl fmt::Display for Because {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&super::rules::conditions(&self.0))
-    }
-}
-
-impl Serialize for Because {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
+fn chain_name<S: Serializer>(place: &Place, serializer: S) -> Result<S::Ok, S::Error> {
+    place.chain.serialize(serializer)
 }
 
 /// One step of a path.
@@ -170,9 +115,9 @@ pub enum Hop {
     LocalSend { tuple: Tuple },
     /// Conntrack's view when the packet passes it (`NEW`, `ESTABLISHED`, `RELATED`, `INVALID`, `UNTRACKED`).
     Conntrack { state: &'static str, entry: Option<String> },
-    /// A rule matched or a policy ended a base chain. Serialised with `because`: the matches that decided ([`Because`]).
+    /// A rule matched or a policy ended a base chain. Serialised with `because`, the matches that decided, and the `text`.
     #[serde(serialize_with = "rule_hop")]
-    Rule { hook: Hook, rule: RuleRef, action: Action, text: Text },
+    Rule { hook: Hook, rule: RuleRef, action: Action },
     /// The destination or source really changed. `by` is the rule, or `None` for a conntrack entry or null binding.
     Rewrite { hook: Hook, what: Manip, before: Tuple, after: Tuple, by: Option<RuleRef> },
     /// The routing decision.
@@ -187,19 +132,13 @@ pub enum Hop {
     Note { text: Cow<'static, str> },
 }
 
-fn rule_hop<S: Serializer>(
-    hook: &Hook,
-    rule: &RuleRef,
-    action: &Action,
-    text: &Text,
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
+fn rule_hop<S: Serializer>(hook: &Hook, rule: &RuleRef, action: &Action, serializer: S) -> Result<S::Ok, S::Error> {
     let mut hop = serializer.serialize_struct("Rule", 5)?;
     hop.serialize_field("hook", hook)?;
     hop.serialize_field("rule", rule)?;
     hop.serialize_field("action", action)?;
-    hop.serialize_field("because", &Because(text.clone()))?;
-    hop.serialize_field("text", text)?;
+    hop.serialize_field("because", &rule.because())?;
+    hop.serialize_field("text", rule.text())?;
     hop.end()
 }
 
@@ -310,17 +249,24 @@ impl Fraction {
         Self { num: num / common, den: (den / common).max(1) }
     }
 
-    /// The product. Exact while it fits in 64 bits; beyond that both halves lose their lowest bits together.
+    /// The product, in lowest terms. Exact while it fits in 64 bits; beyond that both halves lose their lowest bits together.
     pub fn times(self, other: Self) -> Self {
-        let across = |a: u64, b: u64| gcd(a, b).max(1);
-        let (left, right) = (across(self.num, other.den), across(other.num, self.den));
-        let mut num = u128::from(self.num / left) * u128::from(other.num / right);
-        let mut den = u128::from(self.den / right) * u128::from(other.den / left);
+        let (left, right) = (Self::new(self.num, other.den), Self::new(other.num, self.den));
+        let mut num = u128::from(left.num) * u128::from(right.num);
+        let mut den = u128::from(left.den) * u128::from(right.den);
         while num.max(den) > u128::from(u64::MAX) {
             num >>= 1;
             den >>= 1;
         }
         Self { num: num as u64, den: (den as u64).max(1) }
+    }
+
+    /// The product with only equal halves cancelled, to be put in lowest terms by [`Fraction::new`] at the end: of a long row of
+    /// random choices nearly all cancels, and divisions are dear. `None` where it does not fit in 64 bits.
+    pub fn chained(self, next: Self) -> Option<Self> {
+        let (left, below) = if self.num == next.den { (1, 1) } else { (self.num, next.den) };
+        let (right, above) = if next.num == self.den { (1, 1) } else { (next.num, self.den) };
+        Some(Self { num: left.checked_mul(right)?, den: below.checked_mul(above)? })
     }
 
     /// `1 - self`.
@@ -436,4 +382,25 @@ pub struct Trace {
     pub branches: Vec<Branch>,
     /// What the model had to take for granted, in sentences (parts of the state that were missing, …).
     pub assumptions: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_of_choices_multiplies_to_the_same_with_and_without_reducing() {
+        for count in [1u64, 2, 3, 7, 60, 1_000] {
+            let mut left = Fraction::ONE;
+            for behind in (1..=count).rev() {
+                let chance = Fraction::new(1, behind);
+                let taken = left.chained(chance).expect("it fits");
+                assert_eq!(Fraction::new(taken.num, taken.den), Fraction::new(1, count));
+                assert_eq!(Fraction::new(left.num, left.den).times(chance), Fraction::new(1, count));
+                left = left.chained(chance.rest()).expect("it fits");
+            }
+        }
+        let large = Fraction { num: u64::MAX, den: 3 };
+        assert_eq!(large.chained(large), None);
+    }
 }

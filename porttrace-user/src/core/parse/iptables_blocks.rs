@@ -5,6 +5,7 @@ use super::iptables_options::{Options, Word, net};
 use super::words::unquote;
 use crate::core::model::flow::Family;
 use crate::core::model::rules::{IfaceLimit, MatchKind, Recent, RecentOp, RpFilter, SetMatch, SocketMatch};
+use crate::core::model::trace::Fraction;
 
 /// Whether the options of a block belong together.
 pub(super) fn is_whole(module: &str) -> bool {
@@ -118,11 +119,26 @@ fn statistic(mut options: Options<'_, '_>) -> Option<Parsed> {
     }
     let kind = if random {
         // iptables-save prints k / 2³¹ with eleven digits, which is enough to find k again.
-        MatchKind::Random((probability? * f64::from(1u32 << 31)).round() as u32)
+        let Fraction { num, den } = unquantised((probability? * f64::from(1u32 << 31)).round() as u32);
+        MatchKind::Random { num: num as u32, den: den as u32 }
     } else {
         MatchKind::Nth { every: every?, packet }
     };
     Some(Parsed { first: Some((kind, negated)), second: None })
+}
+
+/// kube-proxy writes 1/n with ten digits, iptables rounds it to k / 2³¹ (net/netfilter/xt_statistic.c): where k is what 1/n
+/// becomes, 1/n was meant.
+pub(super) fn unquantised(k: u32) -> Fraction {
+    const ONE: u64 = 1 << 31;
+    let k = u64::from(k);
+    if let Some(n) = (ONE + k / 2).checked_div(k) {
+        let written = (1e10 / n as f64).round() / 1e10 * ONE as f64;
+        if n < 46_341 && (written.round() as u64 == k || (ONE + n / 2) / n == k) {
+            return Fraction::new(1, n);
+        }
+    }
+    Fraction::new(k, ONE)
 }
 
 fn recent(mut options: Options<'_, '_>, family: Family) -> Option<Parsed> {

@@ -6,7 +6,7 @@ use super::iptables_modules::{self as modules, Parsed};
 use super::iptables_options::{Options, Word, net};
 use super::words::Words;
 use crate::core::model::flow::{Family, Proto};
-use crate::core::model::rules::{Match, MatchKind};
+use crate::core::model::rules::{Match, MatchKind, Matches};
 
 /// Collects the matches of one rule after the other.
 pub(super) struct Conditions<'a> {
@@ -25,8 +25,10 @@ impl<'a> Conditions<'a> {
     }
 
     /// The matches read so far, and what there is to say about them.
-    pub(super) fn take(&mut self) -> (Box<[Match]>, Vec<String>) {
-        (self.matches.drain(..).collect(), std::mem::take(&mut self.complaints))
+    pub(super) fn take(&mut self) -> (Matches, Vec<String>) {
+        let mut matches = Matches::with_capacity(self.matches.len());
+        matches.extend(self.matches.drain(..));
+        (matches, std::mem::take(&mut self.complaints))
     }
 
     /// Reads the words of a rule up to the target; what is left stands behind the returned `-j` or `-g`.

@@ -1,5 +1,7 @@
 use super::*;
 use crate::core::model::rules::{MarkOp, Match, MatchKind, Net, RecentOp, conditions};
+use crate::core::model::trace::Fraction;
+use crate::core::parse::iptables_blocks::unquantised;
 
 fn read(text: &str) -> (Ruleset, Vec<String>) {
     let (ruleset, problems) = parse(text, "test", Flavour::IptablesNft, Family::V4);
@@ -49,9 +51,22 @@ fn recent_statistic_and_nfacct_read_whole() {
     let MatchKind::Recent(recent) = &affinity.matches[0].kind else { panic!("{affinity:?}") };
     assert_eq!((recent.op, &*recent.name, recent.seconds), (RecentOp::Check, "KUBE-SEP-A", Some(10800)));
     let random = rule("-A X -m statistic --mode random --probability 0.33333333349 -j X");
-    assert_eq!(random.matches[0].kind, MatchKind::Random(715_827_883));
+    assert_eq!(random.matches[0].kind, MatchKind::Random { num: 1, den: 3 });
     let counted = rule("-A X -m nfacct --nfacct-name  localhost_nps_accepted_pkts -j X");
     assert_eq!(counted.matches[0].kind, MatchKind::Always);
+}
+
+#[test]
+fn probabilities_are_the_fractions_that_kube_proxy_meant() {
+    for n in (1..=5_000u64).chain([9_999, 20_000]) {
+        let written = format!("{:.10}", 1.0 / n as f64).parse::<f64>().expect("a number");
+        let k = (written * f64::from(1u32 << 31)).round() as u32;
+        // Beyond five digits the ten digits that kube-proxy writes no longer tell neighbours apart.
+        let Fraction { num, den } = unquantised(k);
+        assert_eq!((num, den), (1, n), "1/{n} became {num}/{den}");
+    }
+    assert_eq!(unquantised(1_717_986_918), Fraction { num: 858_993_459, den: 1 << 30 });
+    assert_eq!(unquantised(0).as_f64(), 0.0);
 }
 
 #[test]

@@ -8,19 +8,22 @@ use super::routing::Routing;
 use super::sets::Sets;
 use crate::core::kube::ebpf::{self, Network};
 use crate::core::model::flow::Family;
-use crate::core::model::name::{Name, Text};
-use crate::core::model::rules::{Chain, Rule, Ruleset};
+use crate::core::model::name::Name;
+use crate::core::model::rules::{Chain, Ruleset};
 use crate::core::model::state::{NodeState, RecentEntry};
-use crate::core::model::trace::{ChainRef, Flavour, Hook, RuleRef};
+use crate::core::model::steps::{Lists, RuleAt};
+use crate::core::model::trace::{ChainRef, Chains, Flavour, Hook, RuleRef};
 use foldhash::HashMap;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// A node's state, compiled. Packets are walked through it without changing it, so that many threads can share one; each
-/// thread does better with one of its own ([`Simulator::apart`]), because what a trace shares with its simulator is counted.
+/// thread does better with one of its own, because what a trace shares with its simulator is counted.
 #[derive(Debug)]
 pub struct Simulator {
     pub(super) tables: Vec<TableData>,
+    /// What the steps of a walk point into.
+    pub(super) lists: Arc<Lists>,
     /// One for each order of base chains with equal priority (see [`orders`]).
     timelines: Vec<Timeline>,
     pub(super) routing: Routing,
@@ -67,67 +70,40 @@ pub(super) struct BaseChain {
 /// One table of one ruleset.
 #[derive(Debug)]
 pub(super) struct TableData {
-    ruleset: Arc<Ruleset>,
-    place: usize,
+    /// Its place among the tables.
+    number: u16,
     pub(super) flavour: Flavour,
     pub(super) family: Family,
     pub(super) name: Name,
-    pub(super) chains: Vec<Arc<ChainRef>>,
-    /// The ruleset's text, or a copy of it.
-    text: Name,
+    chains: Arc<Chains>,
     indices: HashMap<u32, Index>,
 }
 
 impl TableData {
     pub(super) fn chain(&self, chain: u32) -> Option<&Chain> {
-        self.ruleset.tables.get(self.place)?.chains.get(chain as usize)
+        self.chains.chain(chain)
     }
 
     pub(super) fn index(&self, chain: u32) -> Option<&Index> {
         self.indices.get(&chain)
     }
 
-    pub(super) fn chain_name(&self, chain: u32) -> Name {
-        self.chains.get(chain as usize).map(|chain| chain.chain.clone()).unwrap_or_default()
+    pub(super) fn chain_name(&self, chain: u32) -> &str {
+        self.chains.names().get(chain as usize).map_or("", |name| &name.chain)
     }
 
-    /// The rule's place; `None` for the chain's policy.
-    pub(super) fn reference(&self, chain: u32, rule: Option<u32>) -> RuleRef {
-        let number = rule.map(|rule| rule + 1);
-        match self.chains.get(chain as usize) {
-            Some(place) => RuleRef::new(Arc::clone(place), number),
-            None => RuleRef::new(self.place(Name::default()), number),
-        }
-    }
-
-    fn place(&self, chain: Name) -> ChainRef {
-        ChainRef { flavour: self.flavour, family: self.family, table: self.name.clone(), chain }
-    }
-
-    pub(super) fn text(&self, rule: &Rule) -> Text {
-        rule.text.moved(&self.ruleset.text, &self.text)
+    /// Where a rule is; `None` for the chain's policy.
+    pub(super) fn at(&self, chain: u32, rule: Option<u32>) -> RuleAt {
+        RuleAt { table: self.number, chain, number: rule.map_or(0, |rule| rule + 1) }
     }
 }
 
 impl Simulator {
     /// Compiles a state. Costs about as much as a walk over all rules; the rules themselves are shared, not copied.
     pub fn new(state: &NodeState) -> Self {
-        Self::with_text(state, Name::clone)
-    }
-
-    /// As [`Simulator::new`], with a copy of the rules' text of its own, so that threads do not count the same references.
-    pub fn apart(state: &NodeState) -> Self {
-        Self::with_text(state, |text| Name::from(&**text))
-    }
-
-    fn with_text(state: &NodeState, text: impl Fn(&Name) -> Name) -> Self {
-        let mut tables = Vec::new();
-        for ruleset in &state.rulesets {
-            let text = text(&ruleset.text);
-            for place in 0..ruleset.tables.len() {
-                tables.push(table(ruleset, place, &text));
-            }
-        }
+        let sources = state.rulesets.iter().flat_map(|ruleset| (0..ruleset.tables.len()).map(move |at| (ruleset, at)));
+        let tables: Vec<TableData> =
+            (0..).zip(sources).map(|(number, (ruleset, at))| table(number, ruleset, at)).collect();
         let routing = Routing::new(state);
         let mut assumptions = routing.assumptions.clone();
         if state.rulesets.is_empty() {
@@ -143,6 +119,10 @@ impl Simulator {
                 .collect(),
             ipvs,
             open_orders,
+            lists: Arc::new(Lists {
+                tables: tables.iter().map(|table| Arc::clone(&table.chains)).collect(),
+                routes: routing.words(),
+            }),
             tables,
             routing,
             config: Config::new(state),
@@ -150,6 +130,11 @@ impl Simulator {
             recent: state.recent.clone(),
             assumptions,
         }
+    }
+
+    /// A rule in words.
+    pub(super) fn rule(&self, at: RuleAt) -> Option<RuleRef> {
+        self.lists.rule(at)
     }
 
     pub(super) fn entry(&self, order: u8, family: Family, hook: Hook, at: usize) -> Option<&Entry> {
@@ -164,30 +149,18 @@ impl Simulator {
     }
 }
 
-fn table(ruleset: &Arc<Ruleset>, place: usize, text: &Name) -> TableData {
-    let source = &ruleset.tables[place];
-    let name = match source.name.as_str() {
-        "raw" => Name::Static("raw"),
-        "mangle" => Name::Static("mangle"),
-        "nat" => Name::Static("nat"),
-        "filter" => Name::Static("filter"),
-        "security" => Name::Static("security"),
-        other => Name::from(other),
-    };
+fn table(number: u16, ruleset: &Arc<Ruleset>, at: usize) -> TableData {
+    let source = &ruleset.tables[at];
     let long = source.chains.iter().enumerate().filter(|(_, chain)| chain.rules.len() >= LONG);
-    let mut table = TableData {
-        ruleset: Arc::clone(ruleset),
-        place,
+    let chains = Chains::of(ruleset, at);
+    TableData {
+        number,
         flavour: ruleset.flavour,
         family: ruleset.family,
-        name,
-        chains: Vec::new(),
-        text: text.clone(),
-        indices: long.map(|(at, chain)| (at as u32, Index::new(&chain.rules))).collect(),
-    };
-    let chains = source.chains.iter().map(|chain| Arc::new(table.place(Name::from(&*chain.name)))).collect();
-    table.chains = chains;
-    table
+        name: chains.table().clone(),
+        indices: long.filter_map(|(at, chain)| Some((at as u32, Index::new(&chain.rules)?))).collect(),
+        chains,
+    }
 }
 
 /// Priority of a table's base chain at a hook, `None` where the table has none (`enum nf_ip_hook_priorities`). iptables-nft
@@ -212,8 +185,8 @@ pub(super) fn base_chains(tables: &[TableData], family: Family, hook: Hook) -> V
     let mut found = Vec::new();
     for (at, table) in tables.iter().enumerate().filter(|(_, table)| table.family == family) {
         let Some(priority) = priority(&table.name, table.flavour, hook) else { continue };
-        let named = |place: &Arc<ChainRef>| *place.chain == *hook.name();
-        if let Some(chain) = table.chains.iter().position(named) {
+        let named = |place: &ChainRef| *place.chain == *hook.name();
+        if let Some(chain) = table.chains.names().iter().position(named) {
             let reroutes = hook == Hook::Output && *table.name == *"mangle";
             found.push((priority, BaseChain { table: at as u16, chain: chain as u32, reroutes }));
         }

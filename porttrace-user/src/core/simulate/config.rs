@@ -16,9 +16,26 @@ pub(super) struct InterfaceConf {
     pub(super) src_valid_mark: Option<u8>,
 }
 
+impl InterfaceConf {
+    /// What holds for an interface with these settings beside those of `all`: its own forwarding, the stricter rp_filter, and
+    /// the rest where either has it (`IN_DEV_MAXCONF`, `IN_DEV_ORCONF`, include/linux/inetdevice.h).
+    fn beside(self, all: Self) -> Self {
+        Self {
+            forwarding: self.forwarding.or(all.forwarding),
+            rp_filter: self.rp_filter.max(all.rp_filter),
+            route_localnet: self.route_localnet.max(all.route_localnet),
+            accept_local: self.accept_local.max(all.accept_local),
+            src_valid_mark: self.src_valid_mark.max(all.src_valid_mark),
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Config {
+    /// Interfaces with settings of their own, those of `all` taken in.
     four: HashMap<String, InterfaceConf>,
+    /// `net.ipv4.conf.all`.
+    all: InterfaceConf,
     /// `net.ipv6.conf.all.forwarding`.
     pub(super) forwarding6: Option<u8>,
     pub(super) bridge_nf4: Option<u8>,
@@ -47,6 +64,10 @@ impl Config {
             if let Ok(value) = value.trim().parse::<u8>() {
                 config.sysctl(key, value);
             }
+        }
+        config.all = config.four.remove("all").unwrap_or_default();
+        for own in config.four.values_mut() {
+            *own = own.beside(config.all);
         }
         let mut links: Vec<&Link> = state.links.iter().flatten().collect();
         links.sort_by_key(|link| link.index);
@@ -84,9 +105,9 @@ impl Config {
         }
     }
 
-    /// Settings of an interface; `all` and `default` are names like any other.
+    /// What holds for an interface.
     pub(super) fn interface(&self, name: &str) -> InterfaceConf {
-        self.four.get(name).copied().unwrap_or_default()
+        self.four.get(name).copied().unwrap_or(self.all)
     }
 
     pub(super) fn link(&self, name: &str) -> Option<&Link> {
@@ -104,8 +125,8 @@ impl Config {
     }
 
     /// The interface's name, shared.
-    pub(super) fn name(&self, name: &str) -> Name {
-        self.names.iter().find(|known| **known == *name).cloned().unwrap_or_else(|| Name::from(name))
+    pub(super) fn name(&self, name: &str) -> Option<&Name> {
+        self.names.iter().find(|known| **known == *name)
     }
 
     /// `inet_select_addr(device, towards, RT_SCOPE_UNIVERSE)` (net/ipv4/devinet.c) or, for IPv6, `ipv6_dev_get_saddr`. The

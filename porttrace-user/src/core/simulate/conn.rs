@@ -5,7 +5,8 @@ use super::walk::Walk;
 use crate::core::model::flow::{Direction, Proto, Tuple};
 use crate::core::model::rules::CtStates;
 use crate::core::model::state::ConntrackEntry;
-use crate::core::model::trace::{Decision, Hop};
+use crate::core::model::steps::Step;
+use crate::core::model::trace::Decision;
 
 /// A packet's view of conntrack (`skb->_nfct`).
 #[derive(Clone, Copy, Debug)]
@@ -75,12 +76,12 @@ impl Conn {
 
     /// `IPS_DST_NAT`.
     pub(super) fn dst_nat(&self) -> bool {
-        self.reply.source() != self.original.destination()
+        (self.reply.src, self.reply.sport) != (self.original.dst, self.original.dport)
     }
 
     /// `IPS_SRC_NAT`.
     pub(super) fn src_nat(&self) -> bool {
-        self.sport_chosen || self.reply.destination() != self.original.source()
+        self.sport_chosen || (self.reply.dst, self.reply.dport) != (self.original.src, self.original.sport)
     }
 
     /// What a packet of this direction looks like after both manips.
@@ -114,9 +115,9 @@ impl Conn {
     }
 }
 
-impl Run<'_> {
+impl<'s> Run<'s> {
     /// `nf_conntrack_in`.
-    pub(super) fn conntrack(&mut self, walk: &mut Walk) {
+    pub(super) fn conntrack(&mut self, walk: &mut Walk<'s>) {
         let mut entry = None;
         match walk.conn.state {
             // An invalid packet carries nothing back through lo: conntrack looks at it again.
@@ -125,11 +126,11 @@ impl Run<'_> {
             // "Previously seen (loopback or untracked)? Ignore."
             _ => return,
         }
-        walk.hop(Hop::Conntrack { state: walk.conn.name(), entry });
+        walk.step(Step::Conntrack { state: walk.conn.name(), entry: entry.map(Into::into) });
     }
 
     /// Fills in the walk's connection; the text tells an existing entry.
-    fn look_up(&mut self, walk: &mut Walk) -> Option<String> {
+    fn look_up(&mut self, walk: &mut Walk<'s>) -> Option<String> {
         walk.conn = Conn::begins(walk.tuple);
         let found = self.sim.config.entry(&walk.tuple);
         if found.is_none() {
@@ -152,20 +153,20 @@ impl Run<'_> {
 
     /// A SYN meets an entry that was reset, and the entry does not say by whom: besides the walk on which it is replaced, one
     /// on which the SYN is ignored and belongs to it (`TCP_CONNTRACK_IGNORE`).
-    fn goes_on_as_it_was(&mut self, walk: &mut Walk, entry: &ConntrackEntry, direction: Direction) {
+    fn goes_on_as_it_was(&mut self, walk: &mut Walk<'s>, entry: &ConntrackEntry, direction: Direction) {
         let text = "the old conntrack entry of this connection was reset by its client, or after a FIN";
         let decision = |taken| Decision::Assumed { rule: None, text: text.into(), taken };
         let mut other = walk.fork();
         other.decide(decision(false));
         other.note("a SYN does not replace a conntrack entry that the server reset: the packet belongs to it");
         let known = other.belongs_to(entry, direction);
-        other.hop(Hop::Conntrack { state: other.conn.name(), entry: Some(known) });
+        other.step(Step::Conntrack { state: other.conn.name(), entry: Some(known.into()) });
         self.later(other);
         walk.decide(decision(true));
     }
 
     /// Whether a packet without an entry makes one (`nf_conntrack_tcp_packet` → `tcp_new`; UDP and the rest always do).
-    fn starts(&mut self, walk: &Walk) -> bool {
+    fn starts(&mut self, walk: &Walk<'_>) -> bool {
         const FIN: u8 = 1;
         const SYN: u8 = 2;
         const RST: u8 = 4;
@@ -182,7 +183,7 @@ impl Run<'_> {
     }
 }
 
-impl Walk {
+impl<'s> Walk<'s> {
     /// Makes the packet one of an existing entry; the text tells which.
     fn belongs_to(&mut self, entry: &ConntrackEntry, direction: Direction) -> String {
         // A reply is seen as soon as it is looked up, before any rule (`nf_conntrack_in`).
@@ -216,7 +217,7 @@ enum Reopens {
 /// `nf_conntrack_tcp_packet`, "Attempt to reopen a closed/aborted connection": a SYN in the original direction does so where a FIN
 /// has been seen, which TIME_WAIT cannot do without, or where the last packet was the client's own reset. Neither is part of
 /// what an entry in CLOSE shows.
-fn reopens(walk: &Walk, state: &str, direction: Direction) -> Reopens {
+fn reopens(walk: &Walk<'_>, state: &str, direction: Direction) -> Reopens {
     let syn = walk.tuple.proto == Proto::Tcp && walk.tcp_flags & 0x17 == 2;
     match state {
         "TIME_WAIT" if syn && direction == Direction::Original => Reopens::Yes,

@@ -5,23 +5,35 @@ use super::matches::{Open, Verdict as Match};
 use super::run::Run;
 use super::walk::Walk;
 use crate::core::model::rules::{Rule, Target};
-use crate::core::model::trace::{Decision, Flavour, Fraction, RuleRef};
+use crate::core::model::steps::RuleAt;
+use crate::core::model::trace::{Decision, Flavour, Fraction};
 
-impl Run<'_> {
+impl<'s> Run<'s> {
     /// Whether this walk takes the rule. Where that is open, the other possibility is put aside.
-    pub(super) fn decide(&mut self, walk: &mut Walk, table: &TableData, (chain, at): (u32, u32), rule: &Rule) -> bool {
-        let Open { chance, unknown, affinity, sure } = match self.matches(walk, rule) {
+    pub(super) fn decide(
+        &mut self,
+        walk: &mut Walk<'s>,
+        table: &TableData,
+        (chain, at): (u32, u32),
+        rule: &Rule,
+    ) -> bool {
+        let open = self.matches(walk, rule);
+        if !matches!(open, Match::Yes | Match::No)
+            && let Some(last) = walk.frames.last_mut()
+        {
+            // Where the path forks, the other branch goes on behind this rule.
+            last.next = at + 1;
+        }
+        let Open { chance, unknown, affinity, sure } = match open {
             Match::No => return false,
+            Match::Yes => return true,
             Match::Remembers(open) => {
-                self.remembers(walk, open, table.reference(chain, Some(at)));
+                self.remembers(walk, open, table.at(chain, Some(at)));
                 return false;
             }
-            Match::Yes(open) => open,
+            Match::Open(open) => open,
         };
-        if unknown.is_empty() && chance.is_none() {
-            return true;
-        }
-        let place = table.reference(chain, Some(at));
+        let Some(place) = self.sim.rule(table.at(chain, Some(at))) else { return false };
         if !unknown.is_empty() {
             let text = unknown.join("; ");
             let idle = matches!(rule.target, Target::None | Target::Other(_)) && walk.remembered.len() == sure;
@@ -49,17 +61,18 @@ impl Run<'_> {
         }
         let mut other = walk.fork();
         other.remembered.truncate(sure);
-        other.probability = other.probability.times(chance.rest());
+        other.by_chance(chance.rest());
         other.decide(Decision::Random { rule: place.clone(), taken: false });
         self.later(other);
-        walk.probability = walk.probability.times(chance);
+        walk.by_chance(chance);
         walk.decide(Decision::Random { rule: place, taken: true });
         true
     }
 
     /// A rule that does not match, whose matches of `recent` stand behind a random or unknown one: either they were asked, and
     /// changed their lists, or they were not.
-    fn remembers(&mut self, walk: &mut Walk, open: Open, rule: RuleRef) {
+    fn remembers(&mut self, walk: &mut Walk<'s>, open: Open, at: RuleAt) {
+        let Some(rule) = self.sim.rule(at) else { return };
         let chance = open.chance.unwrap_or(Fraction::ONE);
         if chance.num == 0 {
             return walk.remembered.truncate(open.sure);
@@ -73,11 +86,11 @@ impl Run<'_> {
         let mut other = walk.fork();
         other.remembered.truncate(open.sure);
         if open.unknown.is_empty() {
-            other.probability = other.probability.times(chance.rest());
+            other.by_chance(chance.rest());
         }
         other.decide(decision(false));
         self.later(other);
-        walk.probability = walk.probability.times(chance);
+        walk.by_chance(chance);
         walk.decide(decision(true));
     }
 }

@@ -4,9 +4,9 @@ use crate::core::model::flow::Family;
 use crate::core::model::name::Name;
 use crate::core::model::state::RouteEntry;
 use crate::core::model::trace::RouteKind;
-use foldhash::HashMap;
 use ipnet::IpNet;
 use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 /// The bits of a TOS byte that IPv4 routes and policy rules are asked with (`IPTOS_RT_MASK`).
@@ -17,19 +17,36 @@ pub(super) const TOS_BITS: u8 = 0x1c;
 pub(super) struct Table {
     pub(super) family: Family,
     pub(super) name: Name,
-    /// Routes by prefix length, longest first; those of one prefix in the order in which the kernel asks them.
-    prefixes: Vec<(u8, HashMap<u128, Vec<Entry>>)>,
+    /// A wider prefix stands before those within it.
+    prefixes: Vec<Prefix>,
+    /// The address space in pieces: where each begins, and the narrowest prefix that it lies in.
+    spans: Vec<(u128, Option<u32>)>,
 }
 
-/// A route with its names ready to be shared.
+/// The routes of one prefix.
+#[derive(Debug)]
+struct Prefix {
+    last: u128,
+    length: u8,
+    /// The narrowest prefix around this one.
+    around: Option<u32>,
+    /// In the order in which the kernel asks them.
+    entries: Vec<Entry>,
+    /// Some are for some sources only.
+    by_source: bool,
+}
+
+/// A route, ready for lookup.
 #[derive(Debug)]
 pub(super) struct Entry {
+    /// Its place among the routes of all tables.
+    pub(super) number: u32,
     pub(super) kind: RouteKind,
     pub(super) prefix: u8,
     pub(super) hops: Vec<Way>,
     pub(super) prefsrc: Option<IpAddr>,
-    pub(super) table: Name,
-    pub(super) text: Name,
+    /// It has a way that can be taken, or needs none.
+    usable: bool,
     metric: u32,
     /// Only for packets with this TOS; 0: for all (IPv4).
     tos: u8,
@@ -40,6 +57,8 @@ pub(super) struct Entry {
 /// One way out.
 #[derive(Clone, Debug)]
 pub(super) struct Way {
+    /// Its place among the ways of its route.
+    pub(super) number: u16,
     pub(super) interface: Option<Name>,
     pub(super) gateway: Option<IpAddr>,
     pub(super) weight: u32,
@@ -55,39 +74,60 @@ pub(super) struct Asked {
 }
 
 impl Table {
-    pub(super) const fn new(family: Family, name: Name) -> Self {
-        Self { family, name, prefixes: Vec::new() }
-    }
-
-    pub(super) fn add(&mut self, route: &RouteEntry) {
-        let entry = Entry::new(route, &self.name);
-        let place = self.prefixes.binary_search_by_key(&Reverse(entry.prefix), |(length, _)| Reverse(*length));
-        let at = place.unwrap_or_else(|at| {
-            self.prefixes.insert(at, (entry.prefix, HashMap::default()));
-            at
-        });
-        if let Some((_, nets)) = self.prefixes.get_mut(at) {
-            let list = nets.entry(masked(route.dst.addr(), entry.prefix)).or_default();
+    pub(super) fn new<'r>(family: Family, name: Name, routes: impl IntoIterator<Item = (u32, &'r RouteEntry)>) -> Self {
+        let mut sorted: BTreeMap<(u128, u8), Vec<Entry>> = BTreeMap::new();
+        for (number, route) in routes {
+            let entry = Entry::new(number, route);
+            let list = sorted.entry((masked(route.dst.addr(), entry.prefix), entry.prefix)).or_default();
             let place = list.partition_point(|other| other.rank() <= entry.rank());
             list.insert(place, entry);
         }
+        let mut table = Self { family, name, prefixes: Vec::new(), spans: vec![(0, None)] };
+        let mut around = None;
+        for ((first, length), entries) in sorted {
+            around = table.close(around, Some(first));
+            let last = first | host_bits(family, length);
+            table.spans.push((first, Some(table.prefixes.len() as u32)));
+            let by_source = entries.iter().any(|entry| entry.src.is_some());
+            table.prefixes.push(Prefix { last, length, around, entries, by_source });
+            around = Some(table.prefixes.len() as u32 - 1);
+        }
+        table.close(around, None);
+        table
+    }
+
+    /// Ends the open prefixes that do not reach as far as `next`; returns the narrowest that does.
+    fn close(&mut self, mut open: Option<u32>, next: Option<u128>) -> Option<u32> {
+        while let Some(prefix) = open.and_then(|at| self.prefixes.get(at as usize)) {
+            if next.is_some_and(|next| next <= prefix.last) {
+                break;
+            }
+            open = prefix.around;
+            if let Some(after) = prefix.last.checked_add(1) {
+                self.spans.push((after, open));
+            }
+        }
+        open
     }
 
     /// The first route for `asked` that is `good`.
     pub(super) fn find(&self, asked: &Asked, good: impl Fn(&Entry) -> bool) -> Option<&Entry> {
+        let address = bits(asked.dst);
+        let after = self.spans.partition_point(|(start, _)| *start <= address);
+        let mut at = self.spans.get(after.checked_sub(1)?)?.1;
         // Whether a node of the IPv6 tree was found; from there on, the tree is only climbed.
         let mut entered = false;
-        for (length, nets) in &self.prefixes {
-            let Some(list) = nets.get(&masked(asked.dst, *length)) else { continue };
-            let mine = || list.iter().filter(|entry| entry.is_for(asked));
+        while let Some(prefix) = at.and_then(|at| self.prefixes.get(at as usize)) {
+            at = prefix.around;
+            let mut mine = prefix.entries.iter().filter(|entry| entry.is_for(asked));
             // A prefix that has routes for some sources is passed by for all others, its routes for any source included
             // (`fib6_node_lookup_1`), unless it is the root.
-            let specific = |entry: &Entry| entry.src.is_some();
-            if !entered && *length != 0 && list.iter().any(specific) && !mine().any(specific) {
+            let elsewhere = prefix.by_source && prefix.length != 0 && !mine.clone().any(|entry| entry.src.is_some());
+            if elsewhere && !entered {
                 continue;
             }
             entered = true;
-            if let Some(found) = mine().find(|entry| entry.usable() && good(entry)) {
+            if let Some(found) = mine.find(|entry| entry.usable && good(entry)) {
                 return Some(found);
             }
         }
@@ -96,20 +136,21 @@ impl Table {
 }
 
 impl Entry {
-    fn new(route: &RouteEntry, table: &Name) -> Self {
-        let hops = route.nexthops.iter().map(|hop| Way {
+    fn new(number: u32, route: &RouteEntry) -> Self {
+        let hops = (0..).zip(&route.nexthops).map(|(number, hop)| Way {
+            number,
             interface: hop.interface.as_deref().map(Name::from),
             gateway: hop.gateway,
             weight: hop.weight.max(1),
             dead: hop.dead,
         });
         Self {
+            number,
             kind: route.kind,
             prefix: route.dst.prefix_len(),
             hops: hops.collect(),
+            usable: route.nexthops.is_empty() || route.nexthops.iter().any(|hop| !hop.dead),
             prefsrc: route.prefsrc,
-            table: table.clone(),
-            text: Name::from(describe(route)),
             metric: route.metric,
             tos: route.tos,
             src: route.src.filter(|src| src.prefix_len() != 0),
@@ -131,35 +172,44 @@ impl Entry {
         self.prefix == 0 && self.tos != 0
     }
 
-    /// It has a way that can be taken, or needs none.
-    fn usable(&self) -> bool {
-        self.hops.is_empty() || self.hops.iter().any(|way| !way.dead)
-    }
-
     /// The ways that can be taken.
     pub(super) fn alive(&self) -> impl Iterator<Item = &Way> {
         self.hops.iter().filter(|way| !way.dead)
     }
-}
 
-impl Way {
-    pub(super) const fn new(interface: Option<Name>, gateway: Option<IpAddr>) -> Self {
-        Self { interface, gateway, weight: 1, dead: false }
+    /// The first of them.
+    pub(super) fn first_way(&self) -> Option<&Way> {
+        self.alive().next()
     }
 }
 
 /// The first `prefix` bits of an address.
 fn masked(address: IpAddr, prefix: u8) -> u128 {
+    bits(address) & !host_bits(Family::of(address), prefix)
+}
+
+/// An address as a number.
+fn bits(address: IpAddr) -> u128 {
     match address {
-        IpAddr::V4(four) => {
-            u128::from(four.to_bits() & u32::MAX.checked_shl(32 - u32::from(prefix.min(32))).unwrap_or(0))
-        }
-        IpAddr::V6(six) => six.to_bits() & u128::MAX.checked_shl(128 - u32::from(prefix.min(128))).unwrap_or(0),
+        IpAddr::V4(four) => four.to_bits().into(),
+        IpAddr::V6(six) => six.to_bits(),
+    }
+}
+
+/// The bits behind a prefix, all set.
+const fn host_bits(family: Family, prefix: u8) -> u128 {
+    let length = match family {
+        Family::V4 => 32,
+        Family::V6 => 128,
+    };
+    match u128::MAX.checked_shr(128 - (length - prefix as u32)) {
+        Some(bits) => bits,
+        None => 0,
     }
 }
 
 /// As `ip route` prints it.
-fn describe(route: &RouteEntry) -> String {
+pub(super) fn describe(route: &RouteEntry) -> String {
     let kind = match route.kind {
         RouteKind::Unicast | RouteKind::None => "",
         RouteKind::Local => "local ",
@@ -203,6 +253,9 @@ mod tests {
     use super::*;
     use crate::core::parse::iproute;
     use crate::core::parse::notes::Notes;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use std::net::Ipv4Addr;
 
     /// Made by `ip route add`, asked by `ip route get` (Linux 6.18).
     const FOUR: &str = r#"[{"dst":"192.0.2.0/24","tos":"EF","gateway":"10.1.0.9","dev":"d1"},
@@ -248,10 +301,31 @@ mod tests {
         }
     }
 
+    proptest! {
+        /// Whatever prefixes lie in each other, and at both ends of the address space.
+        #[test]
+        fn the_narrowest_prefix_wins(nets in vec((any::<u8>(), 0u8..=32), 0..24), asked in vec(any::<u8>(), 1..24)) {
+            let spread = |byte: u8| Ipv4Addr::from(u32::from_be_bytes([byte; 4]));
+            let route = |(byte, length): &(u8, u8)| {
+                let net = IpNet::new(spread(*byte).into(), *length).expect("a net").trunc();
+                format!(r#"{{"dst":"{net}","dev":"d{length}"}}"#)
+            };
+            let dump = format!("[{}]", nets.iter().map(route).collect::<Vec<_>>().join(","));
+            let routes = iproute::routes(&dump, Family::V4, &mut Notes::new("routes")).expect("routes");
+            let table = Table::new(Family::V4, Name::Static("main"), (0..).zip(&routes));
+            for byte in asked {
+                let dst = IpAddr::V4(spread(byte));
+                let found = table.find(&Asked { dst, src: None, tos: 0 }, |_| true).map(|entry| entry.prefix);
+                let fits = routes.iter().filter(|route| route.dst.contains(&dst));
+                prop_assert_eq!(found, fits.map(|route| route.dst.prefix_len()).max(), "{} in {}", dst, dump);
+            }
+        }
+    }
+
     fn way(routes: &str, family: Family, dst: &str, src: Option<&str>, tos: u8) -> String {
         let mut notes = Notes::new("routes");
-        let mut table = Table::new(family, Name::Static("main"));
-        iproute::routes(routes, family, &mut notes).expect("routes").iter().for_each(|route| table.add(route));
+        let routes = iproute::routes(routes, family, &mut notes).expect("routes");
+        let table = Table::new(family, Name::Static("main"), (0..).zip(&routes));
         assert_eq!(notes.finish(), []);
         let address = |text: &str| text.parse().expect("an address");
         let asked = Asked { dst: address(dst), src: src.map(address), tos };

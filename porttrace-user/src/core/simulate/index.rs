@@ -29,7 +29,8 @@ enum Keys {
 }
 
 impl Index {
-    pub(super) fn new(rules: &[Rule]) -> Self {
+    /// `None` where it would not save half of the way: most rules have to be looked at every time.
+    pub(super) fn new(rules: &[Rule]) -> Option<Self> {
         let mut index = Self::default();
         for (at, rule) in rules.iter().enumerate() {
             let at = at as u32;
@@ -44,7 +45,7 @@ impl Index {
                 Keys::None => index.always.push(at),
             }
         }
-        index
+        (index.always.len() * 2 <= rules.len()).then_some(index)
     }
 
     /// The first rule at or after `from` that can match.

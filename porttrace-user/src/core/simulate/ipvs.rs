@@ -54,7 +54,7 @@ impl Ipvs {
     }
 
     /// Why the prediction ends for a packet to this destination (`ip_vs_service_find`).
-    fn takes(&self, walk: &Walk) -> Option<String> {
+    fn takes(&self, walk: &Walk<'_>) -> Option<String> {
         let tuple = &walk.tuple;
         let endpoint = |port| VirtualAddress::Endpoint { proto: tuple.proto, address: tuple.dst, port };
         let asked = [VirtualAddress::Mark(walk.mark), endpoint(tuple.dport), endpoint(0)];
@@ -76,9 +76,9 @@ impl Ipvs {
     }
 }
 
-impl Run<'_> {
+impl<'s> Run<'s> {
     /// IPVS looks at what is for this node and at what it sends, whatever the rules have made of it.
-    pub(super) fn ipvs(&self, walk: &mut Walk) -> Next {
+    pub(super) fn ipvs(&self, walk: &mut Walk<'s>) -> Next {
         walk.stage.entry += 1;
         match self.sim.ipvs.takes(walk) {
             Some(because) => Next::End(Verdict::Unknown { because, by: None }),

@@ -7,6 +7,7 @@ use super::sender::owner;
 use super::sets::Asked;
 use super::walk::Walk;
 use crate::core::model::flow::{Direction, Proto, Tuple};
+use crate::core::model::name::Name;
 use crate::core::model::rules::{CtField, IfaceLimit, Match, MatchKind, Net, PortSide, Recent, RecentOp, Rule};
 use crate::core::model::trace::{Fraction, Hook, RouteKind};
 use std::net::IpAddr;
@@ -24,13 +25,15 @@ pub(super) enum Answer {
 #[derive(Debug)]
 pub(super) enum Verdict {
     No,
-    Yes(Open),
+    Yes,
+    /// It matches, if what is open says so.
+    Open(Open),
     /// It does not match, but before that was clear it may have changed a list of `recent`.
     Remembers(Open),
 }
 
 /// What a rule's answer hangs on.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Open {
     /// So only with this probability.
     pub(super) chance: Option<Fraction>,
@@ -42,24 +45,28 @@ pub(super) struct Open {
     pub(super) sure: usize,
 }
 
+impl Open {
+    /// Nothing, so far; what changed lists until here happens in any case.
+    fn from(walk: &Walk<'_>) -> Self {
+        Self { chance: None, unknown: Vec::new(), affinity: false, sure: walk.remembered.len() }
+    }
+}
+
 impl From<bool> for Answer {
     fn from(is: bool) -> Self {
         Self::Is(is)
     }
 }
 
-impl Run<'_> {
+impl<'s> Run<'s> {
     /// A match of `recent` changes its list as soon as it is asked, whatever becomes of the rule.
-    pub(super) fn matches(&mut self, walk: &mut Walk, rule: &Rule) -> Verdict {
-        let mut open = Open::default();
-        let mut sure = None;
+    pub(super) fn matches(&mut self, walk: &mut Walk<'s>, rule: &Rule) -> Verdict {
+        let mut open = None;
         let mut limited = false;
         for asked in &rule.matches {
-            limited |= asked.kind == MatchKind::Limit;
-            if open.chance.is_some() || !open.unknown.is_empty() {
-                sure.get_or_insert(walk.remembered.len());
-            }
+            limited |= matches!(asked.kind, MatchKind::Limit);
             if let Some(fraction) = probability(asked) {
+                let open = open.get_or_insert_with(|| Open::from(walk));
                 open.chance = Some(open.chance.map_or(fraction, |before| before.times(fraction)));
                 continue;
             }
@@ -70,10 +77,11 @@ impl Run<'_> {
             match answer {
                 Answer::Is(is) if is != asked.negated => {}
                 Answer::Is(_) | Answer::Never => {
-                    open.sure = sure.unwrap_or(walk.remembered.len());
-                    return if walk.remembered.len() > open.sure { Verdict::Remembers(open) } else { Verdict::No };
+                    let changed = open.filter(|open| walk.remembered.len() > open.sure);
+                    return changed.map_or(Verdict::No, Verdict::Remembers);
                 }
                 Answer::Unknown(why) => {
+                    let open = open.get_or_insert_with(|| Open::from(walk));
                     open.affinity |= matches!(asked.kind, MatchKind::Recent(_));
                     open.unknown.push(why);
                 }
@@ -82,21 +90,20 @@ impl Run<'_> {
         if limited {
             self.assume("rate limits (-m limit) are taken as not used up: the packet finds a full bucket");
         }
-        open.sure = sure.unwrap_or(walk.remembered.len());
-        Verdict::Yes(open)
+        open.map_or(Verdict::Yes, Verdict::Open)
     }
 
-    fn answer(&mut self, walk: &Walk, kind: &MatchKind) -> Answer {
+    fn answer(&mut self, walk: &Walk<'s>, kind: &MatchKind) -> Answer {
         let tuple = &walk.tuple;
         match kind {
             MatchKind::Source(net) => within(net, tuple.src).into(),
             MatchKind::Destination(net) => within(net, tuple.dst).into(),
             MatchKind::Protocol(number) => (tuple.proto.number() == *number).into(),
-            MatchKind::Input(pattern) => named(pattern, walk.input.as_deref()).into(),
+            MatchKind::Input(pattern) => named(pattern, walk.input_name()).into(),
             MatchKind::Output(_) if walk.output_unknown && after_routing(walk) => {
                 Answer::Unknown("the output interface is not known without routes".into())
             }
-            MatchKind::Output(pattern) => named(pattern, walk.hook_output.as_deref()).into(),
+            MatchKind::Output(pattern) => named(pattern, walk.hook_output_name()).into(),
             MatchKind::SourcePort(..) | MatchKind::Multiport(PortSide::Source | PortSide::Either, _)
                 if walk.conn.sport_chosen =>
             {
@@ -122,7 +129,7 @@ impl Run<'_> {
             MatchKind::Length(low, high) => (u32::from(*low)..=u32::from(*high)).contains(&walk.length).into(),
             MatchKind::Ttl(order, value) => (walk.ttl.cmp(value) == *order).into(),
             MatchKind::Fragment => false.into(),
-            MatchKind::Always | MatchKind::Limit | MatchKind::Random(_) | MatchKind::Nth { .. } => true.into(),
+            MatchKind::Always | MatchKind::Limit | MatchKind::Random { .. } | MatchKind::Nth { .. } => true.into(),
             MatchKind::Unknown(text) => Answer::Unknown(text.to_string()),
             MatchKind::PktType(kind) => packet_type(walk, kind),
             MatchKind::Owner(asked) => owner(walk, asked),
@@ -134,12 +141,12 @@ impl Run<'_> {
     }
 
     /// `addrtype_mt_v1`.
-    fn address_type(&mut self, walk: &Walk, source: bool, types: u16, limit: Option<IfaceLimit>) -> Answer {
+    fn address_type(&mut self, walk: &Walk<'_>, source: bool, types: u16, limit: Option<IfaceLimit>) -> Answer {
         let address = if source { walk.tuple.src } else { walk.tuple.dst };
         let device = match limit {
             None => None,
-            Some(IfaceLimit::In) => walk.input.as_deref(),
-            Some(IfaceLimit::Out) => walk.hook_output.as_deref(),
+            Some(IfaceLimit::In) => walk.input_name(),
+            Some(IfaceLimit::Out) => walk.hook_output_name(),
         };
         // `match_lookup_rt6`: with an interface, only an address on it counts as local.
         if let (IpAddr::V6(_), Some(device)) = (address, device) {
@@ -155,7 +162,7 @@ impl Run<'_> {
     }
 
     /// `recent_mt` (net/netfilter/xt_recent.c).
-    fn recent(&mut self, walk: &Walk, asked: &Recent) -> Answer {
+    fn recent(&mut self, walk: &Walk<'_>, asked: &Recent) -> Answer {
         if asked.op == RecentOp::Set {
             return true.into();
         }
@@ -185,11 +192,11 @@ impl Run<'_> {
         }
     }
 
-    fn in_set(&mut self, walk: &Walk, name: &str, source: &[bool], more: Option<&str>) -> Answer {
+    fn in_set(&mut self, walk: &Walk<'_>, name: &str, source: &[bool], more: Option<&str>) -> Answer {
         let asked = Asked {
             tuple: &walk.tuple,
-            input: walk.input.as_deref(),
-            output: walk.hook_output.as_deref(),
+            input: walk.input_name(),
+            output: walk.hook_output_name(),
             mark: walk.mark,
             source,
         };
@@ -202,7 +209,7 @@ impl Run<'_> {
 }
 
 /// `pkttype_mt`: what the link said of the packet, which DNAT does not change.
-fn packet_type(walk: &Walk, kind: &str) -> Answer {
+fn packet_type(walk: &Walk<'_>, kind: &str) -> Answer {
     match kind {
         "unicast" | "host" => (walk.arrived_as == RouteKind::Unicast).into(),
         "multicast" => (walk.arrived_as == RouteKind::Multicast).into(),
@@ -212,12 +219,12 @@ fn packet_type(walk: &Walk, kind: &str) -> Answer {
 }
 
 /// The address that a `recent` match is about.
-fn listed(walk: &Walk, asked: &Recent) -> IpAddr {
+fn listed(walk: &Walk<'_>, asked: &Recent) -> IpAddr {
     mask(if asked.by_destination { walk.tuple.dst } else { walk.tuple.src }, &asked.mask)
 }
 
 /// `--set` adds the address, `--remove` takes it away, so that later rules find it so; `--update` only renews one that is there.
-fn remember(walk: &mut Walk, asked: &Recent, answer: &Answer) {
+fn remember(walk: &mut Walk<'_>, asked: &Recent, answer: &Answer) {
     let there = match asked.op {
         RecentOp::Set => true,
         RecentOp::Remove if *answer == Answer::Is(true) => false,
@@ -230,27 +237,14 @@ fn remember(walk: &mut Walk, asked: &Recent, answer: &Answer) {
 /// The probability of `statistic`; the phase of nth is not known, so that it counts as one in `every`.
 fn probability(asked: &Match) -> Option<Fraction> {
     let fraction = match asked.kind {
-        MatchKind::Random(k) => unquantised(k),
+        MatchKind::Random { num, den } => Fraction { num: num.into(), den: den.into() },
         MatchKind::Nth { every, .. } => Fraction::new(1, u64::from(every.max(1))),
         _ => return None,
     };
     Some(if asked.negated { fraction.rest() } else { fraction })
 }
 
-/// kube-proxy writes 1/n with ten digits, iptables rounds it to k / 2³¹: where k is what 1/n becomes, 1/n was meant.
-pub(super) fn unquantised(k: u32) -> Fraction {
-    const ONE: u64 = 1 << 31;
-    let k = u64::from(k);
-    if let Some(n) = (ONE + k / 2).checked_div(k) {
-        let written = (1e10 / n as f64).round() / 1e10 * ONE as f64;
-        if n < 46_341 && (written.round() as u64 == k || (ONE + n / 2) / n == k) {
-            return Fraction::new(1, n);
-        }
-    }
-    Fraction::new(k, ONE)
-}
-
-fn after_routing(walk: &Walk) -> bool {
+fn after_routing(walk: &Walk<'_>) -> bool {
     matches!(walk.stage.hook, Hook::Forward | Hook::Output | Hook::Postrouting)
 }
 
@@ -341,7 +335,7 @@ fn type6(address: IpAddr, types: u16, kind: RouteKind) -> bool {
 }
 
 /// `conntrack_mt` (net/netfilter/xt_conntrack.c) and connmark. Everything but the state needs an entry.
-fn conntrack(walk: &Walk, kind: &MatchKind) -> Option<Answer> {
+fn conntrack(walk: &Walk<'_>, kind: &MatchKind) -> Option<Answer> {
     let conn = &walk.conn;
     if let MatchKind::CtState(states) = kind {
         return Some((states.0 & conn.state_bits() != 0).into());
@@ -370,8 +364,8 @@ fn conntrack(walk: &Walk, kind: &MatchKind) -> Option<Answer> {
 }
 
 /// `physdev_mt`: only a packet that came by a bridge port has physical devices.
-fn physical(walk: &Walk, kind: &MatchKind) -> Answer {
-    let Some(phys_in) = walk.phys_in.as_deref() else {
+fn physical(walk: &Walk<'_>, kind: &MatchKind) -> Answer {
+    let Some(phys_in) = walk.phys_in.map(Name::as_str) else {
         return match kind {
             MatchKind::PhysIsBridged | MatchKind::PhysIsIn | MatchKind::PhysIsOut => false.into(),
             MatchKind::PhysIn(pattern) | MatchKind::PhysOut(pattern) => named(pattern, None).into(),

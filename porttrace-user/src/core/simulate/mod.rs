@@ -30,9 +30,10 @@ mod walk;
 pub use compiled::Simulator;
 pub use ipvs::in_use as ipvs_in_use;
 
-use crate::core::model::hops::Hops;
+use crate::core::model::hops::Path;
 use crate::core::model::trace::{Decisions, Fraction, Hook, Packet, RouteKind, Trace};
 use run::Run;
+use std::sync::Arc;
 use walk::{Stage, Walk};
 
 impl Simulator {
@@ -54,7 +55,7 @@ impl Simulator {
 
     fn trace_once(&self, packet: &Packet, linear: bool, order: u8) -> Trace {
         let mut run = Run::new(self, linear, order);
-        let mut walk = Box::new(start(packet));
+        let mut walk = Box::new(start(packet, Path::begin(Arc::clone(&self.lists), packet.tuple)));
         let next = run.receive(&mut walk);
         run.follow(walk, next);
         let assumptions = run.assumptions.into_iter().map(Into::into).collect();
@@ -62,10 +63,10 @@ impl Simulator {
     }
 }
 
-fn start(packet: &Packet) -> Walk {
+fn start(packet: &Packet, path: Path) -> Walk<'_> {
     Walk {
         tuple: packet.tuple,
-        input: packet.input.clone(),
+        input: packet.input.as_ref(),
         phys_in: None,
         output: None,
         hook_output: None,
@@ -92,7 +93,7 @@ fn start(packet: &Packet) -> Walk {
         remembered: Vec::new(),
         probability: Fraction::ONE,
         decisions: Decisions::new(),
-        hops: Hops::default(),
+        path,
         stage: Stage { hook: Hook::Output, entry: 0, nat: 0 },
         frames: walk::Frames::new(),
         way: None,

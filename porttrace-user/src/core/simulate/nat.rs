@@ -2,23 +2,23 @@
 
 use super::compiled::BaseChain;
 use super::conn::{CONFIRMED, Conn};
-use super::matches::between;
 use super::nat_hash::pick;
 use super::run::{Next, Run};
 use super::walk::{Again, Frame, Walk};
 use crate::core::model::flow::{Direction, Family, Tuple};
 use crate::core::model::rules::{NatRange, Net, Target};
-use crate::core::model::trace::{Action, Decision, DropReason, Hook, Hop, Manip, RuleRef, Verdict};
+use crate::core::model::steps::{Act, RuleAt, Step};
+use crate::core::model::trace::{Action, Decision, DropReason, Hook, Manip, Verdict};
 use std::net::IpAddr;
 
 /// What a NAT target allows: addresses (`None`: unchanged) and the rest of the rule's range.
 struct Range<'r> {
-    addresses: Option<(Net, Net)>,
+    addresses: Option<(IpAddr, IpAddr)>,
     with: &'r NatRange,
 }
 
 /// What a rule did and what became of the packet, where its NAT target could not do its work.
-pub(super) type Instead = Box<(Action, Verdict)>;
+pub(super) type Instead = Box<(Act, Verdict)>;
 
 /// `HOOK2MANIP`.
 const fn manip_of(hook: Hook) -> Manip {
@@ -32,9 +32,9 @@ fn done(conn: &mut Conn, manip: Manip) -> &mut bool {
     }
 }
 
-impl Run<'_> {
+impl<'s> Run<'s> {
     /// `nf_nat_inet_fn`: one chain after the other while the manip is open, then the rewrite.
-    pub(super) fn nat(&mut self, walk: &mut Walk, chains: &[BaseChain]) -> Next {
+    pub(super) fn nat(&mut self, walk: &mut Walk<'s>, chains: &[BaseChain]) -> Next {
         let manip = manip_of(walk.stage.hook);
         if walk.conn.tracked() {
             if !*done(&mut walk.conn, manip) {
@@ -60,15 +60,15 @@ impl Run<'_> {
     /// A connection that MASQUERADE made is killed when its way out changes (`nf_nat_oif_changed`), also where the address that
     /// it took was the sender's own. The entry does not say who made it: where its address is not the one that MASQUERADE
     /// would take here, both are followed.
-    fn doubt_masquerade(&mut self, walk: &mut Walk) {
+    fn doubt_masquerade(&mut self, walk: &mut Walk<'s>) {
         let conn = &walk.conn;
         if walk.stage.hook != Hook::Postrouting || !conn.existed || conn.direction != Direction::Original {
             return;
         }
-        let (source, Some(output)) = (conn.reply.dst, walk.output.clone()) else { return };
+        let (source, Some(output)) = (conn.reply.dst, walk.output_name()) else { return };
         let own = self.sim.routing.is_local(source) == Some(true);
         let towards = walk.gateway.filter(|_| walk.family() == Family::V4).unwrap_or(walk.tuple.dst);
-        if !own || self.sim.config.source_address(&output, towards).is_none_or(|here| here == Some(source)) {
+        if !own || self.sim.config.source_address(output, towards).is_none_or(|here| here == Some(source)) {
             return;
         }
         let text = format!(
@@ -83,7 +83,7 @@ impl Run<'_> {
     }
 
     /// No rule set the manip up: `nf_nat_alloc_null_binding` keeps the tuple, unless its source port is taken.
-    fn null_binding(&mut self, walk: &mut Walk, manip: Manip) {
+    fn null_binding(&mut self, walk: &mut Walk<'s>, manip: Manip) {
         if walk.conn.status & CONFIRMED != 0 {
             return;
         }
@@ -95,81 +95,75 @@ impl Run<'_> {
     }
 
     /// Whether another conntrack entry owns the tuple (`nf_nat_used_tuple`).
-    fn taken(&self, walk: &Walk, reply: Tuple) -> bool {
+    fn taken(&self, walk: &Walk<'_>, reply: Tuple) -> bool {
         self.sim.config.entry(&reply).flatten().is_some_and(|(entry, _)| walk.replaced != Some(entry.reply))
     }
 
     /// `nf_nat_packet`: the packet gets the half of its translated tuple that this hook is for.
-    fn rewrite(&mut self, walk: &mut Walk, manip: Manip) {
-        let before = walk.tuple;
+    fn rewrite(&mut self, walk: &mut Walk<'s>, manip: Manip) {
         let target = walk.conn.translated();
-        let after = match manip {
-            Manip::Snat => Tuple { src: target.src, sport: target.sport, ..before },
-            Manip::Dnat => Tuple { dst: target.dst, dport: target.dport, ..before },
+        let (address, port) = match manip {
+            Manip::Snat => (target.src, target.sport),
+            Manip::Dnat => (target.dst, target.dport),
         };
         let by = walk.nat_by.take();
-        if after != before {
-            walk.tuple = after;
-            walk.hop(Hop::Rewrite { hook: walk.stage.hook, what: manip, before, after, by });
+        let half = match manip {
+            Manip::Snat => (&mut walk.tuple.src, &mut walk.tuple.sport),
+            Manip::Dnat => (&mut walk.tuple.dst, &mut walk.tuple.dport),
+        };
+        if (*half.0, *half.1) != (address, port) {
+            (*half.0, *half.1) = (address, port);
+            walk.step(Step::Rewrite { hook: walk.stage.hook, what: manip, address, port, by });
         }
     }
 
     /// Sets up the manip of a NAT target. The error is what the packet gets instead.
-    pub(super) fn translate_by(
-        &mut self,
-        walk: &mut Walk,
-        target: &Target,
-        place: &RuleRef,
-    ) -> Result<Action, Instead> {
+    pub(super) fn translate_by(&mut self, walk: &mut Walk<'s>, target: &Target, at: RuleAt) -> Result<Act, Instead> {
         let hook = walk.stage.hook;
-        let to = |range: &NatRange| range.text.clone();
         let plain = NatRange::default();
-        let (range, action) = match target {
-            Target::Dnat(range) => {
-                (Range { addresses: range.addresses.clone(), with: range }, Action::Dnat { to: to(range) })
-            }
-            Target::Snat(range) => {
-                (Range { addresses: range.addresses.clone(), with: range }, Action::Snat { to: to(range) })
-            }
-            Target::Masquerade(range) => match self.masquerade(walk, place)? {
-                Some(address) => (Range { addresses: Some(single(address)), with: range }, Action::Masquerade),
-                None => return Ok(Action::Masquerade),
+        let mut act = Act::Target;
+        let one = |address| Some((address, address));
+        let range = match target {
+            Target::Dnat(range) | Target::Snat(range) => Range { addresses: ends(range), with: range },
+            Target::Masquerade(range) => match self.masquerade(walk, at)? {
+                Some(address) => Range { addresses: one(address), with: range },
+                None => return Ok(act),
             },
             Target::Redirect(range) => {
-                let action = Action::Redirect { to: to(range) };
-                let address = self.redirect(walk, place).map_err(|verdict| Box::new((action.clone(), verdict)))?;
-                (Range { addresses: Some(single(address)), with: range }, action)
+                let address = self.redirect(walk, at).map_err(|verdict| Box::new((Act::Target, verdict)))?;
+                Range { addresses: one(address), with: range }
             }
             Target::Netmap(net) => {
                 let old = if manip_of(hook) == Manip::Snat { walk.tuple.src } else { walk.tuple.dst };
                 let new = netmap(net, old);
-                let action = Action::Netmap { to: new.to_string().into() };
-                (Range { addresses: Some(single(new)), with: &plain }, action)
+                act = Act::Said(Box::new(Action::Netmap { to: new.to_string().into() }));
+                Range { addresses: one(new), with: &plain }
             }
-            _ => return Ok(Action::Continue),
+            _ => return Ok(act),
         };
-        if *place.table != *"nat" || !walk.conn.tracked() {
+        let in_nat = self.sim.tables.get(usize::from(at.table)).is_some_and(|table| *table.name == *"nat");
+        if !in_nat || !walk.conn.tracked() {
             let because = "a NAT target outside table nat".into();
-            return Err(Box::new((action, Verdict::Unknown { because, by: Some(place.clone()) })));
+            return Err(Box::new((act, Verdict::Unknown { because, by: self.sim.rule(at) })));
         }
-        let wrong = range.addresses.as_ref().is_some_and(|(low, _)| family(low) != walk.family());
+        let wrong = range.addresses.is_some_and(|(low, _)| Family::of(low) != walk.family());
         if wrong {
             let because = "the target's address is of the other family".into();
-            return Err(Box::new((action, Verdict::Unknown { because, by: Some(place.clone()) })));
+            return Err(Box::new((act, Verdict::Unknown { because, by: self.sim.rule(at) })));
         }
         self.set_up(walk, &range, manip_of(hook));
-        Ok(action)
+        Ok(act)
     }
 
     /// `nf_nat_masquerade_ipv4`, `nf_nat_masquerade_ipv6`: the address that the output interface has towards the next hop.
-    fn masquerade(&mut self, walk: &mut Walk, place: &RuleRef) -> Result<Option<IpAddr>, Instead> {
+    fn masquerade(&mut self, walk: &mut Walk<'s>, at: RuleAt) -> Result<Option<IpAddr>, Instead> {
         if walk.conn.original.src.is_unspecified() {
             return Ok(None);
         }
         let unknown = |because: &str| {
-            Box::new((Action::Masquerade, Verdict::Unknown { because: because.into(), by: Some(place.clone()) }))
+            Box::new((Act::Target, Verdict::Unknown { because: because.into(), by: self.sim.rule(at) }))
         };
-        let Some(output) = walk.output.as_deref() else {
+        let Some(output) = walk.output_name() else {
             return Err(unknown("which address MASQUERADE takes is not known without routes"));
         };
         let towards = match walk.family() {
@@ -178,16 +172,15 @@ impl Run<'_> {
         };
         match self.sim.config.source_address(output, towards) {
             None => Err(unknown("which address MASQUERADE takes is not known without addresses")),
-            Some(None) => Err(Box::new((
-                Action::Masquerade,
-                Verdict::Dropped { reason: DropReason::NoAddress, by: Some(place.clone()) },
-            ))),
+            Some(None) => {
+                Err(Box::new((Act::Target, Verdict::Dropped { reason: DropReason::NoAddress, by: self.sim.rule(at) })))
+            }
             Some(found) => Ok(found),
         }
     }
 
     /// `nf_nat_redirect_ipv4`: loopback for what the node sends, else the first address of the input interface.
-    fn redirect(&mut self, walk: &Walk, place: &RuleRef) -> Result<IpAddr, Verdict> {
+    fn redirect(&mut self, walk: &Walk<'_>, at: RuleAt) -> Result<IpAddr, Verdict> {
         let family = walk.family();
         if walk.stage.hook == Hook::Output {
             return Ok(match family {
@@ -195,19 +188,19 @@ impl Run<'_> {
                 Family::V6 => IpAddr::V6(std::net::Ipv6Addr::LOCALHOST),
             });
         }
-        let input = walk.input.as_deref().unwrap_or("lo");
+        let input = walk.input_name().unwrap_or("lo");
         match self.sim.config.first_address(input, walk.tuple.dst) {
             Some(Some(address)) => Ok(address),
-            Some(None) => Err(Verdict::Dropped { reason: DropReason::NoAddress, by: Some(place.clone()) }),
+            Some(None) => Err(Verdict::Dropped { reason: DropReason::NoAddress, by: self.sim.rule(at) }),
             None => {
                 let because = format!("the address of {input} is not part of the state");
-                Err(Verdict::Unknown { because, by: Some(place.clone()) })
+                Err(Verdict::Unknown { because, by: self.sim.rule(at) })
             }
         }
     }
 
     /// `nf_nat_setup_info` → `get_unique_tuple`.
-    fn set_up(&mut self, walk: &mut Walk, range: &Range<'_>, manip: Manip) {
+    fn set_up(&mut self, walk: &mut Walk<'s>, range: &Range<'_>, manip: Manip) {
         let old = walk.conn.reply.inverted();
         let mut new = old;
         // "Can't setup nat info for confirmed ct": the rule matches without effect.
@@ -215,14 +208,14 @@ impl Run<'_> {
             return;
         }
         *done(&mut walk.conn, manip) = true;
-        let fits = range.addresses.as_ref().is_none_or(|ends| between(ends, old.src));
+        let fits = range.addresses.is_none_or(|(low, high)| (low..=high).contains(&old.src));
         let port_fits = range.with.ports.is_none_or(|(low, high)| (low..=high).contains(&old.sport));
         let keeps = manip == Manip::Snat && !range.with.random && fits && port_fits;
         if keeps && !self.taken(walk, old.inverted()) {
             return;
         }
-        if let Some((low, high)) = &range.addresses {
-            let address = pick(low, high, &old, manip, range.with.persistent);
+        if let Some(ends) = range.addresses {
+            let address = pick(ends, &old, manip, range.with.persistent);
             match manip {
                 Manip::Snat => new.src = address,
                 Manip::Dnat => new.dst = address,
@@ -235,7 +228,7 @@ impl Run<'_> {
     }
 
     /// The per-protocol half of `get_unique_tuple` and `nf_nat_l4proto_unique_tuple`.
-    fn choose_port(&mut self, walk: &mut Walk, new: &mut Tuple, range: &NatRange, manip: Manip) {
+    fn choose_port(&mut self, walk: &mut Walk<'s>, new: &mut Tuple, range: &NatRange, manip: Manip) {
         let port = if manip == Manip::Snat { new.sport } else { new.dport };
         let free = !self.taken(walk, new.inverted());
         let keeps = match range.ports {
@@ -281,19 +274,9 @@ fn destination_changes(conn: &Conn) -> bool {
     }
 }
 
-const fn family(net: &Net) -> Family {
-    match net {
-        Net::V4 { .. } => Family::V4,
-        Net::V6(_) => Family::V6,
-    }
-}
-
-fn single(address: IpAddr) -> (Net, Net) {
-    let net = match address {
-        IpAddr::V4(four) => Net::V4 { addr: four.to_bits(), mask: u32::MAX },
-        IpAddr::V6(six) => Net::V6(Box::new((six.to_bits(), u128::MAX))),
-    };
-    (net.clone(), net)
+/// The first and the last address that a rule allows.
+fn ends(range: &NatRange) -> Option<(IpAddr, IpAddr)> {
+    range.addresses.as_ref().map(|(low, high)| (low.address(), high.address()))
 }
 
 /// `netmap_tg4`: the network part is the rule's, the host part the packet's.

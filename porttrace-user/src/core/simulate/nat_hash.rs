@@ -2,31 +2,28 @@
 //! (`find_best_ips_proto`, net/netfilter/nf_nat_core.c; `jhash2`, include/linux/jhash.h).
 
 use crate::core::model::flow::Tuple;
-use crate::core::model::rules::Net;
 use crate::core::model::trace::Manip;
 use std::net::{IpAddr, Ipv6Addr};
 
 /// The address for a connection whose tuple was `old`. The kernel writes each word of the new address into the tuple before it
 /// takes the destination's word into the hash: for DNAT that is the new one.
-pub(super) fn pick(low: &Net, high: &Net, old: &Tuple, manip: Manip, persistent: bool) -> IpAddr {
-    let (low, high, max) = match (low, high) {
-        (Net::V4 { addr: low, .. }, Net::V4 { addr: high, .. }) => ([*low, 0, 0, 0], [*high, 0, 0, 0], 0),
-        (Net::V6(low), Net::V6(high)) => (quarters(low.0), quarters(high.0), 3),
-        _ => return old.dst,
-    };
+pub(super) fn pick((low, high): (IpAddr, IpAddr), old: &Tuple, manip: Manip, persistent: bool) -> IpAddr {
+    if low == high {
+        return low;
+    }
+    let max = if low.is_ipv4() { 0 } else { 3 };
+    let (low, high) = (host_words(low), host_words(high));
+    let (src, dst) = (words(old.src), words(old.dst));
+    let mut hash = jhash2(src, if persistent { 0 } else { dst[max] });
+    let mut full = false;
     let mut chosen = low;
-    if low != high {
-        let (src, dst) = (words(old.src), words(old.dst));
-        let mut hash = jhash2(src, if persistent { 0 } else { dst[max] });
-        let mut full = false;
-        for at in 0..=max {
-            let (from, count) =
-                if full { (0, u32::MAX) } else { (low[at], high[at].wrapping_sub(low[at]).wrapping_add(1)) };
-            chosen[at] = from.wrapping_add(((u64::from(hash) * u64::from(count)) >> 32) as u32);
-            full |= chosen[at] != high[at];
-            if !persistent {
-                hash ^= if manip == Manip::Dnat { chosen[at].swap_bytes() } else { dst[at] };
-            }
+    for at in 0..=max {
+        let (from, count) =
+            if full { (0, u32::MAX) } else { (low[at], high[at].wrapping_sub(low[at]).wrapping_add(1)) };
+        chosen[at] = from.wrapping_add(((u64::from(hash) * u64::from(count)) >> 32) as u32);
+        full |= chosen[at] != high[at];
+        if !persistent {
+            hash ^= if manip == Manip::Dnat { chosen[at].swap_bytes() } else { dst[at] };
         }
     }
     if max == 0 {
@@ -37,16 +34,21 @@ pub(super) fn pick(low: &Net, high: &Net, old: &Tuple, manip: Manip, persistent:
     }
 }
 
+/// An address as numbers of 32 bits.
+fn host_words(address: IpAddr) -> [u32; 4] {
+    match address {
+        IpAddr::V4(four) => [four.to_bits(), 0, 0, 0],
+        IpAddr::V6(six) => quarters(six.to_bits()),
+    }
+}
+
 fn quarters(bits: u128) -> [u32; 4] {
     [(bits >> 96) as u32, (bits >> 64) as u32, (bits >> 32) as u32, bits as u32]
 }
 
 /// `union nf_inet_addr` as the words that a little-endian kernel hashes.
 fn words(address: IpAddr) -> [u32; 4] {
-    match address {
-        IpAddr::V4(four) => [four.to_bits().swap_bytes(), 0, 0, 0],
-        IpAddr::V6(six) => quarters(six.to_bits()).map(u32::swap_bytes),
-    }
+    host_words(address).map(u32::swap_bytes)
 }
 
 fn jhash2(key: [u32; 4], initval: u32) -> u32 {
@@ -79,21 +81,17 @@ mod tests {
     /// What Linux 6.18 chose for `-j DNAT --to-destination fd00:10:244:1::9-fd00:10:244:1::a`.
     #[test]
     fn dnat_hashes_the_new_address() {
-        let net = |text: &str| {
-            let address: Ipv6Addr = text.parse().expect("an address");
-            Net::V6(Box::new((address.to_bits(), u128::MAX)))
-        };
-        let (low, high) = (net("fd00:10:244:1::9"), net("fd00:10:244:1::a"));
+        let address = |text: &str| -> IpAddr { text.parse().expect("an address") };
+        let range = (address("fd00:10:244:1::9"), address("fd00:10:244:1::a"));
         for (src, chosen) in [
             ("fc00:f853::3", "fd00:10:244:1::a"),
             ("fd00:10:96::1", "fd00:10:244:1::a"),
             ("fd00:10:244:1::9", "fd00:10:244:1::9"),
             ("fd00:10:244:3::b", "fd00:10:244:1::9"),
         ] {
-            let address = |text: &str| -> IpAddr { text.parse().expect("an address") };
             let old =
                 Tuple { proto: Proto::Tcp, src: address(src), sport: 1, dst: address("2001:db8:77::1"), dport: 1 };
-            assert_eq!(pick(&low, &high, &old, Manip::Dnat, false), address(chosen), "{src}");
+            assert_eq!(pick(range, &old, Manip::Dnat, false), address(chosen), "{src}");
         }
     }
 }

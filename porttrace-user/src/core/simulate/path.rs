@@ -4,9 +4,12 @@ use super::run::{Next, Run};
 use super::walk::Walk;
 use crate::core::model::flow::Family;
 use crate::core::model::name::Name;
-use crate::core::model::trace::{Decision, DropReason, Hook, Hop, RouteKind, Verdict};
+use crate::core::model::steps::Step;
+use crate::core::model::trace::{Decision, DropReason, Hook, RouteKind, Verdict};
 
-pub(super) const LOOPBACK: Name = Name::Static("lo");
+pub(super) static LOOPBACK: Name = Name::Static("lo");
+/// Stands where the output interface is not known.
+static UNKNOWN: Name = Name::Static("?");
 
 pub(super) fn dropped(reason: DropReason) -> Next {
     Next::End(Verdict::Dropped { reason, by: None })
@@ -17,21 +20,21 @@ pub(super) fn rejected(with: &'static str) -> Next {
 }
 
 /// `ip6_rcv_core`: loopback addresses never come from outside.
-pub(super) fn from_loopback(walk: &Walk) -> bool {
+pub(super) fn from_loopback(walk: &Walk<'_>) -> bool {
     let loopback = walk.tuple.src.is_loopback() || walk.tuple.dst.is_loopback();
-    walk.family() == Family::V6 && loopback && walk.input.as_deref() != Some("lo")
+    walk.family() == Family::V6 && loopback && walk.input_name() != Some("lo")
 }
 
-impl Run<'_> {
+impl<'s> Run<'s> {
     /// A packet from outside: the interface and, behind a bridge, its port.
-    pub(super) fn receive(&mut self, walk: &mut Walk) -> Next {
-        let Some(input) = walk.input.clone() else { return self.send(walk) };
-        walk.hop(Hop::Receive { interface: input.clone(), tuple: walk.tuple });
+    pub(super) fn receive(&mut self, walk: &mut Walk<'s>) -> Next {
+        let Some(input) = walk.input else { return self.send(walk) };
+        walk.step(Step::Receive { interface: input.clone() });
         walk.arrived_as = match self.sim.routing.address_type(walk.tuple.dst, None) {
             Some(kind @ (RouteKind::Broadcast | RouteKind::Multicast)) => kind,
             _ => RouteKind::Unicast,
         };
-        if let Some(end) = self.enter_bridge(walk, &input) {
+        if let Some(end) = self.enter_bridge(walk, input) {
             return end;
         }
         if walk.phys_in.is_none() && from_loopback(walk) {
@@ -42,8 +45,8 @@ impl Run<'_> {
     }
 
     /// A packet of the node's own: routed first, then OUTPUT.
-    fn send(&mut self, walk: &mut Walk) -> Next {
-        walk.hop(Hop::LocalSend { tuple: walk.tuple });
+    fn send(&mut self, walk: &mut Walk<'s>) -> Next {
+        walk.step(Step::LocalSend);
         if self.sim.routing.is_local(walk.tuple.src) == Some(false) && !walk.tuple.src.is_unspecified() {
             self.assume(format!(
                 "{} is not an address of this node, yet the node is taken as the sender",
@@ -54,7 +57,7 @@ impl Run<'_> {
     }
 
     /// PREROUTING is over: `ip_rcv_finish`.
-    pub(super) fn after_prerouting(&mut self, walk: &mut Walk) -> Next {
+    pub(super) fn after_prerouting(&mut self, walk: &mut Walk<'s>) -> Next {
         if walk.looped {
             // The packet still has the route of its way out (`skb_valid_dst`).
             walk.enter(Hook::Input);
@@ -72,7 +75,7 @@ impl Run<'_> {
         }
     }
 
-    fn route_without_routes(&mut self, walk: &mut Walk) -> Next {
+    fn route_without_routes(&mut self, walk: &mut Walk<'s>) -> Next {
         self.assume("routes are not part of the state: where packets leave is not known");
         walk.output_unknown = true;
         let dst = walk.tuple.dst;
@@ -94,7 +97,7 @@ impl Run<'_> {
     }
 
     /// `ip_forward`, `ip6_forward`: the TTL is counted down before FORWARD.
-    pub(super) fn forward(&mut self, walk: &mut Walk) -> Next {
+    pub(super) fn forward(&mut self, walk: &mut Walk<'s>) -> Next {
         // "packet is for us" was the link's word: `skb->pkt_type != PACKET_HOST`, whatever DNAT made of the address since.
         if walk.arrived_as != RouteKind::Unicast && walk.phys_in.is_none() {
             let text = "it came as a broadcast or multicast of the link: such packets are not forwarded".to_string();
@@ -105,7 +108,7 @@ impl Run<'_> {
             return dropped(DropReason::Ttl);
         }
         walk.ttl -= 1;
-        if let Some(link) = walk.output.as_deref().and_then(|name| self.sim.config.link(name))
+        if let Some(link) = walk.output_name().and_then(|name| self.sim.config.link(name))
             && link.mtu != 0
             && walk.length > link.mtu
         {
@@ -116,7 +119,7 @@ impl Run<'_> {
     }
 
     /// INPUT is over.
-    pub(super) fn deliver(&mut self, walk: &mut Walk) -> Next {
+    pub(super) fn deliver(&mut self, walk: &mut Walk<'s>) -> Next {
         let found = self.sim.config.listener(&walk.tuple);
         if self.sim.config.listener(&walk.tuple).is_none() && walk.tuple.proto.has_ports() {
             self.assume("sockets are not part of the state: whether anything listens is not known");
@@ -124,16 +127,16 @@ impl Run<'_> {
         let listening = found.map(|socket| socket.is_some());
         let listener = found.flatten().map(|socket| {
             let process = socket.process.as_deref().map(|process| format!(" ({process})")).unwrap_or_default();
-            format!("{}:{}{process}", socket.address, socket.port)
+            format!("{}:{}{process}", socket.address, socket.port).into()
         });
-        walk.hop(Hop::Deliver { tuple: walk.tuple, listener });
+        walk.step(Step::Deliver { listener });
         Next::End(Verdict::Delivered { to: walk.tuple, listening })
     }
 
     /// The copy of a broadcast enters by the interface that the broadcast leaves by (`dev_loopback_xmit`).
-    fn come_back(&mut self, walk: &mut Walk) -> Next {
-        let interface = walk.output.take().unwrap_or_default();
-        walk.hop(Hop::Receive { interface: interface.clone(), tuple: walk.tuple });
+    fn come_back(&mut self, walk: &mut Walk<'s>) -> Next {
+        let interface = walk.output.take().unwrap_or(&UNKNOWN);
+        walk.step(Step::Receive { interface: interface.clone() });
         walk.input = Some(interface);
         walk.looped = true;
         walk.arrived_as = RouteKind::Broadcast;
@@ -143,13 +146,13 @@ impl Run<'_> {
     }
 
     /// POSTROUTING is over: the packet leaves, or comes back by lo.
-    pub(super) fn transmit(&mut self, walk: &mut Walk) -> Next {
+    pub(super) fn transmit(&mut self, walk: &mut Walk<'s>) -> Next {
         if walk.to_self && walk.local {
-            walk.hop(Hop::Transmit { interface: LOOPBACK, gateway: None, tuple: walk.tuple });
-            walk.hop(Hop::Receive { interface: LOOPBACK, tuple: walk.tuple });
+            walk.step(Step::Transmit { interface: LOOPBACK.clone(), gateway: None });
+            walk.step(Step::Receive { interface: LOOPBACK.clone() });
             walk.looped = true;
             walk.conn.confirm();
-            walk.input = Some(LOOPBACK);
+            walk.input = Some(&LOOPBACK);
             walk.output = None;
             walk.enter(Hook::Prerouting);
             return Next::Go;
@@ -158,12 +161,12 @@ impl Run<'_> {
             return self.come_back(walk);
         }
         let next_hop = walk.gateway.unwrap_or(walk.tuple.dst);
-        let interface = match walk.output.clone() {
-            Some(interface) => interface,
-            None if walk.output_unknown => Name::Static("?"),
+        let interface = match walk.output {
+            Some(interface) => interface.clone(),
+            None if walk.output_unknown => UNKNOWN.clone(),
             None => return dropped(DropReason::NoRoute),
         };
-        walk.hop(Hop::Transmit { interface: interface.clone(), gateway: walk.gateway, tuple: walk.tuple });
+        walk.step(Step::Transmit { interface: interface.clone(), gateway: walk.gateway });
         Next::End(Verdict::Forwarded { interface, next_hop, to: walk.tuple })
     }
 }

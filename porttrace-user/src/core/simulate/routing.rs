@@ -1,18 +1,25 @@
 //! Policy rules and the tables that they lead to: `fib_lookup`, `ip6_route_lookup`, `inet_addr_type`.
 
-use super::fib::{Asked, Entry, TOS_BITS, Table};
+use super::fib::{Asked, Entry, TOS_BITS, Table, describe};
 use super::walk::Walk;
 use crate::core::model::flow::{Family, Proto};
 use crate::core::model::name::Name;
 use crate::core::model::state::{Address, NextHop, NodeState, PolicyAction, PolicyRule, RouteEntry};
+use crate::core::model::steps::RouteWords;
 use crate::core::model::trace::RouteKind;
 use ipnet::IpNet;
+use std::borrow::Cow;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 /// All that decides where a packet goes, ready for lookup.
 #[derive(Debug, Default)]
 pub(super) struct Routing {
     tables: Vec<Table>,
+    /// The routes in words, by their numbers.
+    words: Vec<Arc<RouteWords>>,
+    /// Where the tables `local` of IPv4 and IPv6 are.
+    local: [Option<usize>; 2],
     /// Policy rules with their tables, for IPv4 and IPv6.
     policy: [Vec<Policy>; 2],
     /// False where the state has no routes.
@@ -29,6 +36,8 @@ pub(super) struct Routing {
 struct Policy {
     rule: PolicyRule,
     table: Option<usize>,
+    /// It selects every packet.
+    plain: bool,
 }
 
 /// What a lookup asks with (`struct flowi4`).
@@ -48,7 +57,7 @@ pub(super) struct Key<'k> {
 
 impl<'k> Key<'k> {
     /// Of the packet as it looks now.
-    pub(super) fn of(walk: &Walk, input: &'k str) -> Self {
+    pub(super) fn of(walk: &Walk<'_>, input: &'k str) -> Self {
         let tuple = &walk.tuple;
         Self {
             dst: tuple.dst,
@@ -74,14 +83,25 @@ pub(super) enum Found<'r> {
 impl Routing {
     pub(super) fn new(state: &NodeState) -> Self {
         let mut routing = Self { known: state.routes.is_some(), ..Self::default() };
-        for route in state.routes.iter().flatten() {
-            routing.add(route);
-        }
+        let given = state.routes.as_deref().unwrap_or_default();
+        let mut routes: Vec<Cow<'_, RouteEntry>> = given.iter().map(Cow::Borrowed).collect();
         for family in [Family::V4, Family::V6] {
-            if routing.table(family, &Name::Static("local")).is_none() {
-                routing.add_local(family, state.addresses.as_deref());
+            let is_local = |route: &RouteEntry| table_of(route) == (family, Name::Static("local"));
+            if !given.iter().any(is_local) {
+                routes.extend(routing.local_routes(family, state.addresses.as_deref()).into_iter().map(Cow::Owned));
             }
         }
+        let mut tables: Vec<(_, Vec<(u32, &RouteEntry)>)> = Vec::new();
+        for (number, route) in (0..).zip(&routes) {
+            let of = table_of(route);
+            match tables.iter_mut().find(|(known, _)| *known == of) {
+                Some((_, routes)) => routes.push((number, route)),
+                None => tables.push((of, vec![(number, route)])),
+            }
+        }
+        routing.words = routes.iter().map(|route| words(route)).collect();
+        routing.tables = tables.into_iter().map(|((family, name), routes)| Table::new(family, name, routes)).collect();
+        routing.local = [Family::V4, Family::V6].map(|family| routing.table(family, &Name::Static("local")));
         let policy = match &state.policy {
             Some(policy) => policy.clone(),
             None => {
@@ -96,7 +116,11 @@ impl Routing {
                 PolicyAction::Table(name) => routing.table(rule.family, &table_name(name)),
                 _ => None,
             };
-            routing.policy[place(rule.family)].push(Policy { rule, table });
+            let plain = PolicyRule {
+                suppress_prefix: rule.suppress_prefix,
+                ..PolicyRule::for_all(rule.family, rule.priority, rule.action.clone())
+            } == rule;
+            routing.policy[place(rule.family)].push(Policy { rule, table, plain });
         }
         let more_rules = routing.policy[0].len() > 3;
         let is_address = |net: &IpNet| net.addr().is_loopback() || net.prefix_len() == 32;
@@ -122,7 +146,7 @@ impl Routing {
             _ => {}
         }
         let family = Family::of(address);
-        let table = self.tables.get(self.table(family, &Name::Static("local"))?)?;
+        let table = self.tables.get(self.local[place(family)]?)?;
         // `__inet_dev_addr_type` looks at the first route that matches, and there at the first next hop.
         let hit = table.find(&Asked { dst: address, src: None, tos: 0 }, |_| true);
         let on_device = |entry: &&Entry| {
@@ -134,8 +158,8 @@ impl Routing {
     /// `fib_rules_lookup` and `fib_table_lookup`. Selectors that are not known count as not matching and are said.
     pub(super) fn lookup(&self, key: &Key<'_>, say: &mut dyn FnMut(String)) -> Found<'_> {
         let mut skip_to = 0;
-        for Policy { rule, table } in &self.policy[place(Family::of(key.dst))] {
-            if rule.priority < skip_to || !selects(rule, key, say) {
+        for Policy { rule, table, plain } in &self.policy[place(Family::of(key.dst))] {
+            if rule.priority < skip_to || !plain && !selects(rule, key, say) {
                 continue;
             }
             match &rule.action {
@@ -153,7 +177,7 @@ impl Routing {
                         if entry.is_default_for_tos() {
                             say(format!(
                                 "{} is taken; among several default routes the kernel leaves out one whose gateway does not answer",
-                                entry.text
+                                self.text(entry)
                             ));
                         }
                         return Found::Route(entry);
@@ -164,22 +188,27 @@ impl Routing {
         Found::Refused(RouteKind::None)
     }
 
+    /// Destination and TOS alone decide a lookup: no policy rule selects, and no route is for some sources only.
+    pub(super) fn asks_addresses_only(&self, family: Family) -> bool {
+        family == Family::V4 && self.policy[place(family)].iter().all(|policy| policy.plain)
+    }
+
+    /// What the numbers of routes stand for.
+    pub(super) fn words(&self) -> Vec<Arc<RouteWords>> {
+        self.words.clone()
+    }
+
+    fn text(&self, entry: &Entry) -> &str {
+        self.words.get(entry.number as usize).map_or("", |words| &words.text)
+    }
+
     fn table(&self, family: Family, name: &Name) -> Option<usize> {
         self.tables.iter().position(|table| table.family == family && table.name == *name)
     }
 
-    fn add(&mut self, route: &RouteEntry) {
-        let (family, name) = (Family::of(route.dst.addr()), table_name(&route.table));
-        let at = self.table(family, &name).unwrap_or_else(|| {
-            self.tables.push(Table::new(family, name));
-            self.tables.len() - 1
-        });
-        self.tables[at].add(route);
-    }
-
-    /// Makes the local table from the addresses, as the kernel does when an address is added.
-    fn add_local(&mut self, family: Family, addresses: Option<&[Address]>) {
-        let Some(addresses) = addresses else { return };
+    /// The local table made from the addresses, as the kernel does when an address is added.
+    fn local_routes(&mut self, family: Family, addresses: Option<&[Address]>) -> Vec<RouteEntry> {
+        let addresses = addresses.unwrap_or_default();
         let mut own: Vec<(IpNet, &str)> = Vec::new();
         for address in addresses.iter().filter(|address| Family::of(address.address) == family) {
             own.push((IpNet::from(address.address), &address.interface));
@@ -193,21 +222,19 @@ impl Routing {
         if self.known && !own.is_empty() {
             self.assumptions.push(format!("the {name} table local is not among the routes: made from the addresses"));
         }
-        for (dst, interface) in own {
-            let hop = NextHop { interface: Some(interface.into()), gateway: None, weight: 1, dead: false };
-            self.add(&RouteEntry {
-                kind: RouteKind::Local,
-                dst,
-                table: "local".into(),
-                nexthops: vec![hop],
-                prefsrc: None,
-                metric: 0,
-                tos: 0,
-                src: None,
-                scope: "host".into(),
-                mtu: None,
-            });
-        }
+        let route = |(dst, interface): (IpNet, &str)| RouteEntry {
+            kind: RouteKind::Local,
+            dst,
+            table: "local".into(),
+            nexthops: vec![NextHop { interface: Some(interface.into()), gateway: None, weight: 1, dead: false }],
+            prefsrc: None,
+            metric: 0,
+            tos: 0,
+            src: None,
+            scope: "host".into(),
+            mtu: None,
+        };
+        own.into_iter().map(route).collect()
     }
 }
 
@@ -255,6 +282,15 @@ const fn tos_bits(family: Family) -> u8 {
         Family::V4 => TOS_BITS,
         Family::V6 => 0xfc,
     }
+}
+
+fn words(route: &RouteEntry) -> Arc<RouteWords> {
+    let ways = route.nexthops.iter().map(|hop| (hop.interface.as_deref().map(Name::from), hop.gateway));
+    Arc::new(RouteWords { table: table_name(&route.table), text: Name::from(describe(route)), ways: ways.collect() })
+}
+
+fn table_of(route: &RouteEntry) -> (Family, Name) {
+    (Family::of(route.dst.addr()), table_name(&route.table))
 }
 
 fn table_name(name: &str) -> Name {

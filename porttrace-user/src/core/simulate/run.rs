@@ -2,10 +2,12 @@
 
 use super::compiled::{BaseChain, Entry, Simulator, TableData};
 use super::path::dropped;
+use super::source::{Reverse, WayBack};
 use super::walk::{Again, Frame, Walk};
 use crate::core::model::name::Name;
 use crate::core::model::rules::{Policy, Rule, Target};
-use crate::core::model::trace::{Action, Branch, Decision, DropReason, Hook, Hop, RuleRef, Verdict};
+use crate::core::model::steps::{Act, RuleAt, Step};
+use crate::core::model::trace::{Action, Branch, Decision, DropReason, Fraction, Hook, RuleRef, Verdict};
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 
@@ -22,9 +24,11 @@ pub(super) struct Run<'s> {
     /// The order of base chains with equal priority.
     pub(super) order: u8,
     #[expect(clippy::vec_box, reason = "a walk is large: only its place is moved about")]
-    work: Vec<Box<Walk>>,
+    work: Vec<Box<Walk<'s>>>,
     pub(super) branches: Vec<Branch>,
     pub(super) assumptions: BTreeSet<Cow<'static, str>>,
+    /// The way back to a source, as it was last found: branches of one packet mostly share their source.
+    pub(super) way_back: Option<(WayBack<'s>, Reverse)>,
     steps: u32,
 }
 
@@ -38,15 +42,17 @@ pub(super) enum Next {
 enum Acted {
     /// Look at the next rule.
     On,
+    /// Another chain comes next, or this one is over.
+    Elsewhere,
     /// The base chain is over: the packet is accepted by it.
     Accepted,
-    End(Verdict),
+    End(Box<Verdict>),
 }
 
 impl<'s> Run<'s> {
     pub(super) fn new(sim: &'s Simulator, linear: bool, order: u8) -> Self {
         let assumptions = sim.assumptions.iter().cloned().map(Cow::Owned).collect();
-        Self { sim, linear, order, work: Vec::new(), branches: Vec::new(), assumptions, steps: 0 }
+        Self { sim, linear, order, work: Vec::new(), branches: Vec::new(), assumptions, way_back: None, steps: 0 }
     }
 
     pub(super) fn assume(&mut self, sentence: impl Into<Cow<'static, str>>) {
@@ -54,12 +60,12 @@ impl<'s> Run<'s> {
     }
 
     /// Puts a walk aside to be followed later.
-    pub(super) fn later(&mut self, walk: Walk) {
-        self.work.push(Box::new(walk));
+    pub(super) fn later(&mut self, walk: Box<Walk<'s>>) {
+        self.work.push(walk);
     }
 
     /// Follows a walk and all that fork off it to their ends.
-    pub(super) fn follow(&mut self, first: Box<Walk>, start: Next) {
+    pub(super) fn follow(&mut self, first: Box<Walk<'s>>, start: Next) {
         self.drive(first, start);
         while let Some(walk) = self.work.pop() {
             if self.branches.len() >= MAX_BRANCHES {
@@ -71,7 +77,7 @@ impl<'s> Run<'s> {
         }
     }
 
-    fn drive(&mut self, mut walk: Box<Walk>, mut next: Next) {
+    fn drive(&mut self, mut walk: Box<Walk<'s>>, mut next: Next) {
         loop {
             match walk.again.take() {
                 Some(Again::Route(then)) => {
@@ -90,7 +96,7 @@ impl<'s> Run<'s> {
     }
 
     /// The next entry of the present hook.
-    fn entry(&mut self, walk: &mut Walk) -> Next {
+    fn entry(&mut self, walk: &mut Walk<'s>) -> Next {
         let stage = walk.stage;
         let sim = self.sim;
         match sim.entry(self.order, walk.family(), stage.hook, stage.entry.into()) {
@@ -111,7 +117,7 @@ impl<'s> Run<'s> {
     }
 
     /// A base chain accepted the packet.
-    fn base_done(&mut self, walk: &mut Walk) -> Next {
+    fn base_done(&mut self, walk: &mut Walk<'s>) -> Next {
         walk.frames.clear();
         let stage = walk.stage;
         match self.sim.entry(self.order, walk.family(), stage.hook, stage.entry.into()) {
@@ -125,126 +131,145 @@ impl<'s> Run<'s> {
         Next::Go
     }
 
-    /// Walks the innermost chain until it is left or the path forks.
-    fn chain(&mut self, walk: &mut Walk) -> Next {
+    /// Walks the innermost chain, and those that it leads to, until the base chain is over.
+    fn chain(&mut self, walk: &mut Walk<'s>) -> Next {
         let sim = self.sim;
         loop {
             let Some(&frame) = walk.frames.last() else { return self.base_done(walk) };
             let Some(table) = sim.tables.get(usize::from(frame.table)) else { return self.base_done(walk) };
             let rules = table.chain(frame.chain).map_or(&[][..], |chain| &chain.rules);
-            let at = match table.index(frame.chain) {
-                _ if frame.next == Frame::END => None,
-                Some(index) if !self.linear => index.next(&walk.tuple, frame.next),
-                _ => Some(frame.next),
-            };
-            let Some((at, rule)) = at.and_then(|at| Some((at, rules.get(at as usize)?))) else {
-                match self.chain_over(walk, table, frame) {
-                    Acted::On => continue,
-                    Acted::Accepted => return self.base_done(walk),
-                    Acted::End(verdict) => return Next::End(verdict),
+            let index = table.index(frame.chain).filter(|_| !self.linear);
+            let mut from = frame.next;
+            let acted = loop {
+                let found = match index {
+                    _ if from == Frame::END => None,
+                    Some(index) => index.next(&walk.tuple, from),
+                    None => Some(from),
+                };
+                let Some((at, rule)) = found.and_then(|at| Some((at, rules.get(at as usize)?))) else {
+                    break self.chain_over(walk, table, frame);
+                };
+                self.steps += 1;
+                if self.steps > MAX_STEPS {
+                    return self.gave_up(table.at(frame.chain, Some(at)));
+                }
+                from = at + 1;
+                if self.decide(walk, table, (frame.chain, at), rule) {
+                    match self.act(walk, table, (frame, at), rule) {
+                        Acted::On => {}
+                        elsewhere => break elsewhere,
+                    }
                 }
             };
-            self.steps += 1;
-            if self.steps > MAX_STEPS {
-                let because = format!("gave up after {MAX_STEPS} rules: the chains jump to each other too often");
-                return Next::End(Verdict::Unknown { because, by: Some(table.reference(frame.chain, Some(at))) });
-            }
-            if let Some(last) = walk.frames.last_mut() {
-                last.next = at + 1;
-            }
-            if !self.decide(walk, table, (frame.chain, at), rule) {
-                continue;
-            }
-            match self.act(walk, table, (frame, at), rule) {
-                Acted::On => {}
+            match acted {
+                Acted::On | Acted::Elsewhere => {}
                 Acted::Accepted => return self.base_done(walk),
-                Acted::End(verdict) => return Next::End(verdict),
+                Acted::End(verdict) => return Next::End(*verdict),
             }
         }
+    }
+
+    fn gave_up(&self, at: RuleAt) -> Next {
+        let because = format!("gave up after {MAX_STEPS} rules: the chains jump to each other too often");
+        Next::End(Verdict::Unknown { because, by: self.sim.rule(at) })
     }
 
     /// End of a chain: back to the caller, or the base chain's policy.
-    fn chain_over(&mut self, walk: &mut Walk, table: &TableData, frame: Frame) -> Acted {
+    fn chain_over(&mut self, walk: &mut Walk<'s>, table: &TableData, frame: Frame) -> Acted {
         walk.frames.pop();
         if !walk.frames.is_empty() {
-            return Acted::On;
+            return Acted::Elsewhere;
         }
-        let policy = table.chain(frame.chain).and_then(|chain| chain.policy).unwrap_or(Policy::Accept);
-        let action = if policy == Policy::Drop { Action::Drop } else { Action::Accept };
-        let rule = table.reference(frame.chain, None);
-        let hop = Hop::Rule { hook: walk.stage.hook, rule: rule.clone(), action, text: Default::default() };
-        walk.hop(hop);
-        match policy {
-            Policy::Accept => Acted::Accepted,
-            Policy::Drop => Acted::End(Verdict::Dropped { reason: DropReason::Rule, by: Some(rule) }),
+        let at = table.at(frame.chain, None);
+        record(walk, at, Act::Target);
+        match table.chain(frame.chain).and_then(|chain| chain.policy) {
+            Some(Policy::Drop) => {
+                Acted::End(Box::new(Verdict::Dropped { reason: DropReason::Rule, by: self.sim.rule(at) }))
+            }
+            Some(Policy::Accept) | None => Acted::Accepted,
         }
     }
 
-    fn act(&mut self, walk: &mut Walk, table: &TableData, (frame, at): (Frame, u32), rule: &Rule) -> Acted {
-        let place = table.reference(frame.chain, Some(at));
+    fn act(&mut self, walk: &mut Walk<'s>, table: &TableData, (frame, at): (Frame, u32), rule: &Rule) -> Acted {
+        let at = table.at(frame.chain, Some(at));
         match &rule.target {
-            Target::Jump(to) => jump(walk, table, (frame, *to, false), place, rule),
-            Target::Goto(to) => jump(walk, table, (frame, *to, true), place, rule),
+            Target::Jump(to) => self.jump(walk, (frame, *to, false), at),
+            Target::Goto(to) => self.jump(walk, (frame, *to, true), at),
             Target::Return => {
-                record(walk, table, rule, place, Action::Return);
+                record(walk, at, Act::Target);
                 if let Some(last) = walk.frames.last_mut() {
                     last.next = Frame::END;
                 }
-                Acted::On
+                Acted::Elsewhere
             }
             Target::Accept => {
-                record(walk, table, rule, place, Action::Accept);
+                record(walk, at, Act::Target);
                 Acted::Accepted
             }
             Target::Drop | Target::Reject(_) | Target::Stop(_) | Target::Missing(_) => {
-                let (action, verdict) = last_word(&rule.target, &place);
-                record(walk, table, rule, place, action);
-                Acted::End(verdict)
+                record(walk, at, Act::Target);
+                Acted::End(Box::new(last_word(&rule.target, self.sim.rule(at))))
             }
             Target::Dnat(_) | Target::Snat(_) | Target::Masquerade(_) | Target::Redirect(_) | Target::Netmap(_) => {
-                self.nat_target(walk, table, place, rule)
+                self.nat_target(walk, at, rule)
             }
             Target::Tproxy(tproxy) => {
-                let Some(action) = self.tproxy(walk, tproxy) else {
-                    record(walk, table, rule, place.clone(), Action::Drop);
+                let Some(act) = self.tproxy(walk, tproxy) else {
+                    record(walk, at, Act::Said(Box::new(Action::Drop)));
                     walk.note("TPROXY drops it: nothing listens where it would be handed to");
-                    return Acted::End(Verdict::Dropped { reason: DropReason::Rule, by: Some(place) });
+                    return Acted::End(Box::new(Verdict::Dropped { reason: DropReason::Rule, by: self.sim.rule(at) }));
                 };
-                record(walk, table, rule, place, action);
+                record(walk, at, act);
                 Acted::Accepted
             }
             other => {
-                let action = Self::adjust(walk, other);
-                record(walk, table, rule, place, action);
+                let act = Self::adjust(walk, other);
+                record(walk, at, act);
                 Acted::On
             }
         }
     }
 
-    fn nat_target(&mut self, walk: &mut Walk, table: &TableData, place: RuleRef, rule: &Rule) -> Acted {
-        match self.translate_by(walk, &rule.target, &place) {
-            Ok(action) => {
+    fn nat_target(&mut self, walk: &mut Walk<'s>, at: RuleAt, rule: &Rule) -> Acted {
+        match self.translate_by(walk, &rule.target, at) {
+            Ok(act) => {
                 // The rewrite itself follows when the NAT step applies the manip (`nf_nat_packet`).
-                record(walk, table, rule, place.clone(), action);
-                walk.nat_by = Some(place);
+                record(walk, at, act);
+                walk.nat_by = Some(at);
                 Acted::Accepted
             }
             Err(instead) => {
-                let (action, verdict) = *instead;
-                record(walk, table, rule, place, action);
-                Acted::End(verdict)
+                let (act, verdict) = *instead;
+                record(walk, at, act);
+                Acted::End(Box::new(verdict))
             }
         }
     }
 
+    /// Goes into another chain; a goto leaves nothing of this one, so that the end of the other returns to the caller's caller.
+    fn jump(&mut self, walk: &mut Walk<'s>, (frame, to, goes): (Frame, u32, bool), at: RuleAt) -> Acted {
+        if walk.frames.iter().any(|frame| frame.chain == to) {
+            let table = self.sim.tables.get(usize::from(frame.table));
+            let name = table.map_or("", |table| table.chain_name(to));
+            let because = format!("chain {name} leads back to itself");
+            return Acted::End(Box::new(Verdict::Unknown { because, by: self.sim.rule(at) }));
+        }
+        record(walk, at, Act::Target);
+        if let Some(last) = walk.frames.last_mut() {
+            last.next = if goes { Frame::END } else { at.number };
+        }
+        walk.frames.push(Frame { table: frame.table, chain: to, next: 0 });
+        Acted::Elsewhere
+    }
+
     /// Ends a walk.
-    fn finish(&mut self, mut walk: Box<Walk>, verdict: Verdict) {
+    fn finish(&mut self, mut walk: Box<Walk<'s>>, verdict: Verdict) {
         let arrived = matches!(verdict, Verdict::Delivered { .. } | Verdict::Forwarded { .. });
         if arrived {
             walk.way_back();
         }
         if let Some(original) = walk.copied.take() {
-            self.later(after_copy(*original, &walk));
+            self.later(after_copy(original, &walk));
         }
         let conn = &walk.conn;
         let reply_tuple = if conn.tracked() { conn.translated().inverted() } else { walk.tuple.inverted() };
@@ -256,9 +281,9 @@ impl<'s> Run<'s> {
             _ => None,
         };
         self.branches.push(Branch {
-            probability: walk.probability,
+            probability: Fraction::new(walk.probability.num, walk.probability.den),
             decisions: walk.decisions,
-            hops: walk.hops,
+            hops: walk.path.into(),
             verdict,
             final_tuple: walk.tuple,
             reply_tuple,
@@ -269,7 +294,7 @@ impl<'s> Run<'s> {
     }
 
     /// The last entry of a hook is done.
-    fn leave(&mut self, walk: &mut Walk) -> Next {
+    fn leave(&mut self, walk: &mut Walk<'s>) -> Next {
         match walk.stage.hook {
             Hook::Prerouting => self.after_prerouting(walk),
             Hook::Output => {
@@ -287,7 +312,7 @@ impl<'s> Run<'s> {
 }
 
 /// A broadcast goes on when its copy has gone its way: both belong to one connection, and rules may have written lists.
-fn after_copy(mut original: Walk, copy: &Walk) -> Walk {
+fn after_copy<'s>(mut original: Box<Walk<'s>>, copy: &Walk<'_>) -> Box<Walk<'s>> {
     if original.conn.tracked() {
         original.conn = copy.conn;
     }
@@ -299,48 +324,21 @@ fn after_copy(mut original: Walk, copy: &Walk) -> Walk {
 }
 
 /// Writes down that a rule matched and what it did.
-fn record(walk: &mut Walk, table: &TableData, rule: &Rule, place: RuleRef, action: Action) {
-    let text = table.text(rule);
-    let hook = walk.stage.hook;
-    walk.hop(Hop::Rule { hook, rule: place, action, text });
-}
-
-/// Goes into another chain; a goto leaves nothing of this one, so that the end of the other returns to the caller's caller.
-fn jump(
-    walk: &mut Walk,
-    table: &TableData,
-    (frame, to, goes): (Frame, u32, bool),
-    place: RuleRef,
-    rule: &Rule,
-) -> Acted {
-    let chain = table.chain_name(to);
-    if walk.frames.iter().any(|frame| frame.chain == to) {
-        let because = format!("chain {chain} leads back to itself");
-        return Acted::End(Verdict::Unknown { because, by: Some(place) });
-    }
-    record(walk, table, rule, place, if goes { Action::Goto { chain } } else { Action::Jump { chain } });
-    if let Some(last) = walk.frames.last_mut().filter(|_| goes) {
-        last.next = Frame::END;
-    }
-    walk.frames.push(Frame { table: frame.table, chain: to, next: 0 });
-    Acted::On
+fn record(walk: &mut Walk<'_>, at: RuleAt, act: Act) {
+    walk.step(Step::Rule { hook: walk.stage.hook, at, act });
 }
 
 /// Targets after which nothing more happens to the packet in this model.
-fn last_word(target: &Target, place: &RuleRef) -> (Action, Verdict) {
-    let by = Some(place.clone());
-    let unknown = |name: &str, because: String| {
-        (Action::Other { target: name.into() }, Verdict::Unknown { because, by: by.clone() })
-    };
+fn last_word(target: &Target, by: Option<RuleRef>) -> Verdict {
     match target {
-        Target::Reject(with) => {
-            let with = Name::from(&**with);
-            (Action::Reject { with: with.clone() }, Verdict::Rejected { with, by })
+        Target::Reject(with) => Verdict::Rejected { with: Name::from(&**with), by },
+        Target::Stop(text) => {
+            Verdict::Unknown { because: format!("{text} hands the packet to something outside the rules"), by }
         }
-        Target::Stop(text) => unknown(text, format!("{text} hands the packet to something outside the rules")),
-        Target::Missing(name) => {
-            unknown(name, format!("{name} is neither a chain of the dump nor a target that the model knows"))
-        }
-        _ => (Action::Drop, Verdict::Dropped { reason: DropReason::Rule, by }),
+        Target::Missing(name) => Verdict::Unknown {
+            because: format!("{name} is neither a chain of the dump nor a target that the model knows"),
+            by,
+        },
+        _ => Verdict::Dropped { reason: DropReason::Rule, by },
     }
 }

@@ -15,7 +15,7 @@ const WITHOUT_ETHERNET: [&str; 10] =
     ["ipip", "sit", "gre", "ip6tnl", "ip6gre", "vti", "vti6", "xfrm", "wireguard", "tun"];
 
 /// `owner_mt` (net/netfilter/xt_owner.c): a packet without a socket has no owner, and a copy has none (`__skb_clone`).
-pub(super) fn owner(walk: &Walk, asked: &Owner) -> Answer {
+pub(super) fn owner(walk: &Walk<'_>, asked: &Owner) -> Answer {
     if !walk.local || walk.looped || walk.copied.is_some() {
         return false.into();
     }
@@ -30,10 +30,10 @@ pub(super) fn owner(walk: &Walk, asked: &Owner) -> Answer {
     }
 }
 
-impl Run<'_> {
+impl<'s> Run<'s> {
     /// `mac_mt` (net/netfilter/xt_mac.c): false, negated or not, for what did not come in an Ethernet frame.
-    pub(super) fn mac(&mut self, walk: &Walk, asked: [u8; 6]) -> Answer {
-        let Some(input) = walk.input.as_deref().filter(|input| !walk.looped && *input != "lo") else {
+    pub(super) fn mac(&mut self, walk: &Walk<'_>, asked: [u8; 6]) -> Answer {
+        let Some(input) = walk.input_name().filter(|input| !walk.looped && *input != "lo") else {
             return Answer::Never;
         };
         if self.sim.config.link(input).is_some_and(|link| WITHOUT_ETHERNET.contains(&link.kind.as_str())) {
@@ -52,7 +52,7 @@ impl Run<'_> {
     }
 
     /// Who puts packets of this source on the link: the source itself, or the router towards it.
-    fn neighbour_of(&mut self, walk: &Walk, input: &str) -> Option<(IpAddr, [u8; 6])> {
+    fn neighbour_of(&mut self, walk: &Walk<'_>, input: &str) -> Option<(IpAddr, [u8; 6])> {
         let src = match walk.conn.direction {
             Direction::Original => walk.conn.original.src,
             Direction::Reply => walk.conn.reply.src,
@@ -68,7 +68,7 @@ impl Run<'_> {
 
     /// `socket_match` and `nf_sk_lookup_slow_v4` (net/netfilter/xt_socket.c, net/ipv4/netfilter/nf_socket_ipv4.c). The state
     /// has listening and unconnected sockets only: for a connection that exists already the answer is not known.
-    pub(super) fn socket(&mut self, walk: &Walk, asked: &SocketMatch) -> Answer {
+    pub(super) fn socket(&mut self, walk: &Walk<'_>, asked: &SocketMatch) -> Answer {
         let tuple = &walk.tuple;
         if !matches!(tuple.proto, Proto::Tcp | Proto::Udp) {
             return false.into();

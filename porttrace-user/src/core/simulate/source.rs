@@ -1,5 +1,6 @@
 //! Is the source believable: `fib_validate_source` (net/ipv4/fib_frontend.c) and `-m rpfilter` (net/ipv4/netfilter/ipt_rpfilter.c).
 
+use super::config::InterfaceConf;
 use super::matches::Answer;
 use super::routing::{Found, Key};
 use super::run::{Next, Run};
@@ -9,16 +10,20 @@ use crate::core::model::rules::RpFilter;
 use crate::core::model::trace::{DropReason, RouteKind, Verdict};
 use std::net::{IpAddr, Ipv4Addr};
 
-impl Run<'_> {
+impl<'s> Run<'s> {
     /// Runs after PREROUTING, on the rewritten destination; `Some` drops the packet. `back`: the packet is to be forwarded by
     /// the interface it came from.
-    pub(super) fn validate_source(&mut self, walk: &mut Walk, input: &str, back: bool) -> Option<Next> {
-        let (all, own) = (self.sim.config.interface("all"), self.sim.config.interface(input));
-        if all.rp_filter.is_none() && own.rp_filter.is_none() {
+    pub(super) fn validate_source(
+        &mut self,
+        walk: &mut Walk<'s>,
+        (input, conf): (&'s str, InterfaceConf),
+        back: bool,
+    ) -> Option<Next> {
+        let mode = conf.rp_filter.unwrap_or_else(|| {
             self.assume("rp_filter is not part of the state: taken as off");
-        }
-        let mode = all.rp_filter.unwrap_or(0).max(own.rp_filter.unwrap_or(0));
-        let accept_local = all.accept_local.unwrap_or(0) | own.accept_local.unwrap_or(0) != 0;
+            0
+        });
+        let accept_local = conf.accept_local.unwrap_or(0) != 0;
         if mode == 0 && accept_local && !back {
             return None;
         }
@@ -29,11 +34,10 @@ impl Run<'_> {
             let own_source = exact && self.sim.routing.is_local(src).unwrap_or(false);
             return own_source.then(|| self.own_source(walk));
         }
-        let valid_mark = all.src_valid_mark.unwrap_or(0) | own.src_valid_mark.unwrap_or(0) != 0;
-        let mark = if valid_mark { walk.mark } else { 0 };
+        let mark = if conf.src_valid_mark.unwrap_or(0) != 0 { walk.mark } else { 0 };
         // `__fib_validate_source`: policy rules see the output interface as the input, lo for what stays here.
-        let from = walk.output.clone().filter(|_| !walk.to_self);
-        let good = match self.reverse(walk, input, mark, from.as_deref().unwrap_or("lo")) {
+        let from = walk.output_name().filter(|_| !walk.to_self);
+        let good = match self.reverse(walk, input, mark, from.unwrap_or("lo")) {
             Reverse::Local { .. } if !accept_local => return Some(self.own_source(walk)),
             Reverse::Special => {
                 walk.note(format!("{src} is no address of a single node: it cannot be a source"));
@@ -50,7 +54,7 @@ impl Run<'_> {
         Some(drop(DropReason::RpFilter))
     }
 
-    fn own_source(&self, walk: &mut Walk) -> Next {
+    fn own_source(&self, walk: &mut Walk<'s>) -> Next {
         let src = walk.tuple.src;
         walk.note(format!(
             "{src} is this node's own address: a packet from outside may not carry it (accept_local is off)"
@@ -59,12 +63,18 @@ impl Run<'_> {
     }
 
     /// Where a packet to the source would go.
-    fn reverse(&mut self, walk: &Walk, input: &str, mark: u32, from: &str) -> Reverse {
+    fn reverse(&mut self, walk: &Walk<'s>, input: &'s str, mark: u32, from: &str) -> Reverse {
         let sim = self.sim;
+        let family = walk.family();
+        let asked = WayBack { source: walk.tuple.src, tos: walk.tos, input };
+        if let Some((last, found)) = self.way_back
+            && last == asked
+        {
+            return found;
+        }
         let key = Key {
             dst: walk.tuple.src,
-            src: Some(walk.tuple.dst)
-                .filter(|dst| self.sim.routing.address_type(*dst, None) != Some(RouteKind::Broadcast)),
+            src: Some(walk.tuple.dst).filter(|dst| sim.routing.address_type(*dst, None) != Some(RouteKind::Broadcast)),
             input: from,
             output: None,
             mark,
@@ -72,7 +82,7 @@ impl Run<'_> {
             proto: Some(walk.tuple.proto),
             ports: (walk.tuple.dport, walk.tuple.sport),
         };
-        match sim.routing.lookup(&key, &mut |text| self.assume(text)) {
+        let found = match sim.routing.lookup(&key, &mut |text| self.assume(text)) {
             Found::Route(entry) if matches!(entry.kind, RouteKind::Local | RouteKind::Unicast) => {
                 // `fib_info_nh_uses_dev`
                 let same = entry.alive().any(|way| way.interface.as_deref() == Some(input));
@@ -88,15 +98,19 @@ impl Run<'_> {
                 Reverse::Special
             }
             _ => Reverse::None,
+        };
+        if sim.routing.asks_addresses_only(family) {
+            self.way_back = Some((asked, found));
         }
+        found
     }
 
     /// `rpfilter_mt`: true where the reverse path is good, unless inverted.
-    pub(super) fn rp_match(&mut self, walk: &Walk, asked: &RpFilter) -> Answer {
+    pub(super) fn rp_match(&mut self, walk: &Walk<'s>, asked: &RpFilter) -> Answer {
         if !self.sim.routing.known {
             return Answer::Unknown("the way back to the source".into());
         }
-        let Some(input) = walk.input.as_deref() else { return true.into() };
+        let Some(input) = walk.input_name() else { return true.into() };
         if input == "lo" || walk.looped {
             return (!asked.invert).into();
         }
@@ -114,7 +128,16 @@ impl Run<'_> {
     }
 }
 
-enum Reverse {
+/// Who asks for the way back, where only the address and the TOS decide it.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) struct WayBack<'s> {
+    source: IpAddr,
+    tos: u8,
+    input: &'s str,
+}
+
+#[derive(Clone, Copy)]
+pub(super) enum Reverse {
     None,
     /// An address of the node; `same`: of that interface.
     Local {

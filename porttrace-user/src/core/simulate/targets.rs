@@ -3,17 +3,18 @@
 use super::conn::CtInfo;
 use super::run::Run;
 use super::walk::Walk;
-use crate::core::model::flow::Tuple;
+use crate::core::model::flow::{Direction, Tuple};
 use crate::core::model::rules::{ConnMarkOp, MarkOp, Target, Tproxy, TtlOp};
-use crate::core::model::trace::{Action, Hop};
+use crate::core::model::steps::{Act, Step};
+use crate::core::model::trace::Action;
 
-impl Run<'_> {
+impl<'s> Run<'s> {
     /// Applies the target.
-    pub(super) fn adjust(walk: &mut Walk, target: &Target) -> Action {
+    pub(super) fn adjust(walk: &mut Walk<'s>, target: &Target) -> Act {
         match target {
             Target::Mark(op) => {
                 walk.mark = apply(*op, walk.mark);
-                Action::Mark { mark: walk.mark }
+                Act::Mark(walk.mark)
             }
             Target::ConnMark(op) => connmark(walk, *op),
             Target::Notrack => {
@@ -21,7 +22,7 @@ impl Run<'_> {
                 if matches!(walk.conn.state, CtInfo::Unseen | CtInfo::Invalid) {
                     walk.conn.state = CtInfo::Untracked;
                 }
-                Action::Notrack
+                Act::Target
             }
             // `ttl_tg` (net/netfilter/xt_HL.c) stays within 0 and 255.
             Target::Ttl(op) => {
@@ -30,23 +31,22 @@ impl Run<'_> {
                     TtlOp::Add(value) => walk.ttl.saturating_add(value),
                     TtlOp::Subtract(value) => walk.ttl.saturating_sub(value),
                 };
-                Action::Other { target: format!("TTL becomes {}", walk.ttl).into() }
+                said(format!("TTL becomes {}", walk.ttl))
             }
             Target::Tos { value, mask } => {
                 walk.tos = (walk.tos & !mask) ^ value;
-                Action::Other { target: format!("TOS becomes {:#04x}", walk.tos).into() }
+                said(format!("TOS becomes {:#04x}", walk.tos))
             }
-            Target::Other(text) => Action::Other { target: (&**text).into() },
-            _ => Action::Continue,
+            _ => Act::Target,
         }
     }
 
     /// `tproxy_tg4` (net/netfilter/xt_TPROXY.c): the packet keeps its addresses, and the mark sends it to the local socket by a
     /// policy rule. `None`: no socket listens there, and the packet is dropped.
-    pub(super) fn tproxy(&mut self, walk: &mut Walk, tproxy: &Tproxy) -> Option<Action> {
+    pub(super) fn tproxy(&mut self, walk: &mut Walk<'s>, tproxy: &Tproxy) -> Option<Act> {
         let port = if tproxy.on_port == 0 { walk.tuple.dport } else { tproxy.on_port };
         // `nf_tproxy_laddr4`: the first address of the input interface, where the rule names none.
-        let input = walk.input.as_deref().unwrap_or("lo");
+        let input = walk.input_name().unwrap_or("lo");
         let first = || self.sim.config.first_address(input, walk.tuple.dst).flatten();
         let address = tproxy.on_ip.or_else(first).unwrap_or(walk.tuple.dst);
         let there = Tuple { dst: address, dport: port, ..walk.tuple };
@@ -55,8 +55,12 @@ impl Run<'_> {
         }
         walk.mark = apply(tproxy.mark, walk.mark);
         self.assume(format!("a transparent socket listens on port {port}: without one TPROXY drops the packet"));
-        Some(Action::Other { target: format!("TPROXY to port {port}, mark {:#x}", walk.mark).into() })
+        Some(said(format!("TPROXY to port {port}, mark {:#x}", walk.mark)))
     }
+}
+
+fn said(what: String) -> Act {
+    Act::Said(Box::new(Action::Other { target: what.into() }))
 }
 
 /// `mark_tg`: `(mark & !mask) ^ value`.
@@ -65,43 +69,41 @@ const fn apply(op: MarkOp, mark: u32) -> u32 {
 }
 
 /// `connmark_tg_shift` (net/netfilter/xt_connmark.c); without an entry it does nothing.
-fn connmark(walk: &mut Walk, op: ConnMarkOp) -> Action {
+fn connmark(walk: &mut Walk<'_>, op: ConnMarkOp) -> Act {
     if !walk.conn.tracked() {
-        return Action::Continue;
+        return Act::Target;
     }
     match op {
         ConnMarkOp::Set(op) => {
             walk.conn.mark = apply(op, walk.conn.mark);
-            Action::ConnMark { mark: walk.conn.mark }
+            Act::ConnMark(walk.conn.mark)
         }
         ConnMarkOp::Save { ct_mask, nf_mask } => {
             walk.conn.mark = (walk.conn.mark & !ct_mask) ^ (walk.mark & nf_mask);
-            Action::ConnMark { mark: walk.conn.mark }
+            Act::ConnMark(walk.conn.mark)
         }
         ConnMarkOp::Restore { ct_mask, nf_mask } => {
             walk.mark = (walk.mark & !nf_mask) ^ (walk.conn.mark & ct_mask);
-            Action::Mark { mark: walk.mark }
+            Act::Mark(walk.mark)
         }
     }
 }
 
-impl Walk {
-    /// What NAT does to the reply of this packet: source half first, on its way in, then the destination half.
+impl<'s> Walk<'s> {
+    /// What the reply of this packet looks like as it arrives, and as it leaves.
     pub(super) fn way_back(&mut self) {
         if !self.conn.tracked() {
             return;
         }
         let before = self.conn.translated().inverted();
         let end = match self.conn.direction {
-            crate::core::model::flow::Direction::Original => self.conn.original.inverted(),
-            crate::core::model::flow::Direction::Reply => self.conn.reply.inverted(),
+            Direction::Original => self.conn.original.inverted(),
+            Direction::Reply => self.conn.reply.inverted(),
         };
-        let mut middle = before;
-        (middle.dst, middle.dport) = (end.dst, end.dport);
-        for (before, after) in [(before, middle), (middle, end)] {
-            if before != after {
-                self.hop(Hop::ReplyRewrite { before, after });
-            }
+        if before == end {
+            return;
         }
+        let turned_round = before == self.tuple.inverted();
+        self.step(if turned_round { Step::Reply(end) } else { Step::OtherReply(Box::new([before, end])) });
     }
 }

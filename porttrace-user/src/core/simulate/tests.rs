@@ -1,7 +1,6 @@
 //! What the model says of small states, each about one thing.
 
 use super::Simulator;
-use super::matches::unquantised;
 use crate::core::model::flow::{Family, Proto, Tuple};
 use crate::core::model::state::NodeState;
 use crate::core::model::trace::{Branch, DropReason, Flavour, Fraction, Hop, Packet, Trace, Verdict};
@@ -82,7 +81,7 @@ fn address(text: &str) -> IpAddr {
 fn rules(branch: &Branch) -> Vec<String> {
     let step = |hop: &Hop| match hop {
         Hop::Rule { rule, .. } => {
-            Some(format!("{}:{}", rule.chain, rule.number.map_or("policy".into(), |number| number.to_string())))
+            Some(format!("{}:{}", rule.chain, rule.number().map_or("policy".into(), |number| number.to_string())))
         }
         _ => None,
     };
@@ -95,17 +94,4 @@ fn notes(branch: &Branch) -> String {
         _ => None,
     };
     branch.hops.iter().filter_map(note).collect::<Vec<_>>().join("; ")
-}
-
-#[test]
-fn probabilities_are_the_fractions_that_kube_proxy_meant() {
-    for n in (1..=5_000u64).chain([9_999, 20_000]) {
-        let written = format!("{:.10}", 1.0 / n as f64).parse::<f64>().expect("a number");
-        let k = (written * f64::from(1u32 << 31)).round() as u32;
-        // Beyond five digits the ten digits that kube-proxy writes no longer tell neighbours apart.
-        let Fraction { num, den } = unquantised(k);
-        assert_eq!((num, den), (1, n), "1/{n} became {num}/{den}");
-    }
-    assert_eq!(unquantised(1_717_986_918), Fraction { num: 858_993_459, den: 1 << 30 });
-    assert_eq!(unquantised(0).as_f64(), 0.0);
 }

@@ -2,25 +2,27 @@
 
 use super::conn::Conn;
 use crate::core::model::flow::{Family, Tuple};
-use crate::core::model::hops::Hops;
+use crate::core::model::hops::Path;
 use crate::core::model::name::Name;
-use crate::core::model::trace::{Decision, Decisions, Fraction, Hook, Hop, RouteKind, RuleRef, Sender};
+use crate::core::model::steps::{RuleAt, Step};
+use crate::core::model::trace::{Decision, Decisions, Fraction, Hook, RouteKind, Sender};
 use smallvec::SmallVec;
 use std::borrow::Cow;
 use std::net::IpAddr;
+use std::ops::{Deref, DerefMut};
 
 /// A packet on its way. Cloned where the path forks.
 #[derive(Clone, Debug)]
-pub(super) struct Walk {
+pub(super) struct Walk<'s> {
     pub(super) tuple: Tuple,
     /// Input interface; `None` for what the node sends itself.
-    pub(super) input: Option<Name>,
+    pub(super) input: Option<&'s Name>,
     /// The bridge port behind a bridge that is the input.
-    pub(super) phys_in: Option<Name>,
+    pub(super) phys_in: Option<&'s Name>,
     /// Output interface as the routing decision has it (`skb_dst(skb)->dev`).
-    pub(super) output: Option<Name>,
+    pub(super) output: Option<&'s Name>,
     /// Output interface as the present hook sees it (`nf_hook_state.out`).
-    pub(super) hook_output: Option<Name>,
+    pub(super) hook_output: Option<&'s Name>,
     /// Nothing is known about the output: routes are not part of the state.
     pub(super) output_unknown: bool,
     pub(super) gateway: Option<IpAddr>,
@@ -50,14 +52,15 @@ pub(super) struct Walk {
     /// Kind of the route by which it leaves.
     pub(super) leaves_as: RouteKind,
     /// This is the kernel's copy of a broadcast; the broadcast itself waits here until the copy has gone its way.
-    pub(super) copied: Option<Box<Walk>>,
+    pub(super) copied: Option<Box<Walk<'s>>>,
     /// The rule whose NAT target set up the present manip.
-    pub(super) nat_by: Option<RuleRef>,
+    pub(super) nat_by: Option<RuleAt>,
     /// What this packet changed in lists of `-m recent`: whether the address is there since, the latest last.
     pub(super) remembered: Vec<(Box<str>, IpAddr, bool)>,
+    /// Not in lowest terms ([`Fraction::chained`]).
     pub(super) probability: Fraction,
     pub(super) decisions: Decisions,
-    pub(super) hops: Hops,
+    pub(super) path: Path,
     pub(super) stage: Stage,
     /// Chains that are being walked, the base chain first.
     pub(super) frames: Frames,
@@ -91,7 +94,35 @@ pub(super) struct Stage {
 }
 
 /// Innermost last; kube-proxy nests five deep.
-pub(super) type Frames = SmallVec<[Frame; 8]>;
+#[derive(Debug)]
+pub(super) struct Frames(SmallVec<[Frame; 8]>);
+
+impl Frames {
+    pub(super) fn new() -> Self {
+        Self(SmallVec::new())
+    }
+}
+
+impl Clone for Frames {
+    /// All at once, which the list's own `clone` does frame by frame.
+    fn clone(&self) -> Self {
+        Self(SmallVec::from_slice(&self.0))
+    }
+}
+
+impl Deref for Frames {
+    type Target = SmallVec<[Frame; 8]>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl DerefMut for Frames {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.0
+    }
+}
 
 /// One chain being walked and the rule to look at next.
 #[derive(Clone, Copy, Debug)]
@@ -106,19 +137,16 @@ impl Frame {
     pub(super) const END: u32 = u32::MAX;
 }
 
-impl Walk {
+impl<'s> Walk<'s> {
     pub(super) fn family(&self) -> Family {
         self.tuple.family()
     }
 
-    /// A copy that shares all hops so far.
-    pub(super) fn fork(&mut self) -> Self {
-        let hops = self.hops.fork();
-        let mine = std::mem::take(&mut self.hops);
-        let mut other = self.clone();
-        self.hops = mine;
-        other.hops = hops;
-        other
+    /// A copy that shares all steps so far.
+    pub(super) fn fork(&mut self) -> Box<Self> {
+        self.path.share();
+        // Straight to its place, without a copy on the stack.
+        Box::write(Box::new_uninit(), self.clone())
     }
 
     pub(super) fn mangled(&self) -> Mangled {
@@ -126,30 +154,49 @@ impl Walk {
         (self.mark, self.tuple.src, self.tuple.dst, self.tos, hop_limit)
     }
 
-    pub(super) fn hop(&mut self, hop: Hop) {
-        self.hops.push(hop);
+    pub(super) fn step(&mut self, step: Step) {
+        self.path.push(step);
+    }
+
+    /// The names of the interfaces; see the fields.
+    pub(super) fn input_name(&self) -> Option<&'s str> {
+        self.input.map(Name::as_str)
+    }
+
+    pub(super) fn output_name(&self) -> Option<&'s str> {
+        self.output.map(Name::as_str)
+    }
+
+    pub(super) fn hook_output_name(&self) -> Option<&'s str> {
+        self.hook_output.map(Name::as_str)
     }
 
     pub(super) fn note(&mut self, text: impl Into<Cow<'static, str>>) {
-        self.hop(Hop::Note { text: text.into() });
+        self.step(Step::Note(text.into()));
     }
 
     pub(super) fn enter(&mut self, hook: Hook) {
         self.stage = Stage { hook, entry: 0, nat: 0 };
         self.hook_output = match hook {
             Hook::Prerouting | Hook::Input => None,
-            Hook::Forward | Hook::Output | Hook::Postrouting => self.output.clone(),
+            Hook::Forward | Hook::Output | Hook::Postrouting => self.output,
         };
+    }
+
+    /// It goes on like this only by chance.
+    pub(super) fn by_chance(&mut self, chance: Fraction) {
+        let sofar = self.probability;
+        self.probability = sofar.chained(chance).unwrap_or_else(|| sofar.times(chance));
     }
 
     /// Records a decision. A random choice that was not taken makes room for the next one of the same chain.
     pub(super) fn decide(&mut self, decision: Decision) {
         if let Decision::Random { rule: next, .. } = &decision
-            && let Some(Decision::Random { rule: last, taken: false }) = self.decisions.last()
-            && last.chain == next.chain
-            && last.table == next.table
+            && let Some(last) = self.decisions.last_mut()
+            && matches!(last, Decision::Random { rule, taken: false } if rule.same_chain(next))
         {
-            self.decisions.pop();
+            *last = decision;
+            return;
         }
         self.decisions.push(decision);
     }

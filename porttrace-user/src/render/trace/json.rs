@@ -2,7 +2,6 @@
 
 use super::words::Outcome;
 use crate::core::model::flow::{Proto, Tuple};
-use crate::core::model::name::Text;
 use crate::core::model::trace::{
     Action, Branch, Decision, DropReason, Fraction, Hook, Hop, Packet, RuleRef, TRACE_SCHEMA, Trace, Verdict,
 };
@@ -13,22 +12,22 @@ use std::net::IpAddr;
 /// Writes answers, one after the other, each a line. A rule that many packets meet is put into words only once.
 #[derive(Debug)]
 pub struct Printer {
-    /// Rule hops by the place of their text: hook, action, and the hop as it is written.
-    rules: HashMap<Place, Vec<Known>>,
+    /// Rule hops by their rule: hook, action, and the hop as it is written.
+    rules: HashMap<Identity, Vec<Known>>,
     known: usize,
     brief: bool,
 }
 
-/// Address of the whole dump and where in it the rule begins.
-type Place = (usize, u32);
+/// Of a rule ([`RuleRef::identity`]).
+type Identity = (usize, u32, Option<u32>);
 
 #[derive(Debug)]
 struct Known {
     hook: Hook,
     action: Action,
     written: Box<[u8]>,
-    /// Keeps the dump alive, so that no other one takes its address.
-    _text: Text,
+    /// Keeps the ruleset alive, so that no other one takes its identity.
+    _rule: RuleRef,
 }
 
 /// So many rule hops are kept, some 20 MB of them.
@@ -76,9 +75,7 @@ impl Printer {
                 out.push(b',');
             }
             match hop {
-                Hop::Rule { hook, action, text, .. } if !text.is_empty() => {
-                    self.rule(hop, (*hook, action, text), out)?
-                }
+                Hop::Rule { hook, action, rule } => self.rule(hop, (*hook, action, rule), out)?,
                 _ => serde_json::to_writer(&mut *out, hop)?,
             }
         }
@@ -89,11 +86,11 @@ impl Printer {
     fn rule(
         &mut self,
         hop: &Hop,
-        (hook, action, text): (Hook, &Action, &Text),
+        (hook, action, rule): (Hook, &Action, &RuleRef),
         out: &mut Vec<u8>,
     ) -> serde_json::Result<()> {
-        let place = text.place();
-        let mut known = self.rules.get(&place).into_iter().flatten();
+        let identity = rule.identity();
+        let mut known = self.rules.get(&identity).into_iter().flatten();
         if let Some(known) = known.find(|known| known.hook == hook && known.action == *action) {
             out.extend_from_slice(&known.written);
             return Ok(());
@@ -103,8 +100,8 @@ impl Printer {
         if self.known < KNOWN {
             self.known += 1;
             let written = out[start..].into();
-            let known = Known { hook, action: action.clone(), written, _text: text.clone() };
-            self.rules.entry(place).or_default().push(known);
+            let known = Known { hook, action: action.clone(), written, _rule: rule.clone() };
+            self.rules.entry(identity).or_default().push(known);
         }
         Ok(())
     }
@@ -269,32 +266,39 @@ fn drop_reason(reason: &DropReason) -> &str {
 mod tests {
     use super::*;
     use crate::core::model::flow::Family;
-    use crate::core::model::name::Name;
-    use crate::core::model::trace::{ChainRef, Flavour};
+    use crate::core::model::trace::{Chains, Flavour, Place};
+    use crate::core::parse::iptables;
+    use std::sync::Arc;
 
-    fn jump(dump: &Name, start: usize, hook: Hook, chain: &str) -> Hop {
-        let text = Text::of(dump, start, 8);
-        let place =
-            ChainRef { flavour: Flavour::IptablesNft, family: Family::V4, table: "nat".into(), chain: "A".into() };
-        Hop::Rule { hook, rule: RuleRef::new(place, Some(1)), action: Action::Jump { chain: chain.into() }, text }
+    fn chains() -> Arc<Chains> {
+        let dump = "*nat\n:A - [0:0]\n:B - [0:0]\n:C - [0:0]\n-A A -j B\n-A A -j C\nCOMMIT\n";
+        let (ruleset, problems) = iptables::parse(dump, "a test", Flavour::IptablesNft, Family::V4);
+        assert_eq!(problems, []);
+        Chains::of(&Arc::new(ruleset), 0)
+    }
+
+    /// Rule `number` of chain A, jumping to the chain at `to`.
+    fn jump(chains: &Arc<Chains>, number: u32, hook: Hook, to: u32) -> Hop {
+        let place = |at| Place::new(chains, at).expect("a chain");
+        Hop::Rule { hook, rule: RuleRef::new(place(0), Some(number)), action: Action::Jump { chain: place(to) } }
     }
 
     #[test]
     fn a_hop_written_again_is_the_same_and_no_other_one() {
-        let (one, two) = (Name::from("-A A -j B\n-A A -j C"), Name::from("-A D -j E\n"));
+        let (one, two) = (chains(), chains());
         let hops = [
-            jump(&one, 0, Hook::Prerouting, "B"),
-            jump(&one, 0, Hook::Output, "B"),
-            jump(&one, 10, Hook::Prerouting, "C"),
-            jump(&two, 0, Hook::Prerouting, "E"),
-            jump(&one, 0, Hook::Prerouting, "other"),
+            jump(&one, 1, Hook::Prerouting, 1),
+            jump(&one, 1, Hook::Output, 1),
+            jump(&one, 2, Hook::Prerouting, 2),
+            jump(&two, 1, Hook::Prerouting, 1),
+            jump(&one, 1, Hook::Prerouting, 2),
             Hop::Note { text: "\"".into() },
         ];
         let mut printer = Printer::new(false);
         for hop in hops.iter().chain(&hops) {
             let mut out = Vec::new();
             match hop {
-                Hop::Rule { hook, action, text, .. } => printer.rule(hop, (*hook, action, text), &mut out).unwrap(),
+                Hop::Rule { hook, action, rule } => printer.rule(hop, (*hook, action, rule), &mut out).unwrap(),
                 _ => serde_json::to_writer(&mut out, hop).unwrap(),
             }
             assert_eq!(out, serde_json::to_vec(hop).unwrap());

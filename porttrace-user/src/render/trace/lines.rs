@@ -5,7 +5,7 @@ use super::fold::{self, Shown};
 use super::tree::{Child, End, Node};
 use super::words::{self, clean};
 use crate::core::model::flow::Tuple;
-use crate::core::model::trace::{Action, Because, Decision, Fraction, Hook, Hop, Manip, Route};
+use crate::core::model::trace::{Action, Decision, Fraction, Hook, Hop, Manip, Route};
 use crate::render::style::{Style, columns, wrap};
 use crate::render::watch::words::{Mood, comment};
 use std::fmt::Write;
@@ -206,23 +206,23 @@ impl Printer<'_, '_> {
     }
 
     fn rule_hop(&mut self, hop: &Hop, dead_end: bool) {
-        let Hop::Rule { hook, rule, action: done, text } = hop else { return };
+        let Hop::Rule { hook, rule, action: done } = hop else { return };
         let done = words::done(done);
-        let place = match (rule.chain.strip_prefix('?'), rule.number) {
+        let place = match (rule.chain.strip_prefix('?'), rule.number()) {
             // Nobody pasted this jump.
             _ if done == words::PASTED => rule.chain.to_string(),
             (Some(_), number) => format!("(pasted) {}", number.map_or_else(String::new, |n| format!("#{n}"))),
-            (None, Some(number)) => match self.context.whence(rule) {
+            (None, Some(number)) => match Context::whence(rule) {
                 Some(whence) => format!("{} ({whence})", rule.chain),
                 None => format!("{} #{number}", rule.chain),
             },
             (None, None) => format!("{} policy", rule.chain),
         };
-        let line = RuleLine { hook: *hook, table: &rule.table, place: clean(&place), done, text };
+        let line = RuleLine { hook: *hook, table: &rule.table, place: clean(&place), done, text: rule.text() };
         if dead_end {
             self.passed(&line);
         } else {
-            self.rule(&line, &words::conditions(&Because(text.clone()).to_string()));
+            self.rule(&line, &words::conditions(&rule.because()));
         }
     }
 
@@ -353,14 +353,14 @@ struct RuleLine<'a> {
 
 /// Built-in chains that let everything through by their policy; those of filter are worth a line.
 fn is_dull(hop: &Hop) -> bool {
-    matches!(hop, Hop::Rule { rule, action: Action::Accept, .. } if rule.number.is_none() && rule.table != "filter")
+    matches!(hop, Hop::Rule { rule, action: Action::Accept, .. } if rule.number().is_none() && rule.table != "filter")
 }
 
 /// A jump after which the path goes on in the chain that it left, or in another base chain.
 fn leads_nowhere(hop: &Hop, next: Option<&Hop>) -> bool {
     let Hop::Rule { action: Action::Jump { chain } | Action::Goto { chain }, .. } = hop else { return false };
     match next {
-        Some(Hop::Rule { rule, .. }) => rule.chain != *chain,
+        Some(Hop::Rule { rule, .. }) => rule.chain != chain.chain,
         // What comes next hangs below a fork: it may well be in that chain.
         None => false,
         Some(Hop::Rewrite { .. } | Hop::Note { .. }) => false,

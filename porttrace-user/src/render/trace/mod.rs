@@ -34,12 +34,9 @@ impl Context<'_> {
     }
 
     /// Where a rule comes from that stands at no known number.
-    fn whence(&self, rule: &RuleRef) -> Option<&'static str> {
-        let mut rulesets = self.state.rulesets.iter();
-        let ruleset = rulesets.find(|set| set.flavour == rule.flavour && set.family == rule.family)?;
-        let chain = ruleset.tables.iter().find(|table| rule.table == table.name.as_str())?.chain(&rule.chain)?;
-        let line = chain.rules.get(rule.number?.checked_sub(1)? as usize)?.line;
-        (!chain.numbered).then_some(if line == 0 { "assumed" } else { "pasted" })
+    fn whence(rule: &RuleRef) -> Option<&'static str> {
+        let line = rule.rule()?.line;
+        (!rule.chain()?.numbered).then_some(if line == 0 { "assumed" } else { "pasted" })
     }
 
     /// The state of a neighbour that does not answer.

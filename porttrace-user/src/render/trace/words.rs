@@ -131,14 +131,14 @@ fn rewritten(branch: &Branch) -> bool {
 /// Whose address the destination is: by the rules on this way (kube-proxy's and portmap's comments), else by all rules.
 fn behind(branch: &Branch, to: &Tuple, context: &Context<'_>) -> Option<String> {
     let mut rules = branch.hops.iter().rev().filter_map(|hop| match hop {
-        Hop::Rule { rule, action, text, .. } if rule.table == "nat" => Some((rule, action, text)),
+        Hop::Rule { rule, action, .. } if rule.in_table("nat") => Some((rule, action)),
         _ => None,
     });
-    let (_, _, text) = rules.by_ref().find(|(_, action, _)| matches!(action, Action::Dnat { .. }))?;
+    let (rule, _) = rules.by_ref().find(|(_, action)| matches!(action, Action::Dnat { .. }))?;
     let entry = rules.next();
-    match (comment(text), entry) {
+    match (comment(rule.text()), entry) {
         (Some(service), _) => Some(clean(service)),
-        (None, Some((_, _, entry))) => comment(entry).map(|comment| said(&clean(comment))),
+        (None, Some((entry, _))) => comment(entry.text()).map(|comment| said(&clean(comment))),
         (None, None) => None,
     }
     .or_else(|| context.name_of(to.proto, to.destination()).map(|name| clean(&name)))
@@ -165,7 +165,7 @@ pub fn endpoint(tuple: &Tuple) -> String {
 fn by_rule(rule: Option<&RuleRef>, branch: &Branch) -> String {
     let Some(rule) = rule else { return "a rule".to_owned() };
     let mut text = branch.hops.iter().filter_map(|hop| match hop {
-        Hop::Rule { rule: of, text, .. } if of == rule => Some(&**text),
+        Hop::Rule { rule: of, .. } if of == rule => Some(of.text()),
         _ => None,
     });
     let comment =
@@ -176,7 +176,7 @@ fn by_rule(rule: Option<&RuleRef>, branch: &Branch) -> String {
 /// `filter KUBE-FORWARD #1`; rules of a paste without their chain have no number.
 pub fn place(rule: &RuleRef) -> String {
     match rule.chain.strip_prefix('?') {
-        Some(_) => format!("pasted {} rule {}", rule.table, rule.number.unwrap_or(0)),
+        Some(_) => format!("pasted {} rule {}", rule.table, rule.number().unwrap_or(0)),
         None => rule_name(rule),
     }
 }
@@ -187,7 +187,7 @@ pub const PASTED: &str = "→ the pasted rules";
 /// What a rule did.
 pub fn done(done: &Action) -> String {
     match done {
-        Action::Jump { chain } | Action::Goto { chain } if chain.starts_with('?') => PASTED.to_owned(),
+        Action::Jump { chain } | Action::Goto { chain } if chain.chain.starts_with('?') => PASTED.to_owned(),
         other => clean(&action(other)),
     }
 }

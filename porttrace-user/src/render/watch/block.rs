@@ -241,7 +241,7 @@ fn wrap_arrow(text: &str, room: usize) -> Vec<String> {
 /// `PREROUTING #2 → CNI-HOSTPORT-DNAT #1 → …`, broken at arrows; what the line above shared is an ellipsis.
 fn wrap_path(path: &RulePath, previous: Option<&RulePath>, room: usize) -> Vec<String> {
     let step_text = |index: usize| {
-        path.steps.get(index).map_or_else(String::new, |step| match step.rule.number {
+        path.steps.get(index).map_or_else(String::new, |step| match step.rule.number() {
             Some(number) => format!("{} #{number}", step.rule.chain),
             None => format!("{} policy", step.rule.chain),
         })
@@ -263,8 +263,8 @@ fn wrap_path(path: &RulePath, previous: Option<&RulePath>, room: usize) -> Vec<S
 
 /// The text of each rule on the path, once a block: what the lines above quoted is left out. A policy has no text.
 fn quote<'p>(path: &'p RulePath, quoted: &mut BTreeSet<&'p RuleRef>, room: usize) -> Vec<String> {
-    let fresh = path.steps.iter().filter(|step| !step.text.is_empty() && quoted.insert(&step.rule));
-    fresh.flat_map(|step| wrap(&step.text, room.saturating_sub(4))).map(|line| format!("    {line}")).collect()
+    let fresh = path.steps.iter().filter(|step| !step.rule.text().is_empty() && quoted.insert(&step.rule));
+    fresh.flat_map(|step| wrap(step.rule.text(), room.saturating_sub(4))).map(|line| format!("    {line}")).collect()
 }
 
 /// Adds a piece to the last line, or to a new one when it does not fit.

@@ -207,7 +207,7 @@ fn silent(reached: Reached, tries: usize, report: &Report, context: &Context<'_>
 
 /// `filter KUBE-FORWARD #1`, or `filter FORWARD policy`.
 pub fn rule_name(rule: &RuleRef) -> String {
-    match rule.number {
+    match rule.number() {
         Some(number) => format!("{} {} #{number}", rule.table, rule.chain),
         None => format!("the policy of {} {}", rule.table, rule.chain),
     }
@@ -215,7 +215,7 @@ pub fn rule_name(rule: &RuleRef) -> String {
 
 /// `in FORWARD by filter KUBE-FORWARD #1 (-m conntrack --ctstate INVALID)`.
 pub fn dropper(by: &DroppedBy) -> String {
-    let because = by.because.to_string();
+    let because = by.rule.because();
     let because = if because.is_empty() { because } else { format!(" ({because})") };
     format!("in {} by {}{because}", by.hook, rule_name(&by.rule))
 }
@@ -224,7 +224,7 @@ pub fn dropper(by: &DroppedBy) -> String {
 pub fn comment_of(report: &Report, rule: &RuleRef) -> String {
     let hops = report.story.branch.iter().flat_map(|branch| &branch.hops);
     let text = hops.filter_map(|hop| match hop {
-        Hop::Rule { rule: of, text, .. } if of == rule => Some(&**text),
+        Hop::Rule { rule: of, .. } if of == rule => Some(of.text()),
         _ => None,
     });
     text.last().and_then(comment).map_or_else(String::new, |comment| format!(" (\"{comment}\")"))
@@ -252,7 +252,7 @@ pub fn comment(text: &str) -> Option<&str> {
 pub fn action(action: &Action) -> String {
     match action {
         Action::Continue => "counts".to_owned(),
-        Action::Jump { chain } | Action::Goto { chain } => format!("→ {chain}"),
+        Action::Jump { chain } | Action::Goto { chain } => format!("→ {}", chain.chain),
         Action::Accept => "ACCEPT".to_owned(),
         Action::Drop => "DROP".to_owned(),
         Action::Reject { with } => format!("REJECT with {with}"),

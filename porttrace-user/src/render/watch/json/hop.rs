@@ -7,7 +7,7 @@ use crate::core::correlate::route::Taken;
 use crate::core::correlate::story::{Certainty, Line, PacketSeen, RulePath, RuleStep, What};
 use crate::core::model::flow::Tuple;
 use crate::core::model::name::Name;
-use crate::core::model::trace::{Action, Because, Flavour, Fraction, Hook, Manip, Route, RouteKind, Verdict};
+use crate::core::model::trace::{Action, Flavour, Fraction, Hook, Manip, Route, RouteKind, Verdict};
 use crate::render::watch::{Context, words};
 use serde::Serialize;
 use std::net::IpAddr;
@@ -82,7 +82,7 @@ enum Kind<'a> {
 struct Step<'a> {
     chain: &'a str,
     number: Option<u32>,
-    because: &'a Because,
+    because: String,
     text: &'a str,
 }
 
@@ -108,7 +108,7 @@ struct By<'a> {
     table: &'a str,
     chain: &'a str,
     number: Option<u32>,
-    because: &'a Because,
+    because: String,
 }
 
 #[derive(Serialize)]
@@ -182,7 +182,12 @@ fn rules(path: &RulePath, rewrite: Option<(Manip, Tuple, Tuple)>) -> Kind<'_> {
 
 impl<'a> Step<'a> {
     fn of(step: &'a RuleStep) -> Self {
-        Self { chain: &step.rule.chain, number: step.rule.number, because: &step.because, text: &step.text }
+        Self {
+            chain: &step.rule.chain,
+            number: step.rule.number(),
+            because: step.rule.because(),
+            text: step.rule.text(),
+        }
     }
 }
 
@@ -198,8 +203,8 @@ impl<'a> By<'a> {
             hook: by.hook,
             table: &by.rule.table,
             chain: &by.rule.chain,
-            number: by.rule.number,
-            because: &by.because,
+            number: by.rule.number(),
+            because: by.rule.because(),
         }
     }
 }
