@@ -38,7 +38,7 @@ impl<'s> Run<'s> {
         }
         walk.note(format!("stays on bridge {bridge}: bridge-nf is off, no rule sees it"));
         walk.step(Step::Transmit { interface: bridge.clone(), gateway: None });
-        Some(Next::End(Verdict::Forwarded { interface: bridge.clone(), next_hop: dst, to: walk.tuple }))
+        Some(Next::end(Verdict::Forwarded { interface: bridge.clone(), next_hop: dst, to: walk.tuple }))
     }
 
     /// PREROUTING is over for a packet of a bridge port (`br_nf_pre_routing_finish`): with a new destination the routes decide,
@@ -103,9 +103,9 @@ impl<'s> Run<'s> {
     fn returns(&self, walk: &Walk<'_>) -> bool {
         let bridge = walk.input_name().unwrap_or_default();
         let next = walk.gateway.unwrap_or(walk.tuple.dst);
-        match (walk.sender.mac, self.sim.config.neighbour(bridge, next)) {
+        match (walk.packet.sender.mac, self.sim.config.neighbour(bridge, next)) {
             (Some(mine), Some(theirs)) => mine == theirs,
-            _ => walk.received.src == walk.tuple.dst,
+            _ => walk.packet.tuple.src == walk.tuple.dst,
         }
     }
 }
@@ -113,7 +113,7 @@ impl<'s> Run<'s> {
 impl<'s> Walk<'s> {
     /// The destination is another than the one that the packet came with.
     pub(super) fn moved(&self) -> bool {
-        self.received.dst != self.tuple.dst
+        self.packet.tuple.dst != self.tuple.dst
     }
 
     /// It was given a new destination behind the bridge that it came by: the bridge forwards it (`bridged_dnat`).

@@ -145,7 +145,7 @@ impl<'s> Run<'s> {
                 Reopens::Unknown => self.goes_on_as_it_was(walk, entry, direction),
             }
             walk.note("the old conntrack entry of this connection is closed: a SYN replaces it");
-            walk.replaced = Some(entry.reply);
+            walk.replaced = Some(Box::new(entry.reply));
         }
         walk.conn.state = if self.starts(walk) { CtInfo::New } else { CtInfo::Invalid };
         None
@@ -171,7 +171,7 @@ impl<'s> Run<'s> {
         const SYN: u8 = 2;
         const RST: u8 = 4;
         const ACK: u8 = 16;
-        let flags = walk.tcp_flags;
+        let flags = walk.packet.tcp_flags;
         match walk.tuple.proto {
             Proto::Tcp if flags & RST != 0 => false,
             Proto::Tcp if flags & SYN != 0 => flags & (ACK | FIN) == 0,
@@ -218,7 +218,7 @@ enum Reopens {
 /// has been seen, which TIME_WAIT cannot do without, or where the last packet was the client's own reset. Neither is part of
 /// what an entry in CLOSE shows.
 fn reopens(walk: &Walk<'_>, state: &str, direction: Direction) -> Reopens {
-    let syn = walk.tuple.proto == Proto::Tcp && walk.tcp_flags & 0x17 == 2;
+    let syn = walk.tuple.proto == Proto::Tcp && walk.packet.tcp_flags & 0x17 == 2;
     match state {
         "TIME_WAIT" if syn && direction == Direction::Original => Reopens::Yes,
         "CLOSE" if syn && direction == Direction::Original => Reopens::Unknown,

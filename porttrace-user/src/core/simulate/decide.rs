@@ -28,10 +28,10 @@ impl<'s> Run<'s> {
             Match::No => return false,
             Match::Yes => return true,
             Match::Remembers(open) => {
-                self.remembers(walk, open, table.at(chain, Some(at)));
+                self.remembers(walk, &open, table.at(chain, Some(at)));
                 return false;
             }
-            Match::Open(open) => open,
+            Match::Open(open) => *open,
         };
         let Some(place) = self.sim.rule(table.at(chain, Some(at))) else { return false };
         if !unknown.is_empty() {
@@ -71,7 +71,7 @@ impl<'s> Run<'s> {
 
     /// A rule that does not match, whose matches of `recent` stand behind a random or unknown one: either they were asked, and
     /// changed their lists, or they were not.
-    fn remembers(&mut self, walk: &mut Walk<'s>, open: Open, at: RuleAt) {
+    fn remembers(&mut self, walk: &mut Walk<'s>, open: &Open, at: RuleAt) {
         let Some(rule) = self.sim.rule(at) else { return };
         let chance = open.chance.unwrap_or(Fraction::ONE);
         if chance.num == 0 {

@@ -81,7 +81,7 @@ impl<'s> Run<'s> {
     pub(super) fn ipvs(&self, walk: &mut Walk<'s>) -> Next {
         walk.stage.entry += 1;
         match self.sim.ipvs.takes(walk) {
-            Some(because) => Next::End(Verdict::Unknown { because, by: None }),
+            Some(because) => Next::end(Verdict::Unknown { because, by: None }),
             None => Next::Go,
         }
     }

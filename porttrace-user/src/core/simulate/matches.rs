@@ -27,9 +27,9 @@ pub(super) enum Verdict {
     No,
     Yes,
     /// It matches, if what is open says so.
-    Open(Open),
+    Open(Box<Open>),
     /// It does not match, but before that was clear it may have changed a list of `recent`.
-    Remembers(Open),
+    Remembers(Box<Open>),
 }
 
 /// What a rule's answer hangs on.
@@ -47,8 +47,8 @@ pub(super) struct Open {
 
 impl Open {
     /// Nothing, so far; what changed lists until here happens in any case.
-    fn from(walk: &Walk<'_>) -> Self {
-        Self { chance: None, unknown: Vec::new(), affinity: false, sure: walk.remembered.len() }
+    fn begin(walk: &Walk<'_>) -> Box<Self> {
+        Box::new(Self { chance: None, unknown: Vec::new(), affinity: false, sure: walk.remembered.len() })
     }
 }
 
@@ -66,7 +66,7 @@ impl<'s> Run<'s> {
         for asked in &rule.matches {
             limited |= matches!(asked.kind, MatchKind::Limit);
             if let Some(fraction) = probability(asked) {
-                let open = open.get_or_insert_with(|| Open::from(walk));
+                let open = open.get_or_insert_with(|| Open::begin(walk));
                 open.chance = Some(open.chance.map_or(fraction, |before| before.times(fraction)));
                 continue;
             }
@@ -81,7 +81,7 @@ impl<'s> Run<'s> {
                     return changed.map_or(Verdict::No, Verdict::Remembers);
                 }
                 Answer::Unknown(why) => {
-                    let open = open.get_or_insert_with(|| Open::from(walk));
+                    let open = open.get_or_insert_with(|| Open::begin(walk));
                     open.affinity |= matches!(asked.kind, MatchKind::Recent(_));
                     open.unknown.push(why);
                 }
@@ -116,7 +116,7 @@ impl<'s> Run<'s> {
             MatchKind::DestinationPort(low, high) => port(tuple, tuple.dport, (*low, *high)),
             MatchKind::Multiport(side, ranges) => multiport(tuple, *side, ranges),
             MatchKind::TcpFlags { .. } | MatchKind::TcpOption(_) if tuple.proto != Proto::Tcp => Answer::Never,
-            MatchKind::TcpFlags { mask, set } => (walk.tcp_flags & mask == *set).into(),
+            MatchKind::TcpFlags { mask, set } => (walk.packet.tcp_flags & mask == *set).into(),
             MatchKind::TcpOption(number) => Answer::Unknown(format!("whether TCP option {number} is set")),
             MatchKind::IcmpType { icmp_type, code } => icmp(tuple, *icmp_type, *code),
             MatchKind::AddrType { source, types, limit } => self.address_type(walk, *source, *types, *limit),
@@ -126,7 +126,7 @@ impl<'s> Run<'s> {
             MatchKind::SourceRange(ends) => between(ends, tuple.src).into(),
             MatchKind::DestinationRange(ends) => between(ends, tuple.dst).into(),
             MatchKind::RpFilter(asked) => self.rp_match(walk, asked),
-            MatchKind::Length(low, high) => (u32::from(*low)..=u32::from(*high)).contains(&walk.length).into(),
+            MatchKind::Length(low, high) => (u32::from(*low)..=u32::from(*high)).contains(&walk.packet.length).into(),
             MatchKind::Ttl(order, value) => (walk.ttl.cmp(value) == *order).into(),
             MatchKind::Fragment => false.into(),
             MatchKind::Always | MatchKind::Limit | MatchKind::Random { .. } | MatchKind::Nth { .. } => true.into(),

@@ -65,6 +65,7 @@ impl Simulator {
 
 fn start(packet: &Packet, path: Path) -> Walk<'_> {
     Walk {
+        packet,
         tuple: packet.tuple,
         input: packet.input.as_ref(),
         phys_in: None,
@@ -74,17 +75,13 @@ fn start(packet: &Packet, path: Path) -> Walk<'_> {
         gateway: None,
         to_self: false,
         mark: packet.mark,
-        tcp_flags: packet.tcp_flags,
         ttl: packet.ttl,
-        length: packet.length,
         tos: packet.tos,
-        sender: packet.sender,
         local: packet.input.is_none(),
         arrived_as: RouteKind::Unicast,
         looped: false,
         bridged: false,
         flooded: false,
-        received: packet.tuple,
         conn: conn::Conn::begins(packet.tuple),
         replaced: None,
         leaves_as: RouteKind::Unicast,
@@ -98,7 +95,7 @@ fn start(packet: &Packet, path: Path) -> Walk<'_> {
         frames: walk::Frames::new(),
         way: None,
         again: None,
-        before_mangle: (packet.mark, packet.tuple.src, packet.tuple.dst, packet.tos, packet.ttl),
+        before_mangle: None,
     }
 }
 

@@ -77,7 +77,7 @@ impl<'s> Run<'s> {
         );
         let mut other = walk.fork();
         other.decide(Decision::Assumed { rule: None, text: text.clone(), taken: true });
-        other.again = Some(Again::Drop(text.clone()));
+        other.again = Some(Box::new(Again::Drop(text.clone())));
         self.later(other);
         walk.decide(Decision::Assumed { rule: None, text, taken: false });
     }
@@ -96,7 +96,7 @@ impl<'s> Run<'s> {
 
     /// Whether another conntrack entry owns the tuple (`nf_nat_used_tuple`).
     fn taken(&self, walk: &Walk<'_>, reply: Tuple) -> bool {
-        self.sim.config.entry(&reply).flatten().is_some_and(|(entry, _)| walk.replaced != Some(entry.reply))
+        self.sim.config.entry(&reply).flatten().is_some_and(|(entry, _)| walk.replaced.as_deref() != Some(&entry.reply))
     }
 
     /// `nf_nat_packet`: the packet gets the half of its translated tuple that this hook is for.

@@ -117,7 +117,7 @@ impl<'s> Run<'s> {
             for other in (1..ways).rev() {
                 let mut fork = walk.fork();
                 fork.way = Some(other);
-                fork.again.clone_from(&again);
+                fork.again = again.clone().map(Box::new);
                 self.later(fork);
             }
         }

@@ -12,11 +12,11 @@ pub(super) static LOOPBACK: Name = Name::Static("lo");
 static UNKNOWN: Name = Name::Static("?");
 
 pub(super) fn dropped(reason: DropReason) -> Next {
-    Next::End(Verdict::Dropped { reason, by: None })
+    Next::end(Verdict::Dropped { reason, by: None })
 }
 
 pub(super) fn rejected(with: &'static str) -> Next {
-    Next::End(Verdict::Rejected { with: Name::Static(with), by: None })
+    Next::end(Verdict::Rejected { with: Name::Static(with), by: None })
 }
 
 /// `ip6_rcv_core`: loopback addresses never come from outside.
@@ -110,7 +110,7 @@ impl<'s> Run<'s> {
         walk.ttl -= 1;
         if let Some(link) = walk.output_name().and_then(|name| self.sim.config.link(name))
             && link.mtu != 0
-            && walk.length > link.mtu
+            && walk.packet.length > link.mtu
         {
             return dropped(DropReason::TooBig);
         }
@@ -130,7 +130,7 @@ impl<'s> Run<'s> {
             format!("{}:{}{process}", socket.address, socket.port).into()
         });
         walk.step(Step::Deliver { listener });
-        Next::End(Verdict::Delivered { to: walk.tuple, listening })
+        Next::end(Verdict::Delivered { to: walk.tuple, listening })
     }
 
     /// The copy of a broadcast enters by the interface that the broadcast leaves by (`dev_loopback_xmit`).
@@ -167,6 +167,6 @@ impl<'s> Run<'s> {
             None => return dropped(DropReason::NoRoute),
         };
         walk.step(Step::Transmit { interface: interface.clone(), gateway: walk.gateway });
-        Next::End(Verdict::Forwarded { interface, next_hop, to: walk.tuple })
+        Next::end(Verdict::Forwarded { interface, next_hop, to: walk.tuple })
     }
 }

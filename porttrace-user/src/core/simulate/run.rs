@@ -35,7 +35,13 @@ pub(super) struct Run<'s> {
 /// What a step led to.
 pub(super) enum Next {
     Go,
-    End(Verdict),
+    End(Box<Verdict>),
+}
+
+impl Next {
+    pub(super) fn end(verdict: Verdict) -> Self {
+        Self::End(Box::new(verdict))
+    }
 }
 
 /// How a base chain ended without a final verdict is always "accept"; this is how a rule leaves its chain.
@@ -47,6 +53,12 @@ enum Acted {
     /// The base chain is over: the packet is accepted by it.
     Accepted,
     End(Box<Verdict>),
+}
+
+impl Acted {
+    fn end(verdict: Verdict) -> Self {
+        Self::End(Box::new(verdict))
+    }
 }
 
 impl<'s> Run<'s> {
@@ -79,7 +91,7 @@ impl<'s> Run<'s> {
 
     fn drive(&mut self, mut walk: Box<Walk<'s>>, mut next: Next) {
         loop {
-            match walk.again.take() {
+            match walk.again.take().map(|again| *again) {
                 Some(Again::Route(then)) => {
                     next = self.route_output(&mut walk, then);
                     continue;
@@ -88,7 +100,7 @@ impl<'s> Run<'s> {
                 None => {}
             }
             match next {
-                Next::End(verdict) => return self.finish(walk, verdict),
+                Next::End(verdict) => return self.finish(walk, *verdict),
                 Next::Go if walk.frames.is_empty() => next = self.entry(&mut walk),
                 Next::Go => next = self.chain(&mut walk),
             }
@@ -107,7 +119,9 @@ impl<'s> Run<'s> {
                 Next::Go
             }
             Some(Entry::Chain(base)) => {
-                walk.before_mangle = walk.mangled();
+                if base.reroutes {
+                    walk.before_mangle = Some(Box::new(walk.mangled()));
+                }
                 walk.frames.push(Frame { table: base.table, chain: base.chain, next: 0 });
                 Next::Go
             }
@@ -122,7 +136,9 @@ impl<'s> Run<'s> {
         let stage = walk.stage;
         match self.sim.entry(self.order, walk.family(), stage.hook, stage.entry.into()) {
             Some(Entry::Nat(_)) => walk.stage.nat += 1,
-            Some(Entry::Chain(BaseChain { reroutes: true, .. })) if walk.before_mangle != walk.mangled() => {
+            Some(Entry::Chain(BaseChain { reroutes: true, .. }))
+                if walk.before_mangle.take().is_some_and(|before| *before != walk.mangled()) =>
+            {
                 walk.stage.entry += 1;
                 return self.reroute(walk);
             }
@@ -164,14 +180,14 @@ impl<'s> Run<'s> {
             match acted {
                 Acted::On | Acted::Elsewhere => {}
                 Acted::Accepted => return self.base_done(walk),
-                Acted::End(verdict) => return Next::End(*verdict),
+                Acted::End(verdict) => return Next::End(verdict),
             }
         }
     }
 
     fn gave_up(&self, at: RuleAt) -> Next {
         let because = format!("gave up after {MAX_STEPS} rules: the chains jump to each other too often");
-        Next::End(Verdict::Unknown { because, by: self.sim.rule(at) })
+        Next::end(Verdict::Unknown { because, by: self.sim.rule(at) })
     }
 
     /// End of a chain: back to the caller, or the base chain's policy.
@@ -183,9 +199,7 @@ impl<'s> Run<'s> {
         let at = table.at(frame.chain, None);
         record(walk, at, Act::Target);
         match table.chain(frame.chain).and_then(|chain| chain.policy) {
-            Some(Policy::Drop) => {
-                Acted::End(Box::new(Verdict::Dropped { reason: DropReason::Rule, by: self.sim.rule(at) }))
-            }
+            Some(Policy::Drop) => Acted::end(Verdict::Dropped { reason: DropReason::Rule, by: self.sim.rule(at) }),
             Some(Policy::Accept) | None => Acted::Accepted,
         }
     }
@@ -208,7 +222,7 @@ impl<'s> Run<'s> {
             }
             Target::Drop | Target::Reject(_) | Target::Stop(_) | Target::Missing(_) => {
                 record(walk, at, Act::Target);
-                Acted::End(Box::new(last_word(&rule.target, self.sim.rule(at))))
+                Acted::end(last_word(&rule.target, self.sim.rule(at)))
             }
             Target::Dnat(_) | Target::Snat(_) | Target::Masquerade(_) | Target::Redirect(_) | Target::Netmap(_) => {
                 self.nat_target(walk, at, rule)
@@ -217,7 +231,7 @@ impl<'s> Run<'s> {
                 let Some(act) = self.tproxy(walk, tproxy) else {
                     record(walk, at, Act::Said(Box::new(Action::Drop)));
                     walk.note("TPROXY drops it: nothing listens where it would be handed to");
-                    return Acted::End(Box::new(Verdict::Dropped { reason: DropReason::Rule, by: self.sim.rule(at) }));
+                    return Acted::end(Verdict::Dropped { reason: DropReason::Rule, by: self.sim.rule(at) });
                 };
                 record(walk, at, act);
                 Acted::Accepted
@@ -241,7 +255,7 @@ impl<'s> Run<'s> {
             Err(instead) => {
                 let (act, verdict) = *instead;
                 record(walk, at, act);
-                Acted::End(Box::new(verdict))
+                Acted::end(verdict)
             }
         }
     }
@@ -252,7 +266,7 @@ impl<'s> Run<'s> {
             let table = self.sim.tables.get(usize::from(frame.table));
             let name = table.map_or("", |table| table.chain_name(to));
             let because = format!("chain {name} leads back to itself");
-            return Acted::End(Box::new(Verdict::Unknown { because, by: self.sim.rule(at) }));
+            return Acted::end(Verdict::Unknown { because, by: self.sim.rule(at) });
         }
         record(walk, at, Act::Target);
         if let Some(last) = walk.frames.last_mut() {

@@ -25,8 +25,8 @@ pub(super) fn owner(walk: &Walk<'_>, asked: &Owner) -> Answer {
     };
     match *asked {
         Owner::Exists => true.into(),
-        Owner::Uid(low, high) => within(walk.sender.uid, (low, high), "user ID", "--uid"),
-        Owner::Gid(low, high) => within(walk.sender.gid, (low, high), "group ID", "--gid"),
+        Owner::Uid(low, high) => within(walk.packet.sender.uid, (low, high), "user ID", "--uid"),
+        Owner::Gid(low, high) => within(walk.packet.sender.gid, (low, high), "group ID", "--gid"),
     }
 }
 
@@ -39,7 +39,7 @@ impl<'s> Run<'s> {
         if self.sim.config.link(input).is_some_and(|link| WITHOUT_ETHERNET.contains(&link.kind.as_str())) {
             return Answer::Never;
         }
-        if let Some(mac) = walk.sender.mac {
+        if let Some(mac) = walk.packet.sender.mac {
             return (mac == asked).into();
         }
         match self.neighbour_of(walk, input) {

@@ -149,6 +149,6 @@ pub(super) enum Reverse {
     OtherInterface,
 }
 
-const fn drop(reason: DropReason) -> Next {
-    Next::End(Verdict::Dropped { reason, by: None })
+fn drop(reason: DropReason) -> Next {
+    Next::end(Verdict::Dropped { reason, by: None })
 }

@@ -5,7 +5,7 @@ use crate::core::model::flow::{Family, Tuple};
 use crate::core::model::hops::Path;
 use crate::core::model::name::Name;
 use crate::core::model::steps::{RuleAt, Step};
-use crate::core::model::trace::{Decision, Decisions, Fraction, Hook, RouteKind, Sender};
+use crate::core::model::trace::{Decision, Decisions, Fraction, Hook, Packet, RouteKind};
 use smallvec::SmallVec;
 use std::borrow::Cow;
 use std::net::IpAddr;
@@ -14,6 +14,9 @@ use std::ops::{Deref, DerefMut};
 /// A packet on its way. Cloned where the path forks.
 #[derive(Clone, Debug)]
 pub(super) struct Walk<'s> {
+    /// As it came.
+    pub(super) packet: &'s Packet,
+    /// As it looks now.
     pub(super) tuple: Tuple,
     /// Input interface; `None` for what the node sends itself.
     pub(super) input: Option<&'s Name>,
@@ -29,11 +32,8 @@ pub(super) struct Walk<'s> {
     /// The last routing decision delivers locally.
     pub(super) to_self: bool,
     pub(super) mark: u32,
-    pub(super) tcp_flags: u8,
     pub(super) ttl: u8,
-    pub(super) length: u32,
     pub(super) tos: u8,
-    pub(super) sender: Sender,
     /// A process of this node sent it.
     pub(super) local: bool,
     /// As a unicast, broadcast or multicast of the link (`skb->pkt_type`).
@@ -44,11 +44,9 @@ pub(super) struct Walk<'s> {
     pub(super) bridged: bool,
     /// A broadcast of which the bridge has made its copies.
     pub(super) flooded: bool,
-    /// As it came.
-    pub(super) received: Tuple,
     pub(super) conn: Conn,
     /// Reply tuple of an old entry that this packet made the kernel delete.
-    pub(super) replaced: Option<Tuple>,
+    pub(super) replaced: Option<Box<Tuple>>,
     /// Kind of the route by which it leaves.
     pub(super) leaves_as: RouteKind,
     /// This is the kernel's copy of a broadcast; the broadcast itself waits here until the copy has gone its way.
@@ -67,9 +65,9 @@ pub(super) struct Walk<'s> {
     /// Which of several next hops the coming routing decision takes.
     pub(super) way: Option<usize>,
     /// What the walk goes on with, where it is not the present chain.
-    pub(super) again: Option<Again>,
+    pub(super) again: Option<Box<Again>>,
     /// The packet when the mangle table of OUTPUT began.
-    pub(super) before_mangle: Mangled,
+    pub(super) before_mangle: Option<Box<Mangled>>,
 }
 
 /// What the mangle table of OUTPUT may not change without a new look at the routes: mark, addresses, TOS (`ipt_mangle_out`), of
