@@ -214,8 +214,10 @@ fn emit_hook(at: &NfContext, ct: u64, info: u64, kind: Kind, packet: &Packet) {
     }
     event.mark = Typed::read(skb + offset!(skb_mark));
     event.hook = Typed::read(state + offset!(state_hook));
-    event.ifindex = ifindex_of::<Typed>(Typed::read(state + offset!(state_in)));
-    event.out_ifindex = ifindex_of::<Typed>(Typed::read(state + offset!(state_out)));
+    // Not as typed pointers: for each of those the verifier searches all of the kernel's types for one of another name
+    // (`btf_nested_type_is_trusted`, kernel/bpf/btf.c), every time it comes by.
+    event.ifindex = ifindex_of(peek(state + offset!(state_in)));
+    event.out_ifindex = ifindex_of(peek(state + offset!(state_out)));
     // Before, there is no route yet, or one that DNAT may change.
     if matches!(kind, Kind::LocalIn | Kind::AfterSnat) {
         describe_route::<Typed>(event, skb);

@@ -1,7 +1,7 @@
 //! The routing decision that a packet carries: its `dst_entry`.
 
 use crate::maps::offset;
-use crate::skb::{Access, Untyped, ifindex_of, peek};
+use crate::skb::{Access, ifindex_of, peek};
 use porttrace_ebpf::{Event, Kind};
 
 /// `SKB_DST_PTRMASK`: the lowest bit says that the packet holds no reference.
@@ -37,7 +37,7 @@ pub fn describe_route<A: Access>(event: &mut Event, skb: u64) {
     }
     // Netfilter's own word of the output interface stands in its programs' events.
     if event.kind == Kind::Confirmed as u8 && event.route_type == RTN_UNICAST {
-        event.out_ifindex = ifindex_of::<Untyped>(peek(dst + offset!(dst_dev)));
+        event.out_ifindex = ifindex_of(peek(dst + offset!(dst_dev)));
     }
 }
 

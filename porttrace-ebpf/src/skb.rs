@@ -198,9 +198,10 @@ pub fn place_of(skb: u64) -> (u32, u32) {
     if dev == 0 { (0, 0) } else { (net_inum::<Untyped>(dev + offset!(dev_net)), 0) }
 }
 
+/// 0 for no device.
 #[inline(always)]
-pub fn ifindex_of<A: Access>(dev: u64) -> u32 {
-    if dev == 0 { 0 } else { A::read(dev + offset!(dev_ifindex)) }
+pub fn ifindex_of(dev: u64) -> u32 {
+    if dev == 0 { 0 } else { peek(dev + offset!(dev_ifindex)) }
 }
 
 /// Fills in the entry's half of an event.
