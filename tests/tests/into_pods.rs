@@ -223,11 +223,8 @@ fn a_pod_that_is_made_anew_is_followed_again() {
     assert!(noted(&watch, &gone), "{:?}", watch.others);
 }
 
-#[test]
-fn no_namespace_is_kept_alive() {
-    if !may_run("porttrace watch") {
-        return;
-    }
+/// A node whose rules send 9088 to a pod, by a veth pair; the pod's end is `eth0`.
+fn node_with_pod() -> (Netns, Netns) {
     let node = Netns::new("keeper").unwrap();
     let pod = Netns::new("kept").unwrap();
     node.exec(["ip", "link", "add", "veth0", "type", "veth", "peer", "name", "eth0", "netns", pod.name()]).unwrap();
@@ -237,6 +234,15 @@ fn no_namespace_is_kept_alive() {
     }
     let rule = "iptables -t nat -A PREROUTING -p tcp --dport 9088 -j DNAT --to-destination 10.51.0.2:80";
     node.exec(rule.split(' ')).unwrap();
+    (node, pod)
+}
+
+#[test]
+fn no_namespace_is_kept_alive() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let (node, pod) = node_with_pod();
     let bin = tempfile::tempdir().unwrap();
     let tools = Tools::new(bin.path().to_owned(), IptablesFlavour::Nft).unwrap();
     let mut watch = Watch::start(&node, &tools, &["9088", "--into-pods"]).unwrap();
@@ -262,4 +268,49 @@ fn sigkill_leaves_nothing_inside_either() {
     watch.process.signal(Signal::SIGKILL).unwrap();
     assert_eq!(watch.process.wait(WAIT).unwrap(), None);
     assert!(until(WAIT, || held.alive() == Held::default()), "still there: {:?}", held.alive());
+}
+
+/// Filters outlive their process, in pods as on the node. The next start need neither follow pods nor use filters itself.
+#[test]
+fn the_next_start_removes_the_filters_that_a_killed_one_left_in_pods() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let (node, pod) = node_with_pod();
+    let foreign = "tc filter add dev lo ingress pref 7 bpf bytecode";
+    pod.exec("tc qdisc add dev lo clsact".split(' ')).unwrap();
+    pod.exec(foreign.split(' ').chain(["1,6 0 0 4294967295,", "flowid", "1:1"])).unwrap();
+    let attached = || -> String {
+        let sides = ["lo ingress", "lo egress", "eth0 ingress", "eth0 egress"];
+        let listings = sides.into_iter().map(|side| format!("tc filter show dev {side}"));
+        let listings = listings.chain(["tc qdisc show".to_owned()]);
+        listings.map(|listing| pod.exec(listing.split(' ')).unwrap()).collect()
+    };
+    let before = attached();
+    let bin = tempfile::tempdir().unwrap();
+    let tools = Tools::new(bin.path().to_owned(), IptablesFlavour::Nft).unwrap();
+    let arguments = ["9088", "--into-pods", "--tc", "clsact"];
+    let mut killed = Watch::start(&node, &tools, &arguments).unwrap();
+    killed.process.signal(Signal::SIGKILL).unwrap();
+    assert_eq!(killed.process.wait(WAIT).unwrap(), None);
+    let left = attached();
+    assert!(left.contains("porttrace:"), "{left}");
+
+    // One that lives keeps what is its own.
+    let mut living = Watch::start(&node, &tools, &arguments).unwrap();
+    let others = ["9088", "--duration", "1ms"];
+    let mut next = Watch::start(&node, &tools, &others).unwrap();
+    assert_eq!(next.process.wait(WAIT).unwrap(), Some(0));
+    assert!(attached().contains("porttrace:"), "{}", attached());
+    living.process.signal(Signal::SIGINT).unwrap();
+    assert_eq!(living.process.wait(WAIT).unwrap(), Some(0));
+    assert_eq!(attached(), before);
+
+    let mut killed = Watch::start(&node, &tools, &arguments).unwrap();
+    killed.process.signal(Signal::SIGKILL).unwrap();
+    assert_eq!(killed.process.wait(WAIT).unwrap(), None);
+    assert!(attached().contains("porttrace:"), "{}", attached());
+    let mut next = Watch::start(&node, &tools, &others).unwrap();
+    assert_eq!(next.process.wait(WAIT).unwrap(), Some(0));
+    assert_eq!(attached(), before);
 }

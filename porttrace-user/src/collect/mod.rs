@@ -14,6 +14,7 @@ mod host;
 pub mod inside;
 pub mod kube_proxy;
 pub mod kubernetes;
+pub mod leftovers;
 pub mod links;
 pub mod live;
 pub mod memory;

@@ -75,7 +75,7 @@ fn is_link_local(address: IpAddr) -> bool {
 
 /// Whether our network namespace has a number for this one, as it does for those at the other end of its links
 /// (net/core/net_namespace.c, `rtnl_net_getid`).
-fn is_linked(namespace: &File) -> bool {
+pub(super) fn is_linked(namespace: &File) -> bool {
     /// `RTM_GETNSID`, and its attributes `NETNSA_NSID` and `NETNSA_FD` (include/uapi/linux/net_namespace.h).
     const GET_NUMBER: u16 = 90;
     const NUMBER: u16 = 1;

@@ -153,13 +153,21 @@ pub fn sweep() -> io::Result<usize> {
     let mut swept = 0;
     for index in clsact_interfaces(&mut netlink)? {
         let left = |token: &str| !is_held(token);
-        if filters(&mut netlink, index)?.iter().any(|filter| owner(&filter.name).is_some_and(|(token, _)| left(token)))
-        {
-            remove(&mut netlink, index, left)?;
-            swept += 1;
+        if !has_filters_of(&mut netlink, index, left)? {
+            continue;
         }
+        let removed = remove(&mut netlink, index, left);
+        // Another porttrace may have come first.
+        if removed.is_err() && has_filters_of(&mut netlink, index, left)? {
+            removed?;
+        }
+        swept += 1;
     }
     Ok(swept)
+}
+
+fn has_filters_of(netlink: &mut Connection, index: u32, whose: impl Fn(&str) -> bool) -> io::Result<bool> {
+    Ok(filters(netlink, index)?.iter().any(|filter| owner(&filter.name).is_some_and(|(token, _)| whose(token))))
 }
 
 /// Filters that are not porttrace's, by interface index: on which side, and their names.

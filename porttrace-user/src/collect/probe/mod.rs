@@ -19,6 +19,7 @@ mod trials;
 
 pub use config::{Backend, ConntrackBackend, Counted, Lost, ProbeConfig, ProbeError, ProbeInfo, Protos, TcMode};
 
+pub use clsact::sweep as remove_leftovers;
 pub use foreign::programs as foreign_programs;
 pub use trials::{capabilities, trials};
 

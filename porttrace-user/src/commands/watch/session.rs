@@ -11,8 +11,8 @@ use super::rules::{Node, Rules};
 use super::signals::Signals;
 use anyhow::Context as _;
 use porttrace_ebpf::Kind;
-use porttrace_user::collect::live;
 use porttrace_user::collect::probe::{Lost, Probe};
+use porttrace_user::collect::{leftovers, live};
 use porttrace_user::core::correlate::drops::unknown_answer;
 use porttrace_user::core::correlate::flow::{Flow, Way};
 use porttrace_user::core::correlate::fold::Mode;
@@ -87,7 +87,12 @@ pub async fn run(args: &Args) -> anyhow::Result<bool> {
     // Before anybody is told that we are ready: from then on a signal ends the session with its sum.
     let mut signals = Signals::listen()?;
     session.header(&opening, started)?;
+    // Nobody waits for it but the end.
+    let leftovers = tokio::task::spawn_blocking(leftovers::remove_from_pods);
     session.watch(&mut signals).await?;
+    for text in leftovers.await.unwrap_or_default() {
+        session.printer.note(&text, Clock::now(), true)?;
+    }
     session.end(started).await
 }
 
