@@ -270,6 +270,28 @@ fn sigkill_leaves_nothing_inside_either() {
     assert!(until(WAIT, || held.alive() == Held::default()), "still there: {:?}", held.alive());
 }
 
+#[test]
+fn an_interface_of_a_pod_that_cannot_be_attached_is_named() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let (node, pod) = node_with_pod();
+    let bin = tempfile::tempdir().unwrap();
+    let tools = Tools::new(bin.path().to_owned(), IptablesFlavour::Nft).unwrap();
+    let mut watch = Watch::start(&node, &tools, &["9088", "--into-pods"]).unwrap();
+    // No descriptor is left for a link.
+    let process = watch.process.id().to_string();
+    let open = std::fs::read_dir(format!("/proc/{process}/fd")).unwrap().count();
+    node.exec(["prlimit", "--pid", &process, &format!("--nofile={open}:")]).unwrap();
+    pod.exec(["ip", "link", "add", "late0", "type", "veth", "peer", "name", "late1"]).unwrap();
+    let start = format!("inside {}: packets at late0 are not seen: ", pod.name());
+    let says = |line: &Value| {
+        let text = line["text"].as_str().unwrap_or_default();
+        line["type"] == "note" && line["warning"] == true && text.starts_with(&start)
+    };
+    assert!(watch.read_until(WAIT, |watch| watch.others.iter().any(says)).unwrap(), "{:#?}", watch.others);
+}
+
 /// Filters outlive their process, in pods as on the node. The next start need neither follow pods nor use filters itself.
 #[test]
 fn the_next_start_removes_the_filters_that_a_killed_one_left_in_pods() {

@@ -51,9 +51,25 @@ pub struct IntoPods {
     naming: Option<JoinHandle<Part<Vec<Sandbox>>>>,
     /// What pods lost that are gone.
     lost_before: Lost,
-    notes: Vec<String>,
+    notes: Vec<Note>,
     /// The pods of the beginning are followed; those that come later are noted.
     has_started: bool,
+}
+
+/// Something to tell: a sentence, and whether it warns.
+pub struct Note {
+    pub text: String,
+    pub warns: bool,
+}
+
+impl Note {
+    const fn of(text: String) -> Self {
+        Self { text, warns: false }
+    }
+
+    const fn warning(text: String) -> Self {
+        Self { text, warns: true }
+    }
 }
 
 struct Pod {
@@ -185,7 +201,7 @@ impl IntoPods {
     }
 
     /// What happened since the last call, a sentence each.
-    pub fn notes(&mut self) -> Vec<String> {
+    pub fn notes(&mut self) -> Vec<Note> {
         std::mem::take(&mut self.notes)
     }
 
@@ -236,22 +252,25 @@ impl IntoPods {
                 pod.is_ready = true;
                 let name = &pod.attached.name;
                 if self.has_started {
-                    self.notes.push(format!("pod {name} is followed inside"));
+                    self.notes.push(Note::of(format!("pod {name} is followed inside")));
                 }
-                self.notes.extend(info.degradations.iter().map(|what| format!("inside {name}: {what}")));
+                let costs = |what: &String| Note::warning(format!("inside {name}: {what}"));
+                self.notes.extend(info.degradations.iter().map(costs));
             }
             News::Events { events, until_ns } => pod.push(events, until_ns),
             News::Interfaces(interfaces) => pod.interfaces = interfaces,
             News::State(state) => pod.simulator = Some(Simulator::new(&state)),
             News::Lost(lost) => pod.lost = lost,
-            News::Unseen(what) => self.notes.push(format!("inside {}: {what}", pod.attached.name)),
+            News::Unseen(what) => {
+                self.notes.push(Note::warning(format!("inside {}: {what}", pod.attached.name)));
+            }
             News::Gone(why) => {
                 let name = pod.attached.name.clone();
                 self.lost_before = self.lost_before.plus(pod.lost);
                 self.pods.remove(&netns);
                 self.notes.push(match why {
-                    None => format!("pod {name} is gone, and no longer followed inside"),
-                    Some(why) => format!("pod {name} is not followed inside: {why}"),
+                    None => Note::of(format!("pod {name} is gone, and no longer followed inside")),
+                    Some(why) => Note::warning(format!("pod {name} is not followed inside: {why}")),
                 });
                 // A namespace may have lost one of several names.
                 self.look_until = Instant::now() + UNSETTLED;
@@ -264,7 +283,7 @@ impl IntoPods {
         let wanted: BTreeSet<IpAddr> = self.targets.iter().map(|(_, to)| to.ip()).collect();
         let found = match spawn_blocking(move || attached::behind(&wanted, &[])).await {
             Ok(Ok(found)) => found,
-            Ok(Err(why)) => return self.notes.push(why),
+            Ok(Err(why)) => return self.notes.push(Note::warning(why)),
             Err(_) => return,
         };
         let meant: BTreeMap<u32, BTreeSet<u16>> = found.iter().map(|pod| (pod.netns, self.ports_of(pod))).collect();
@@ -273,7 +292,8 @@ impl IntoPods {
         let room = MOST_PODS.saturating_sub(self.pods.len());
         let left_out = new.len().saturating_sub(room);
         if left_out != self.left_out && left_out > 0 {
-            self.notes.push(format!("{left_out} more pods are not followed inside: {MOST_PODS} at once are"));
+            self.notes
+                .push(Note::warning(format!("{left_out} more pods are not followed inside: {MOST_PODS} at once are")));
         }
         self.left_out = left_out;
         for attached in new.into_iter().take(room) {
@@ -308,7 +328,10 @@ impl IntoPods {
                 // The container runtime may take its time, and nobody waits for it.
                 self.naming.get_or_insert_with(|| spawn_blocking(move || facts::sandboxes(&options)));
             }
-            Err(error) => self.notes.push(format!("pod {} is not followed inside: {error}", attached.name)),
+            Err(error) => {
+                let text = format!("pod {} is not followed inside: {error}", attached.name);
+                self.notes.push(Note::warning(text));
+            }
         }
     }
 

@@ -118,7 +118,7 @@ impl Session<'_> {
     fn header(&mut self, opening: &Opening<'_>, started: Instant) -> anyhow::Result<()> {
         let mut warnings = self.probe.info().degradations.clone();
         warnings.extend(self.rules.warnings());
-        warnings.extend(self.inside.iter_mut().flat_map(IntoPods::notes));
+        warnings.extend(self.inside.iter_mut().flat_map(IntoPods::notes).map(|note| note.text));
         let header = Header {
             ports: &self.args.ports,
             owners: &self.rules.owners,
@@ -314,8 +314,8 @@ impl Session<'_> {
         self.reload_if_changed().await?;
         if let Some(inside) = &mut self.inside {
             inside.keep_house().await;
-            for text in inside.notes() {
-                self.printer.note(&text, Clock::now(), false)?;
+            for note in inside.notes() {
+                self.printer.note(&note.text, Clock::now(), note.warns)?;
             }
         }
         Ok(())

@@ -17,8 +17,9 @@ pub mod unexplained;
 use crate::core::model::event::Event;
 use crate::core::model::flow::{Proto, Tuple};
 use flow::{ACK, End, FIN, Flow, RST, SYN, Stage, Way};
+use foldhash::{HashMap, HashMapExt as _};
 use porttrace_ebpf::Kind;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Time limits, nanoseconds, and size limits.
 #[derive(Clone, Debug)]
@@ -58,6 +59,10 @@ pub struct Counts {
     /// Events that belong to no connection that is watched.
     pub strays: u64,
 }
+
+/// What is seen of a connection that is forwarded and answered: its SYN by both interfaces and three hooks, and the answer and
+/// the end by both interfaces.
+const USUAL_SIGHTINGS: usize = 9;
 
 /// The joiner; see the module.
 #[derive(Debug)]
@@ -279,7 +284,7 @@ impl Correlator {
             first_seq: event.tcp_seq,
             start_ns: event.time_ns,
             last_ns: event.time_ns,
-            sightings: Vec::new(),
+            sightings: Vec::with_capacity(USUAL_SIGHTINGS),
             more_sightings: 0,
             stage: Stage::Open,
             answered: false,

@@ -23,6 +23,8 @@ pub enum Tool {
     Watch,
     /// The text log, by conntrack's events.
     WatchCtnetlink,
+    /// The text log, with a probe in the pod too.
+    WatchInside,
     /// Every hop of every connection as JSON.
     WatchJson,
     ConntrackEvents,
@@ -32,11 +34,12 @@ pub enum Tool {
 }
 
 impl Tool {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Nothing,
         Self::OtherPort,
         Self::Watch,
         Self::WatchCtnetlink,
+        Self::WatchInside,
         Self::WatchJson,
         Self::ConntrackEvents,
         Self::Tcpdump,
@@ -50,6 +53,7 @@ impl Tool {
             Self::OtherPort => "porttrace watch 9099 (another port)",
             Self::Watch => "porttrace watch 9088",
             Self::WatchCtnetlink => "porttrace watch 9088, by ctnetlink",
+            Self::WatchInside => "porttrace watch 9088 --into-pods",
             Self::WatchJson => "porttrace watch 9088 --json",
             Self::ConntrackEvents => "conntrack -E",
             Self::Tcpdump => "tcpdump -i any port 9088 -w FILE",
@@ -94,6 +98,7 @@ impl Tool {
             Self::OtherPort => watch(&OTHER_PORT.to_string()),
             Self::Watch => watch(&HOST_PORT.to_string()),
             Self::WatchCtnetlink => watch(&format!("{HOST_PORT} --conntrack-backend ctnetlink")),
+            Self::WatchInside => watch(&format!("{HOST_PORT} --into-pods")),
             Self::WatchJson => watch(&format!("{HOST_PORT} --json")),
             Self::ConntrackEvents => words("conntrack -E"),
             Self::Tcpdump => {
@@ -117,7 +122,7 @@ impl Tool {
     }
 
     pub fn is_porttrace(self) -> bool {
-        matches!(self, Self::OtherPort | Self::Watch | Self::WatchCtnetlink | Self::WatchJson)
+        matches!(self, Self::OtherPort | Self::Watch | Self::WatchCtnetlink | Self::WatchInside | Self::WatchJson)
     }
 }
 
@@ -193,7 +198,7 @@ impl<'a> Beside<'a> {
         let said = process.stderr.snapshot();
         Ok(match self.tool {
             Tool::Nothing | Tool::OtherPort => None,
-            Tool::Watch | Tool::WatchCtnetlink => Some(output::watch_text(&self.printed)?),
+            Tool::Watch | Tool::WatchCtnetlink | Tool::WatchInside => Some(output::watch_text(&self.printed)?),
             Tool::WatchJson => Some(output::watch_json(&self.printed)?),
             Tool::ConntrackEvents => Some(output::conntrack(&self.printed, &said)?),
             Tool::Tcpdump => Some(output::tcpdump(&self.capture, &said)?),
