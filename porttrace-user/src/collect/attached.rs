@@ -1,22 +1,14 @@
 //! Which network namespace is behind which address: pods that hang on this node by a pair of interfaces.
 
-use super::attributes::attributes;
-use super::netlink::socket::Connection;
 use super::{netlink, pods};
 use crate::core::model::cluster::Sandbox;
 use nix::sched::{CloneFlags, setns};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::net::IpAddr;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
-
-/// `RTM_GETNSID`, `NETNSA_NSID` and `NETNSA_FD` (include/uapi/linux/net_namespace.h).
-const RTM_GETNSID: u16 = 90;
-const NSID: u16 = 1;
-const FD: u16 = 3;
 
 /// A pod's network namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,12 +37,11 @@ impl Attached {
 pub fn behind(wanted: &BTreeSet<IpAddr>, sandboxes: &[Sandbox]) -> Result<Vec<Attached>, String> {
     let links = netlink::read_interfaces().links.unwrap_or_default();
     let peers: BTreeSet<i32> = links.iter().filter_map(|link| link.peer_netns).collect();
-    let mut asker = Connection::open(netlink_sys::protocols::NETLINK_ROUTE).map_err(|error| error.to_string())?;
     let mut found = Vec::new();
     let mut refused = 0;
     for (name, path) in pods::places(sandboxes) {
         let Some((file, netns)) = File::open(&path).ok().zip(netns_of(&path)) else { continue };
-        if !id_of(&mut asker, &file).is_some_and(|id| peers.contains(&id)) {
+        if !pods::number_of(&file).is_some_and(|number| peers.contains(&number)) {
             continue;
         }
         match addresses(file) {
@@ -63,20 +54,6 @@ pub fn behind(wanted: &BTreeSet<IpAddr>, sandboxes: &[Sandbox]) -> Result<Vec<At
         return Err("pods are not followed inside: only root may enter their network namespaces".to_owned());
     }
     Ok(found)
-}
-
-/// The id that our namespace has for another one; `None`: it has none, and so no interface that leads there.
-fn id_of(asker: &mut Connection, namespace: &File) -> Option<i32> {
-    // struct rtgenmsg, padded; then the attribute: length, type, descriptor.
-    let mut request = vec![0; 4];
-    request.extend_from_slice(&8u16.to_ne_bytes());
-    request.extend_from_slice(&FD.to_ne_bytes());
-    request.extend_from_slice(&namespace.as_raw_fd().to_ne_bytes());
-    let answer = asker.get(RTM_GETNSID, &request, |_, payload| {
-        let (_, value) = attributes(payload.get(4..)?).find(|(kind, _)| *kind == NSID)?;
-        value.first_chunk().map(|bytes| i32::from_ne_bytes(*bytes))
-    });
-    answer.ok().flatten().filter(|id| *id >= 0)
 }
 
 /// Its addresses, asked on a thread of its own, which ends there.

@@ -19,7 +19,7 @@ pub fn remove_from_pods() -> Vec<String> {
 
 /// A namespace that is gone, or no neighbour of ours, has nothing.
 fn in_namespace(path: &Path) -> io::Result<()> {
-    let Some(namespace) = File::open(path).ok().filter(pods::is_linked) else { return Ok(()) };
+    let Some(namespace) = File::open(path).ok().filter(|file| pods::number_of(file).is_some()) else { return Ok(()) };
     let work = move || match setns(namespace, CloneFlags::CLONE_NEWNET) {
         Ok(()) => probe::remove_leftovers().map(drop),
         // Whoever may not enter could not have left anything.

@@ -73,13 +73,14 @@ fn is_link_local(address: IpAddr) -> bool {
     matches!(address, IpAddr::V6(address) if address.is_unicast_link_local())
 }
 
-/// Whether our network namespace has a number for this one, as it does for those at the other end of its links
+/// The number that our network namespace has for this one, as it has for those at the other end of its links
 /// (net/core/net_namespace.c, `rtnl_net_getid`).
-pub(super) fn is_linked(namespace: &File) -> bool {
+pub(super) fn number_of(namespace: &File) -> Option<i32> {
     /// `RTM_GETNSID`, and its attributes `NETNSA_NSID` and `NETNSA_FD` (include/uapi/linux/net_namespace.h).
     const GET_NUMBER: u16 = 90;
     const NUMBER: u16 = 1;
     const FILE: u16 = 3;
+    // struct rtgenmsg, padded; then the attribute: length, type, descriptor.
     let mut request = vec![0; 4];
     request.extend(8u16.to_ne_bytes());
     request.extend(FILE.to_ne_bytes());
@@ -90,7 +91,7 @@ pub(super) fn is_linked(namespace: &File) -> bool {
     };
     let asked = Connection::open(netlink_sys::protocols::NETLINK_ROUTE)
         .and_then(|mut connection| connection.get(GET_NUMBER, &request, number));
-    asked.ok().flatten().is_some_and(|number| number >= 0)
+    asked.ok().flatten().filter(|number| *number >= 0)
 }
 
 /// Name and path of each namespace, once; a pod's stands before what else is found.
@@ -128,7 +129,7 @@ pub(super) fn places(sandboxes: &[Sandbox]) -> Vec<(String, PathBuf)> {
 /// Enters a namespace on a thread of its own, which ends there.
 fn ask(name: String, path: PathBuf) -> Option<Namespace> {
     let namespace = File::open(path).ok()?;
-    let linked = is_linked(&namespace);
+    let linked = number_of(&namespace).is_some();
     thread::spawn(move || {
         // A file that holds no namespace (its mount is gone, or not to be seen from here) is refused here.
         setns(namespace, CloneFlags::CLONE_NEWNET).ok()?;
