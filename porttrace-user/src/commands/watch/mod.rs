@@ -29,11 +29,9 @@ pub fn run(args: &args::Args) -> anyhow::Result<ExitCode> {
     }
     unblock_signals()?;
     give_back_early();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .context("cannot start the event loop")?;
+    // One thread: with more of them, one waits for events and has to wake another for each.
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the event loop")?;
     let lost = runtime.block_on(session::run(args))?;
     runtime.shutdown_background();
     Ok(if lost && args.strict { ExitCode::from(EXIT_LOST) } else { ExitCode::SUCCESS })
