@@ -16,6 +16,7 @@ use porttrace_user::core::model::flow::{Proto, Tuple};
 use serde_json::{Value, json};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
 const WAIT: Duration = Duration::from_secs(20);
 /// The hostPort of the pod that passes on, as k3s's `svclb` pods do.
@@ -224,17 +225,32 @@ fn a_pod_that_is_made_anew_is_followed_again() {
 }
 
 /// A node whose rules send 9088 to a pod, by a veth pair; the pod's end is `eth0`.
-fn node_with_pod() -> (Netns, Netns) {
-    let node = Netns::new("keeper").unwrap();
-    let pod = Netns::new("kept").unwrap();
-    node.exec(["ip", "link", "add", "veth0", "type", "veth", "peer", "name", "eth0", "netns", pod.name()]).unwrap();
-    for (netns, name, address) in [(&node, "veth0", "10.51.0.1/24"), (&pod, "eth0", "10.51.0.2/24")] {
-        netns.exec(["ip", "addr", "add", address, "dev", name]).unwrap();
-        netns.exec(["ip", "link", "set", name, "up"]).unwrap();
+struct SmallNode {
+    node: Netns,
+    pod: Netns,
+    tools: Tools,
+    _bin: TempDir,
+}
+
+impl SmallNode {
+    fn up() -> Self {
+        let node = Netns::new("keeper").unwrap();
+        let pod = Netns::new("kept").unwrap();
+        node.exec(["ip", "link", "add", "veth0", "type", "veth", "peer", "name", "eth0", "netns", pod.name()]).unwrap();
+        for (netns, name, address) in [(&node, "veth0", "10.51.0.1/24"), (&pod, "eth0", "10.51.0.2/24")] {
+            netns.exec(["ip", "addr", "add", address, "dev", name]).unwrap();
+            netns.exec(["ip", "link", "set", name, "up"]).unwrap();
+        }
+        let rule = "iptables -t nat -A PREROUTING -p tcp --dport 9088 -j DNAT --to-destination 10.51.0.2:80";
+        node.exec(rule.split(' ')).unwrap();
+        let bin = tempfile::tempdir().unwrap();
+        let tools = Tools::new(bin.path().to_owned(), IptablesFlavour::Nft).unwrap();
+        Self { node, pod, tools, _bin: bin }
     }
-    let rule = "iptables -t nat -A PREROUTING -p tcp --dport 9088 -j DNAT --to-destination 10.51.0.2:80";
-    node.exec(rule.split(' ')).unwrap();
-    (node, pod)
+
+    fn watch(&self, arguments: &[&str]) -> Watch {
+        Watch::start(&self.node, &self.tools, arguments).unwrap()
+    }
 }
 
 #[test]
@@ -242,10 +258,9 @@ fn no_namespace_is_kept_alive() {
     if !may_run("porttrace watch") {
         return;
     }
-    let (node, pod) = node_with_pod();
-    let bin = tempfile::tempdir().unwrap();
-    let tools = Tools::new(bin.path().to_owned(), IptablesFlavour::Nft).unwrap();
-    let mut watch = Watch::start(&node, &tools, &["9088", "--into-pods"]).unwrap();
+    let small = SmallNode::up();
+    let mut watch = small.watch(&["9088", "--into-pods"]);
+    let SmallNode { node, pod, .. } = small;
     let ready = watch.status("ready", WAIT).unwrap().unwrap();
     assert_eq!(ready["inside"], json!([pod.name()]));
     // As a runtime that relies on the kernel: the name goes, and with its last user the namespace, and its interfaces.
@@ -275,10 +290,9 @@ fn an_interface_of_a_pod_that_cannot_be_attached_is_named() {
     if !may_run("porttrace watch") {
         return;
     }
-    let (node, pod) = node_with_pod();
-    let bin = tempfile::tempdir().unwrap();
-    let tools = Tools::new(bin.path().to_owned(), IptablesFlavour::Nft).unwrap();
-    let mut watch = Watch::start(&node, &tools, &["9088", "--into-pods"]).unwrap();
+    let small = SmallNode::up();
+    let mut watch = small.watch(&["9088", "--into-pods"]);
+    let SmallNode { node, pod, .. } = &small;
     // No descriptor is left for a link.
     let process = watch.process.id().to_string();
     let open = std::fs::read_dir(format!("/proc/{process}/fd")).unwrap().count();
@@ -298,7 +312,8 @@ fn the_next_start_removes_the_filters_that_a_killed_one_left_in_pods() {
     if !may_run("porttrace watch") {
         return;
     }
-    let (node, pod) = node_with_pod();
+    let small = SmallNode::up();
+    let pod = &small.pod;
     let foreign = "tc filter add dev lo ingress pref 7 bpf bytecode";
     pod.exec("tc qdisc add dev lo clsact".split(' ')).unwrap();
     pod.exec(foreign.split(' ').chain(["1,6 0 0 4294967295,", "flowid", "1:1"])).unwrap();
@@ -309,30 +324,28 @@ fn the_next_start_removes_the_filters_that_a_killed_one_left_in_pods() {
         listings.map(|listing| pod.exec(listing.split(' ')).unwrap()).collect()
     };
     let before = attached();
-    let bin = tempfile::tempdir().unwrap();
-    let tools = Tools::new(bin.path().to_owned(), IptablesFlavour::Nft).unwrap();
     let arguments = ["9088", "--into-pods", "--tc", "clsact"];
-    let mut killed = Watch::start(&node, &tools, &arguments).unwrap();
+    let mut killed = small.watch(&arguments);
     killed.process.signal(Signal::SIGKILL).unwrap();
     assert_eq!(killed.process.wait(WAIT).unwrap(), None);
     let left = attached();
     assert!(left.contains("porttrace:"), "{left}");
 
     // One that lives keeps what is its own.
-    let mut living = Watch::start(&node, &tools, &arguments).unwrap();
+    let mut living = small.watch(&arguments);
     let others = ["9088", "--duration", "1ms"];
-    let mut next = Watch::start(&node, &tools, &others).unwrap();
+    let mut next = small.watch(&others);
     assert_eq!(next.process.wait(WAIT).unwrap(), Some(0));
     assert!(attached().contains("porttrace:"), "{}", attached());
     living.process.signal(Signal::SIGINT).unwrap();
     assert_eq!(living.process.wait(WAIT).unwrap(), Some(0));
     assert_eq!(attached(), before);
 
-    let mut killed = Watch::start(&node, &tools, &arguments).unwrap();
+    let mut killed = small.watch(&arguments);
     killed.process.signal(Signal::SIGKILL).unwrap();
     assert_eq!(killed.process.wait(WAIT).unwrap(), None);
     assert!(attached().contains("porttrace:"), "{}", attached());
-    let mut next = Watch::start(&node, &tools, &others).unwrap();
+    let mut next = small.watch(&others);
     assert_eq!(next.process.wait(WAIT).unwrap(), Some(0));
     assert_eq!(attached(), before);
 }
