@@ -176,11 +176,6 @@ impl Entry {
     pub(super) fn alive(&self) -> impl Iterator<Item = &Way> {
         self.hops.iter().filter(|way| !way.dead)
     }
-
-    /// The first of them.
-    pub(super) fn first_way(&self) -> Option<&Way> {
-        self.alive().next()
-    }
 }
 
 /// The first `prefix` bits of an address.

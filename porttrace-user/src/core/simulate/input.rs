@@ -1,11 +1,12 @@
 //! Routing of what arrives (`ip_route_input_slow`, `ip6_route_input`), and what may not pass.
 
 use super::config::InterfaceConf;
-use super::output::{Takes, nowhere, record, record_first};
+use super::output::{nowhere, record, record_first};
 use super::path::{dropped, from_loopback, rejected};
 use super::routing::{Found, Key};
 use super::run::{Next, Run};
 use super::walk::Walk;
+use crate::core::model::steps::Taken;
 use crate::core::model::trace::{DropReason, Hook, RouteKind};
 use std::net::IpAddr;
 
@@ -123,15 +124,15 @@ impl<'s> Run<'s> {
                 self.forward6(walk)
             }
             RouteKind::Blackhole => {
-                record(walk, entry, Takes::None);
+                record(walk, entry, Taken::None);
                 dropped(DropReason::Blackhole)
             }
             RouteKind::Prohibit => {
-                record(walk, entry, Takes::None);
+                record(walk, entry, Taken::None);
                 rejected("icmp6-adm-prohibited")
             }
             _ => {
-                record(walk, entry, Takes::None);
+                record(walk, entry, Taken::None);
                 rejected("icmp6-no-route")
             }
         }

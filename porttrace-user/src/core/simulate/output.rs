@@ -1,7 +1,7 @@
 //! The way out of what the node sends, and next hops in general (`ip_route_output_key`, net/ipv4/route.c).
 
 use super::config::InterfaceConf;
-use super::fib::{Entry, Way};
+use super::fib::Entry;
 use super::path::{LOOPBACK, dropped};
 use super::routing::{Found, Key};
 use super::run::{Next, Run};
@@ -42,7 +42,7 @@ impl<'s> Run<'s> {
                 walk.output = Some(&LOOPBACK);
                 walk.gateway = None;
                 self.choose_source(walk, entry, "lo");
-                record(walk, entry, Takes::Loopback);
+                record(walk, entry, Taken::Loopback);
                 enter(walk, then)
             }
             RouteKind::Unicast | RouteKind::Broadcast | RouteKind::Multicast => {
@@ -122,14 +122,14 @@ impl<'s> Run<'s> {
             }
         }
         let taken = walk.way.take().unwrap_or(0);
-        let Some(way) = entry.alive().nth(taken) else { return record(walk, entry, Takes::None) };
+        let Some(way) = entry.alive().nth(taken) else { return record(walk, entry, Taken::None) };
         if ways > 1 {
             let total: u64 = entry.alive().map(|way| u64::from(way.weight)).sum();
             let text = format!("next hop {} of {ways} by hash, weight {} of {total}", taken + 1, way.weight);
             walk.by_chance(Fraction::new(u64::from(way.weight), total));
             walk.decide(Decision::Assumed { rule: None, text, taken: true });
         }
-        record(walk, entry, Takes::Way(way));
+        record(walk, entry, Taken::Way(way.number));
     }
 
     pub(super) fn localnet(&mut self, conf: InterfaceConf) -> bool {
@@ -140,13 +140,6 @@ impl<'s> Run<'s> {
     }
 }
 
-/// The next hop that a route leads to.
-pub(super) enum Takes<'s> {
-    None,
-    Loopback,
-    Way(&'s Way),
-}
-
 fn enter(walk: &mut Walk<'_>, then: Option<Hook>) -> Next {
     if let Some(hook) = then {
         walk.enter(hook);
@@ -155,21 +148,23 @@ fn enter(walk: &mut Walk<'_>, then: Option<Hook>) -> Next {
 }
 
 /// Writes the routing decision down and takes its way.
-pub(super) fn record<'s>(walk: &mut Walk<'s>, entry: &Entry, takes: Takes<'s>) {
-    let (taken, interface, gateway) = match takes {
-        Takes::None => (Taken::None, None, None),
-        Takes::Loopback => (Taken::Loopback, Some(&LOOPBACK), None),
-        Takes::Way(way) => (Taken::Way(way.number), way.interface.as_ref(), way.gateway),
+pub(super) fn record<'s>(walk: &mut Walk<'s>, entry: &'s Entry, taken: Taken) {
+    let way = match taken {
+        Taken::Way(at) => entry.hops.get(usize::from(at)),
+        Taken::None | Taken::Loopback => None,
     };
-    walk.output = interface;
-    walk.gateway = gateway;
+    walk.output = match taken {
+        Taken::Loopback => Some(&LOOPBACK),
+        Taken::None | Taken::Way(_) => way.and_then(|way| way.interface.as_ref()),
+    };
+    walk.gateway = way.and_then(|way| way.gateway);
     walk.leaves_as = entry.kind;
     walk.step(Step::Route { kind: entry.kind, route: Some(entry.number), taken });
 }
 
 /// As [`record`], by the first way that can be taken.
 pub(super) fn record_first<'s>(walk: &mut Walk<'s>, entry: &'s Entry) {
-    record(walk, entry, entry.first_way().map_or(Takes::None, Takes::Way));
+    record(walk, entry, entry.alive().next().map_or(Taken::None, |way| Taken::Way(way.number)));
 }
 
 /// Writes down that no route was found.
