@@ -185,6 +185,21 @@ fn json_has_the_documented_members() {
 }
 
 #[test]
+fn one_line_of_a_batch_is_told_of_as_one() {
+    let node = node();
+    let arguments = ["--batch", "-", "--json", "--snapshot", node.to_str().unwrap()];
+    let output = run(&arguments, b"rubbish\n");
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.ends_with("\nporttrace: 1 line of the batch is no packet\n"), "{said}");
+    let packet = br#"{"src":"172.18.0.4","sport":4000,"dst":"172.18.0.3","dport":30080,"proto":"tcp","in":"eth0"}"#;
+    let output = run(&[&arguments[..], &["--expect", "dropped"]].concat(), packet);
+    assert_eq!(output.status.code(), Some(3));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("expected dropped") && said.contains("but 1 packet does otherwise"), "{said}");
+}
+
+#[test]
 fn a_batch_answers_in_order_and_goes_on_after_bad_lines() {
     let good = |dport: u16| {
         format!(r#"{{"src":"172.18.0.4","sport":4000,"dst":"172.18.0.3","dport":{dport},"proto":"tcp","in":"eth0"}}"#)

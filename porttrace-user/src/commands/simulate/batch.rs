@@ -106,11 +106,13 @@ pub fn run(path: &Path, loaded: &Loaded, context: &Context<'_>, options: Options
 
 fn finish(bad: u64, unexpected: u64, expect: Option<Expectation>) -> ExitCode {
     if bad > 0 {
-        eprintln!("porttrace: {bad} lines of the batch are no packets");
+        let are = if bad == 1 { "line of the batch is no packet" } else { "lines of the batch are no packets" };
+        eprintln!("porttrace: {bad} {are}");
         return ExitCode::FAILURE;
     }
     if let Some(expect) = expect.filter(|_| unexpected > 0) {
-        eprintln!("porttrace: expected {expect}, but {unexpected} packets do otherwise");
+        let others = if unexpected == 1 { "packet does" } else { "packets do" };
+        eprintln!("porttrace: expected {expect}, but {unexpected} {others} otherwise");
         return ExitCode::from(UNEXPECTED);
     }
     ExitCode::SUCCESS
