@@ -145,8 +145,16 @@ impl Printer {
         self.out.flush()
     }
 
-    /// A connection whose outcome is known.
-    pub fn report(&mut self, report: &Report, context: &Context<'_>, now_ns: u64) -> io::Result<()> {
+    /// Counts an answered connection of a shape that [`Self::report`] returned, if such are only counted now; false when it is to be
+    /// reported.
+    pub fn count(&mut self, shape: &Shape, id: u64, now_ns: u64) -> bool {
+        let counted = !self.json && self.folder.count(shape, id, now_ns);
+        self.connections += u64::from(counted);
+        counted
+    }
+
+    /// A connection whose outcome is known; returns what it is counted as.
+    pub fn report(&mut self, report: &Report, context: &Context<'_>, now_ns: u64) -> io::Result<Shape> {
         self.connections += 1;
         let (mood, verdict) = words::verdict(report, context, false);
         let shape = self.shape(report, &verdict);
@@ -154,13 +162,14 @@ impl Printer {
         self.verdicts.entry(shape.clone()).or_insert((mood, verdict));
         let show = self.folder.show(&shape, id, now_ns);
         if !report.flow.answered {
-            self.unanswered.insert(id, Unanswered { shape, was_shown: show != Show::Counted });
+            self.unanswered.insert(id, Unanswered { shape: shape.clone(), was_shown: show != Show::Counted });
             if self.unanswered.len() > MAX_AWAITED {
                 self.unanswered.pop_first();
             }
         }
         if self.json {
-            return json::flow(&mut self.out, report, context, &self.clock.utc(report.flow.start_ns));
+            json::flow(&mut self.out, report, context, &self.clock.utc(report.flow.start_ns))?;
+            return Ok(shape);
         }
         match show {
             Show::Whole => {
@@ -175,12 +184,12 @@ impl Printer {
                 let verdict = block::paint(mood, self.style, &format!("{} {verdict}", mood.mark()));
                 self.wrapped(&lead, &verdict)?;
             }
-            Show::Counted => return Ok(()),
+            Show::Counted => return Ok(shape),
         }
         if report.flow.end.is_none() && mood == Mood::Good {
             self.await_end(id);
         }
-        Ok(())
+        Ok(shape)
     }
 
     /// A connection that was told as unanswered got its answer after all: one line, and the sum counts it as what it is now.

@@ -39,6 +39,36 @@ struct Seen {
     total: u64,
 }
 
+impl Seen {
+    /// Whether one more has a line, or a story, of its own.
+    const fn has_line(&self, mode: Mode, now_ns: u64) -> bool {
+        let is_early = now_ns.saturating_sub(self.window_start) >= SECOND || self.in_window < LINES_PER_SECOND;
+        match mode {
+            Mode::All => true,
+            Mode::Auto => is_early && self.bundled == 0,
+            Mode::Summary => false,
+        }
+    }
+
+    /// One more in this second.
+    const fn next(&mut self, now_ns: u64) {
+        if now_ns.saturating_sub(self.window_start) >= SECOND {
+            self.window_start = now_ns;
+            self.in_window = 0;
+        }
+        self.in_window += 1;
+    }
+
+    const fn bundle(&mut self, id: u64, now_ns: u64) {
+        self.next(now_ns);
+        if self.bundled == 0 {
+            self.first = id;
+        }
+        self.bundled += 1;
+        self.last = id;
+    }
+}
+
 /// How connections are shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
@@ -66,6 +96,18 @@ impl Folder {
         Self { mode, shapes: BTreeMap::new() }
     }
 
+    /// Counts connection `id` if those of its shape are only counted at `now_ns`; false when [`Self::show`] has to decide.
+    pub fn count(&mut self, shape: &Shape, id: u64, now_ns: u64) -> bool {
+        let mode = self.mode;
+        let Some(seen) = self.shapes.get_mut(shape).filter(|seen| seen.told != 0 && !seen.has_line(mode, now_ns))
+        else {
+            return false;
+        };
+        seen.total += 1;
+        seen.bundle(id, now_ns);
+        true
+    }
+
     /// Decides how connection `id` is shown at `now_ns`, and counts it.
     pub fn show(&mut self, shape: &Shape, id: u64, now_ns: u64) -> Show {
         let mode = self.mode;
@@ -79,19 +121,11 @@ impl Folder {
         if mode == Mode::All {
             return Show::Whole;
         }
-        if now_ns.saturating_sub(seen.window_start) >= SECOND {
-            seen.window_start = now_ns;
-            seen.in_window = 0;
-        }
-        seen.in_window += 1;
-        if mode == Mode::Auto && seen.in_window <= LINES_PER_SECOND && seen.bundled == 0 {
+        if seen.has_line(mode, now_ns) {
+            seen.next(now_ns);
             return Show::Line { like: seen.told };
         }
-        if seen.bundled == 0 {
-            seen.first = id;
-        }
-        seen.bundled += 1;
-        seen.last = id;
+        seen.bundle(id, now_ns);
         Show::Counted
     }
 

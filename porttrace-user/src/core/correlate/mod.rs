@@ -5,6 +5,7 @@
 //! a little after the answer (so that the answer's own way back is part of it) or when its deadline passes; an answer that
 //! comes after the deadline amends it; its end is reported last.
 
+pub mod alike;
 pub mod drops;
 pub mod flow;
 pub mod fold;

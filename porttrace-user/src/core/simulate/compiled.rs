@@ -1,5 +1,6 @@
 //! A state made ready for walking: base chains on the hook timeline, names to share, indices over long chains.
 
+use super::client_port;
 use super::config::Config;
 use super::index::{Index, LONG};
 use super::ipvs::Ipvs;
@@ -34,6 +35,7 @@ pub struct Simulator {
     /// Tables in which the order of the two iptables flavours decides and is not known, for IPv4 and IPv6.
     open_orders: [u8; 2],
     pub(super) assumptions: Vec<String>,
+    minds_client_ports: bool,
 }
 
 /// Entries by family and hook ([`slot`]), in the order in which the kernel calls them.
@@ -129,7 +131,13 @@ impl Simulator {
             sets: Sets::new(state.sets.as_ref()),
             recent: state.recent.clone(),
             assumptions,
+            minds_client_ports: client_port::matters(state),
         }
+    }
+
+    /// Whether two packets may go other ways although they differ in nothing but the port that they come from.
+    pub const fn minds_client_ports(&self) -> bool {
+        self.minds_client_ports
     }
 
     /// A rule in words.

@@ -4,6 +4,7 @@
 //! can happen (a random choice, a match that nobody can decide) the path forks and both are followed.
 
 mod bridge;
+mod client_port;
 mod compiled;
 mod config;
 mod conn;
