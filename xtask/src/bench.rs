@@ -11,7 +11,8 @@ pub struct Args {
     /// Measure this only.
     #[arg(long, value_enum, value_name = "WHAT")]
     only: Option<What>,
-    /// What follows goes to the measurement in the lab (`--only`, `--rounds`, `--seconds`, `--clients`, `--rate`, `--minutes`).
+    /// What follows goes to the measurement in the lab (`--only`, `--beside`, `--rounds`, `--seconds`, `--clients`,
+    /// `--rate`, `--minutes`).
     #[arg(last = true)]
     arguments: Vec<OsString>,
 }

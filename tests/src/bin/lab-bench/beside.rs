@@ -3,6 +3,7 @@
 use crate::output::{self, Seen};
 use crate::scene::{OTHER_PORT, Scene, WAIT};
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 use nix::sys::signal::Signal;
 use porttrace_tests::lab::topology::{HOST_PORT, OUTSIDE_V4};
 use porttrace_tests::netns::{ChildGuard, Netns};
@@ -15,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// One way to look, or not to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Tool {
     Nothing,
     OtherPort,

@@ -22,10 +22,7 @@ struct Row {
 }
 
 pub fn measure(scene: &Scene, arguments: &Arguments) -> Result<()> {
-    let tools: Vec<Tool> = Tool::ALL.into_iter().filter(|tool| tool.is_here()).collect();
-    for absent in Tool::ALL.iter().filter(|tool| !tool.is_here()) {
-        println!("not measured, because it is not installed: {}", absent.name());
-    }
+    let tools = arguments.tools();
     let duration = Duration::from_secs_f64(arguments.seconds);
     // Neighbours, caches, conntrack's table.
     scene.connect(Proto::Tcp, Pace::AsFastAsPossible, duration)?;

@@ -12,6 +12,7 @@ mod soak;
 mod table;
 
 use anyhow::{Result, ensure};
+use beside::Tool;
 use clap::{Parser, ValueEnum};
 use scene::Scene;
 use std::path::PathBuf;
@@ -25,6 +26,9 @@ struct Arguments {
     /// Measure these only
     #[arg(long, value_enum, value_name = "WHAT", value_delimiter = ',', default_values = ["ready", "harm", "rate", "programs"])]
     only: Vec<What>,
+    /// With these beside the load only, and with nothing
+    #[arg(long, value_enum, value_name = "TOOL", value_delimiter = ',')]
+    beside: Vec<Tool>,
     /// How often each case is measured; the cases take turns
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -54,6 +58,18 @@ enum What {
     Programs,
     /// Minutes under load while interfaces and rules change: memory, losses.
     Soak,
+}
+
+impl Arguments {
+    /// What to run beside the load: all that is wanted and here, nothing first. What is not here is said.
+    fn tools(&self) -> Vec<Tool> {
+        let is_wanted = |tool: &Tool| *tool == Tool::Nothing || self.beside.is_empty() || self.beside.contains(tool);
+        let (here, absent): (Vec<_>, Vec<_>) = Tool::ALL.into_iter().filter(is_wanted).partition(|tool| tool.is_here());
+        for absent in absent {
+            println!("not measured, because it is not installed: {}", absent.name());
+        }
+        here
+    }
 }
 
 fn main() -> ExitCode {

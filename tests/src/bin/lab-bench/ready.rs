@@ -1,4 +1,5 @@
-//! From the start of the process until it says that it is ready, and its memory then: with few rules and with 100,000.
+//! From the start of the process until it captures, and until it has also read the rules, and its memory then: with few rules and
+//! with 100,000.
 
 use crate::Arguments;
 use crate::scene::{Scene, WAIT};
@@ -19,6 +20,7 @@ struct Place<'a> {
     name: String,
     netns: &'a Netns,
     tools: &'a Tools,
+    capturing: Series,
     ready: Series,
     memory: Series,
 }
@@ -29,8 +31,14 @@ pub fn measure(scene: &Scene, arguments: &Arguments) -> Result<()> {
     let legacy = Tools::new(directory, IptablesFlavour::Legacy)?;
     let empty = Netns::new("empty")?;
     let (large, rules) = large_node(&legacy)?;
-    let place =
-        |name: String, netns, tools| Place { name, netns, tools, ready: Series::default(), memory: Series::default() };
+    let place = |name: String, netns, tools| Place {
+        name,
+        netns,
+        tools,
+        capturing: Series::default(),
+        ready: Series::default(),
+        memory: Series::default(),
+    };
     let mut places = [
         place("without a rule".to_owned(), &empty, &legacy),
         place("lab node".to_owned(), scene.node(), &scene.lab.tools),
@@ -46,10 +54,14 @@ pub fn measure(scene: &Scene, arguments: &Arguments) -> Result<()> {
         }
     }
     let names: Vec<String> = places.iter().map(|place| format!("porttrace watch 9088, {}", place.name)).collect();
-    let mut rows: Vec<(&str, &Series)> =
-        names.iter().map(String::as_str).zip(places.iter().map(|place| &place.ready)).collect();
-    rows.push(("tcpdump -i any port 9088", &tcpdump));
-    table::print(&format!("start to ready in milliseconds, median of {} (least to most)", arguments.rounds), &rows);
+    let of = format!("median of {} (least to most)", arguments.rounds);
+    let mut capturing = rows(&names, &places, |place| &place.capturing);
+    capturing.push(("tcpdump -i any port 9088", &tcpdump));
+    table::print(&format!("start to capturing in milliseconds, {of}"), &capturing);
+    table::print(
+        &format!("start to ready, the rules read too, in milliseconds, {of}"),
+        &rows(&names, &places, |place| &place.ready),
+    );
     println!("\nmost memory until then (VmHWM), MiB");
     for (name, place) in names.iter().zip(&places) {
         println!(
@@ -62,15 +74,22 @@ pub fn measure(scene: &Scene, arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
+/// A row for each place.
+fn rows<'a>(names: &'a [String], places: &'a [Place], pick: fn(&'a Place) -> &'a Series) -> Vec<(&'a str, &'a Series)> {
+    names.iter().map(String::as_str).zip(places.iter().map(pick)).collect()
+}
+
 impl Place<'_> {
     fn once(&mut self, porttrace: &Path) -> Result<()> {
         let mut command = self.netns.command(porttrace);
         command.args(["watch", &HOST_PORT.to_string()]).env("PATH", self.tools.path());
         let start = Instant::now();
         let watch = ChildGuard::spawn(command)?;
-        let ready = watch.stdout.wait_for(WAIT, |line| line.contains("ready after").then(|| start.elapsed()));
-        let ready = ready.with_context(|| format!("porttrace does not get ready: {:?}", watch.stderr.snapshot()))?;
-        self.ready.push(ready.as_secs_f64() * 1e3);
+        for (said, series) in [("capturing after", &mut self.capturing), ("ready after", &mut self.ready)] {
+            let time = watch.stdout.wait_for(WAIT, |line| line.contains(said).then(|| start.elapsed()));
+            let time = time.with_context(|| format!("porttrace does not get ready: {:?}", watch.stderr.snapshot()))?;
+            series.push(time.as_secs_f64() * 1e3);
+        }
         self.memory.push(memory(watch.id(), "VmHWM:")? / 1024.0);
         Ok(())
     }
