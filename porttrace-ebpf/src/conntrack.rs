@@ -2,15 +2,15 @@
 
 use crate::emit::{body, describe_packet, reserve, submit};
 use crate::flow::is_watched;
-use crate::maps::{TRACKED, is_passed_over, is_seen, look_again, netns, offset, pass_over, set_seen, track};
-use crate::packet::{NO_TUPLE, Packet, UDP};
+use crate::maps::{Known, Place, Seen, look_again, netns, offset, pass_over, set_seen, track};
+use crate::packet::{NO_TUPLE, Packet, SCTP, TCP, UDP};
 use crate::route::describe_route;
 use crate::skb::{
     Access as _, CONFIRMED, DST_NAT, DYING, SRC_NAT, Typed, Untyped, conntrack_netns, conntrack_of, copy_tuple,
     describe_conntrack, id_of, ifindex_of, may_be_watched, may_open, original_ports, packet_of, peek, status_of,
 };
 use core::ffi::c_void;
-use porttrace_ebpf::{Kind, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY, Track, WireTuple};
+use porttrace_ebpf::{Kind, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY, WireTuple};
 
 /// `IP_CT_RELATED`.
 const RELATED: u64 = 1;
@@ -41,10 +41,17 @@ pub fn hook(ctx: *mut c_void, kind: Kind) {
         return;
     }
     let id = id_of(ct);
+    let seen = Seen::of(id);
     // Entries are used again and again: what was known of this one holds until it begins anew.
     let begins = first_look && (info == NEW || info == RELATED);
-    if !begins && is_passed_over(id) {
+    if !begins && seen.is_passed_over() {
         return;
+    }
+    if !first_look && seen.is_watched() {
+        let is_new = info == NEW && status_of(ct) & CONFIRMED == 0;
+        if !is_new && (seen == Seen::DATAGRAMS || !may_open(skb)) {
+            return;
+        }
     }
     let ports = original_ports(ct);
     if is_watched(ports.dport, ports.proto) {
@@ -72,9 +79,9 @@ fn untracked(at: &NfContext, kind: Kind) {
         return;
     }
     // Of datagrams TC knows which one is the first.
-    let is_first = |known: *mut Track| unsafe { (*known).role == ROLE_OPENING && (*known).packets <= 1 };
-    if packet.opens() || TRACKED.get_ptr_mut(&packet.tuple).is_some_and(is_first) && packet.tuple.proto == UDP {
-        emit_hook(at, 0, 0, kind, &packet);
+    let is_first = |mut known: Known| known.role() == ROLE_OPENING && known.way().packets <= 1;
+    if packet.opens() || Place::of(&packet.tuple).find().is_some_and(is_first) && packet.tuple.proto == UDP {
+        emit_hook(at, 0, 0, 0, kind, &packet);
     }
 }
 
@@ -86,9 +93,11 @@ fn watched(at: &NfContext, ct: u64, info: u64, proto: u8, kind: Kind) {
         return;
     }
     let first_look = matches!(kind, Kind::AfterConntrack);
-    let is_new = status_of(ct) & CONFIRMED == 0;
+    let status = status_of(ct);
+    let is_new = status & CONFIRMED == 0;
     let id = id_of(ct);
-    if !is_new && (!first_look || is_seen(id)) && !may_open(at.skb, proto) {
+    let opens_anew = |proto| proto == SCTP || proto == TCP && may_open(at.skb);
+    if !is_new && (!first_look || Seen::of(id).is_watched()) && !opens_anew(proto) {
         return;
     }
     let mut packet = Packet::ZERO;
@@ -98,12 +107,15 @@ fn watched(at: &NfContext, ct: u64, info: u64, proto: u8, kind: Kind) {
     let late = !is_new && !packet.opens();
     if late && !(first_look && is_unknown(&packet.tuple, id)) {
         if first_look {
-            set_seen(id);
+            set_seen(id, if matches!(proto, TCP | SCTP) { Seen::STREAM } else { Seen::DATAGRAMS });
         }
         return;
     }
-    emit_hook(at, ct, info, kind, &packet);
-    track(&packet.tuple, if info >= REPLY { ROLE_REPLY } else { ROLE_OPENING }, id);
+    emit_hook(at, ct, info, status, kind, &packet);
+    // Between the two halves of NAT TC sees nothing.
+    if matches!(kind, Kind::AfterConntrack | Kind::AfterSnat) {
+        track(&packet.tuple, if info >= REPLY { ROLE_REPLY } else { ROLE_OPENING }, id);
+    }
     if late {
         remember(ct, ROLE_OPENING, 0, id);
         remember(ct, ROLE_REPLY, 1, id);
@@ -158,7 +170,7 @@ pub fn destroy(ct: u64) {
     }
     let Some(mut entry) = reserve(Kind::Destroyed) else { return };
     let event = body(&mut entry);
-    describe_conntrack(event, ct, 0);
+    describe_conntrack(event, ct, 0, status_of(ct));
     let extensions: u64 = peek(ct + offset!(ct_ext));
     if extensions != 0 {
         let place: u8 = peek(extensions + offset!(ext_acct));
@@ -191,33 +203,33 @@ fn is_ephemeral_here(ct: u64) -> bool {
 /// Whether TC has not yet been told that this tuple belongs to the entry.
 #[inline(always)]
 fn is_unknown(tuple: &WireTuple, id: u64) -> bool {
-    TRACKED.get_ptr(tuple).is_none_or(|known| unsafe { (*known).ct_id } != id)
+    Place::of(tuple).find().is_none_or(|known| known.ct_id() != id)
 }
 
 /// Tracks one of the entry's own tuples and its inverse. With `ROLE_IGNORED`: the watched port is only the connection's
 /// source port, and its replies must not look as if they opened one.
 #[inline(never)]
-fn remember(ct: u64, role: u8, direction: u64, id: u64) {
+fn remember(ct: u64, role: u64, direction: u64, id: u64) {
     let mut tuple = NO_TUPLE;
     copy_tuple(ct, direction, &mut tuple);
     track(&tuple, role, id);
 }
 
 #[inline(always)]
-fn emit_hook(at: &NfContext, ct: u64, info: u64, kind: Kind, packet: &Packet) {
+fn emit_hook(at: &NfContext, ct: u64, info: u64, status: u32, kind: Kind, packet: &Packet) {
     let NfContext { state, skb } = *at;
     let Some(mut entry) = reserve(kind) else { return };
     let event = body(&mut entry);
     describe_packet(event, packet);
     if ct != 0 {
-        describe_conntrack(event, ct, info);
+        describe_conntrack(event, ct, info, status);
     }
     event.mark = Typed::read(skb + offset!(skb_mark));
     event.hook = Typed::read(state + offset!(state_hook));
     // Not as typed pointers: for each of those the verifier searches all of the kernel's types for one of another name
     // (`btf_nested_type_is_trusted`, kernel/bpf/btf.c), every time it comes by.
-    event.ifindex = ifindex_of(peek(state + offset!(state_in)));
-    event.out_ifindex = ifindex_of(peek(state + offset!(state_out)));
+    let [from, to]: [u64; 2] = peek(state + offset!(state_in));
+    (event.ifindex, event.out_ifindex) = (ifindex_of(from), ifindex_of(to));
     // Before, there is no route yet, or one that DNAT may change.
     if matches!(kind, Kind::LocalIn | Kind::AfterSnat) {
         describe_route::<Typed>(event, skb);
@@ -230,7 +242,7 @@ fn emit_hook(at: &NfContext, ct: u64, info: u64, kind: Kind, packet: &Packet) {
 fn emit_entry(kind: Kind, ct: u64, skb: u64, reason: u32) {
     let Some(mut entry) = reserve(kind) else { return };
     let event = body(&mut entry);
-    describe_conntrack(event, ct, 0);
+    describe_conntrack(event, ct, 0, status_of(ct));
     event.reason = reason;
     if skb != 0 {
         let mut packet = Packet::ZERO;

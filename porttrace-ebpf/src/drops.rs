@@ -3,9 +3,9 @@
 use crate::conntrack::is_watched_here;
 use crate::emit::{body, describe_packet, reserve, submit};
 use crate::flow::{flags_of, is_watched};
-use crate::maps::{TRACKED, netns, offset, port_bits, queue_purge, reset_has_reason};
+use crate::maps::{Place, netns, offset, port_bits, queue_purge, reset_has_reason};
 use crate::packet::Packet;
-use crate::skb::{Access as _, Typed, conntrack_of, describe_conntrack, packet_of, place_of};
+use crate::skb::{Access as _, Typed, conntrack_of, describe_conntrack, packet_of, place_of, status_of};
 use aya_ebpf::programs::BtfTracePointContext;
 use porttrace_ebpf::{Kind, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY};
 
@@ -43,14 +43,14 @@ fn report(kind: Kind, skb: u64, reason: u32) {
     }
     let (ct, info) = conntrack_of::<Typed>(skb);
     let role = role_of(&packet, ct, info);
-    if role == ROLE_IGNORED {
+    if role >= ROLE_IGNORED {
         return;
     }
     let Some(mut entry) = reserve(kind) else { return };
     let event = body(&mut entry);
     describe_packet(event, &packet);
     if ct != 0 {
-        describe_conntrack(event, ct, info);
+        describe_conntrack(event, ct, info, status_of(ct));
     }
     event.flags |= flags_of(role);
     event.ifindex = ifindex;
@@ -61,10 +61,10 @@ fn report(kind: Kind, skb: u64, reason: u32) {
 
 /// Role of a watched packet, `ROLE_IGNORED` for all others.
 #[inline(always)]
-fn role_of(packet: &Packet, ct: u64, info: u64) -> u8 {
+fn role_of(packet: &Packet, ct: u64, info: u64) -> u64 {
     if port_bits(packet.tuple.dport) | port_bits(packet.tuple.sport) != 0 {
-        match TRACKED.get_ptr(&packet.tuple) {
-            Some(known) => return unsafe { (*known).role },
+        match Place::of(&packet.tuple).find() {
+            Some(known) => return known.role(),
             None if packet.opens() && is_watched(packet.tuple.dport, packet.tuple.proto) => return ROLE_OPENING,
             None => {}
         }

@@ -1,16 +1,16 @@
 //! TC: which packets belong to a watched connection, and which of those are worth an event.
 
 use crate::emit::{body, describe_packet, reserve, submit};
-use crate::maps::{SCRATCH, TRACKED, add, is_predicted, port_bits, shows_data, track};
-use crate::packet::{Bytes, ICMP, ICMPV6, Packet, SCTP, SYN, TCP, UDP, inverted, parse};
+use crate::maps::{Known, Place, SCRATCH, add, is_predicted, port_bits, shows_data};
+use crate::packet::{Bytes, ICMP, ICMPV6, PLAIN_TCP, PLAIN_UDP, Packet, SCTP, TCP, UDP, parse, plain};
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
 use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_skb_load_bytes_relative};
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use porttrace_ebpf::{
-    CT_REPLY, Kind, PORT_SCTP, PORT_TCP, PORT_UDP, PREDICTED, ROLE_IGNORED, ROLE_OPENING, ROLE_PREDICTED,
-    ROLE_PREDICTED_REPLY, ROLE_REPLY, Track, WireTuple,
+    CT_REPLY, Kind, PORT_SCTP, PORT_TCP, PORT_UDP, PREDICTED, ROLE_OPENING, ROLE_PREDICTED, ROLE_PREDICTED_REPLY,
+    ROLE_REPLY, Way,
 };
 
 /// Packets with payload shown for each tuple; later ones are only counted.
@@ -45,16 +45,30 @@ pub fn sighting(ctx: &TcContext, side: Kind) {
     if !is_candidate(ctx, &bytes) {
         return;
     }
-    let Some(base) = ip_header(ctx, &bytes, side) else { return };
     let Some(scratch) = SCRATCH.get_ptr_mut(0) else { return };
     // SAFETY: see `SCRATCH`.
     let [packet, quoted] = unsafe { &mut *scratch };
-    if !parse(&bytes, base, false, packet) {
-        return;
+    if !is_plain(ctx, packet) {
+        let Some(base) = ip_header(ctx, &bytes, side) else { return };
+        if !parse(&bytes, base, false, packet) {
+            return;
+        }
     }
     match packet.tuple.proto {
         ICMP | ICMPV6 => icmp(ctx, &bytes, packet, quoted, side),
         _ => flow(ctx, packet, side),
+    }
+}
+
+/// Whether it is a packet that [`plain`] reads, and then has.
+#[inline(always)]
+fn is_plain(ctx: &TcContext, packet: &mut Packet) -> bool {
+    if ctx.skb.protocol() != IPV4 {
+        return false;
+    }
+    match ethernet::<PLAIN_TCP>(ctx, IPV4) {
+        Some(header) => plain(header, packet),
+        None => ethernet::<PLAIN_UDP>(ctx, IPV4).is_some_and(|header| plain(header, packet)),
     }
 }
 
@@ -156,57 +170,54 @@ fn ip_header(ctx: &TcContext, bytes: &FromNetwork, side: Kind) -> Option<u32> {
 #[inline(always)]
 fn flow(ctx: &TcContext, packet: &Packet, side: Kind) {
     let opens = packet.opens() && is_watched(packet.tuple.dport, packet.tuple.proto);
-    let known = TRACKED.get_ptr_mut(&packet.tuple);
-    let begins = match known {
-        Some(known) => opens && unsafe { (*known).role } != ROLE_OPENING,
+    let place = Place::of(&packet.tuple);
+    let known = place.find();
+    let begins = match &known {
+        Some(known) => opens && known.role() != ROLE_OPENING,
         None => opens || packet.tuple.proto == UDP && is_watched(packet.tuple.dport, UDP),
     };
-    let predicted = begins_predicted(packet, known);
-    let known = if predicted {
-        track(&packet.tuple, ROLE_PREDICTED, 0);
-        TRACKED.get_ptr_mut(&packet.tuple)
+    let known = if begins_predicted(packet, known.as_ref()) {
+        place.track(known, &packet.tuple, ROLE_PREDICTED, 0)
     } else if begins {
-        track(&packet.tuple, ROLE_OPENING, 0);
         debug!(
             ctx,
             "tracking a connection of protocol {} to port {}",
             packet.tuple.proto,
             u16::from_be_bytes(packet.tuple.dport)
         );
-        TRACKED.get_ptr_mut(&packet.tuple)
+        place.track(known, &packet.tuple, ROLE_OPENING, 0)
     } else {
         known
     };
-    let Some(known) = known else { return };
-    let known = unsafe { &mut *known };
-    if known.role == ROLE_IGNORED {
+    let Some(mut known) = known else { return };
+    if known.is_ignored() {
         return;
     }
     let ifindex = unsafe { (*ctx.skb.skb).ifindex };
-    if opens || known.role == ROLE_PREDICTED && packet.opens() {
-        restart(known, &packet.tuple, ifindex, side);
+    if opens || known.role() == ROLE_PREDICTED && packet.opens() {
+        restart(&mut known, ifindex, side);
     }
-    count_packet(known, packet, ifindex, side);
-    if is_shown(known, packet) {
-        show(ctx, packet, known, side);
+    count_packet(known.way(), packet, ifindex, side);
+    if is_shown(known.way(), packet) {
+        show(ctx, packet, &mut known, side);
     }
 }
 
 /// A packet that may open a connection to an address that the rules name, and whose connection is not known yet.
 #[inline(always)]
-fn begins_predicted(packet: &Packet, known: Option<*mut Track>) -> bool {
+fn begins_predicted(packet: &Packet, known: Option<&Known>) -> bool {
     if !is_predicted(&packet.tuple) {
         return false;
     }
     match known {
-        Some(known) => packet.opens() && !matches!(unsafe { (*known).role }, ROLE_OPENING | ROLE_PREDICTED),
+        Some(known) => packet.opens() && !matches!(known.role(), ROLE_OPENING | ROLE_PREDICTED),
         None => packet.opens() || packet.tuple.proto == UDP,
     }
 }
 
 /// What a tuple's role says of an event about it.
 #[inline(always)]
-pub fn flags_of(role: u8) -> u8 {
+pub fn flags_of(role: u64) -> u8 {
     match role {
         ROLE_REPLY => CT_REPLY,
         ROLE_PREDICTED => PREDICTED,
@@ -217,67 +228,62 @@ pub fn flags_of(role: u8) -> u8 {
 
 /// A SYN at the interface that counts: a new connection, maybe with a port used before.
 #[inline(always)]
-fn restart(known: &mut Track, tuple: &WireTuple, ifindex: u32, side: Kind) {
-    if known.ifindex != ifindex || known.side != side as u8 {
+fn restart(known: &mut Known, ifindex: u32, side: Kind) {
+    let way = known.way();
+    if way.ifindex != ifindex || way.side != side as u16 {
         return;
     }
-    (known.packets, known.bytes, known.shown) = (0, 0, 0);
-    if let Some(reply) = TRACKED.get_ptr_mut(inverted(tuple)) {
-        let reply = unsafe { &mut *reply };
-        (reply.packets, reply.bytes, reply.shown) = (0, 0, 0);
-    }
+    (way.packets, way.bytes, way.shown) = (0, 0, 0);
+    let back = known.back();
+    (back.packets, back.bytes, back.shown) = (0, 0, 0);
 }
 
 #[inline(always)]
-fn count_packet(known: &mut Track, packet: &Packet, ifindex: u32, side: Kind) {
+fn count_packet(way: &mut Way, packet: &Packet, ifindex: u32, side: Kind) {
     let now = unsafe { bpf_ktime_get_ns() };
-    if packet.tuple.proto == UDP && now.wrapping_sub(known.last_ns) > IDLE_NS {
-        known.shown = 0;
+    if packet.tuple.proto == UDP && now.wrapping_sub(way.last_ns) > IDLE_NS {
+        way.shown = 0;
     }
-    known.last_ns = now;
-    if known.ifindex == 0 {
-        known.ifindex = ifindex;
-        known.side = side as u8;
+    way.last_ns = now;
+    if way.ifindex == 0 {
+        way.ifindex = ifindex;
+        way.side = side as u16;
     }
-    if known.ifindex == ifindex && known.side == side as u8 {
+    if way.ifindex == ifindex && way.side == side as u16 {
         // The packets of one flow may be on several CPUs at once.
-        add(&mut known.packets, 1);
-        add(&mut known.bytes, u64::from(packet.payload));
+        add(&mut way.packets, 1);
+        add(&mut way.bytes, u64::from(packet.payload));
     }
 }
 
 #[inline(always)]
-fn is_shown(known: &mut Track, packet: &Packet) -> bool {
+fn is_shown(way: &mut Way, packet: &Packet) -> bool {
     if packet.is_milestone() {
         return true;
     }
     let data = packet.payload != 0 && (shows_data() || packet.tuple.proto != TCP);
-    if !(data || packet.tuple.proto == UDP) || known.shown >= SHOWN {
+    if !(data || packet.tuple.proto == UDP) || way.shown >= SHOWN {
         return false;
     }
-    known.shown += 1;
+    way.shown += 1;
     true
 }
 
 #[inline(always)]
-fn show(ctx: &TcContext, packet: &Packet, known: &Track, side: Kind) {
-    // Only the end of a connection tells sums; the handshake, which is most of what is shown, has none.
-    let back = match packet.tuple.proto == TCP && packet.l4_flags & SYN != 0 {
-        true => 0,
-        false => TRACKED.get_ptr(inverted(&packet.tuple)).map_or(0, |back| unsafe { (*back).bytes }),
-    };
+fn show(ctx: &TcContext, packet: &Packet, known: &mut Known, side: Kind) {
     let Some(mut entry) = reserve(side) else { return };
     let event = body(&mut entry);
     describe_packet(event, packet);
     let skb = unsafe { &*ctx.skb.skb };
     event.ifindex = skb.ifindex;
     event.mark = skb.mark;
-    event.ct_id = known.ct_id;
-    event.flags |= flags_of(known.role);
+    event.ct_id = known.ct_id();
+    event.flags |= flags_of(known.role());
+    let (own, back) = (known.way().bytes, known.back().bytes);
     if event.flags & CT_REPLY != 0 {
-        (event.orig_bytes, event.reply_bytes) = (back, known.bytes);
+        (event.orig_bytes, event.reply_bytes) = (back, own);
     } else {
-        (event.orig_bytes, event.reply_bytes) = (known.bytes, back);
+        (event.orig_bytes, event.reply_bytes) = (own, back);
     }
     submit(entry);
 }
@@ -295,9 +301,8 @@ fn icmp(ctx: &TcContext, bytes: &FromNetwork, outer: &Packet, inner: &mut Packet
     if !parse(bytes, outer.l4 + 8, true, inner) {
         return;
     }
-    let Some(known) = TRACKED.get_ptr(&inner.tuple) else { return };
-    let role = unsafe { (*known).role };
-    if role == ROLE_IGNORED {
+    let Some(known) = Place::of(&inner.tuple).find() else { return };
+    if known.is_ignored() {
         return;
     }
     let Some(mut entry) = reserve(Kind::IcmpError) else { return };
@@ -312,7 +317,7 @@ fn icmp(ctx: &TcContext, bytes: &FromNetwork, outer: &Packet, inner: &mut Packet
     event.original = outer.tuple;
     (event.icmp_type, event.icmp_code) = (outer.icmp_type, outer.icmp_code);
     (event.mark, event.length, event.ttl) = (skb.mark, outer.length, outer.ttl);
-    event.ct_id = unsafe { (*known).ct_id };
-    event.flags |= flags_of(role);
+    event.ct_id = known.ct_id();
+    event.flags |= flags_of(known.role());
     submit(entry);
 }

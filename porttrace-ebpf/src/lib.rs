@@ -24,6 +24,63 @@ pub struct WireTuple {
     pub pad: [u8; 2],
 }
 
+impl WireTuple {
+    /// Of IPv4 addresses and a pair of ports, all as they stand in a packet.
+    #[inline(always)]
+    pub const fn v4(src: u32, dst: u32, ports: u32, proto: u8) -> Self {
+        let [from, to] = [[src, 0, 0, 0], [dst, 0, 0, 0]];
+        let [a, b, c, d] = ports.to_ne_bytes();
+        // SAFETY: plain bytes of the same size.
+        let (src, dst) = unsafe {
+            (core::mem::transmute::<[u32; 4], [u8; 16]>(from), core::mem::transmute::<[u32; 4], [u8; 16]>(to))
+        };
+        Self { src, dst, sport: [a, b], dport: [c, d], proto, family: 4, pad: [0; 2] }
+    }
+
+    /// What a tuple and its inverse have in common, and which of the two this one is (0 or 1): the end with the smaller address,
+    /// or at one address the smaller port, comes first.
+    ///
+    /// Without a branch: the verifier would walk all that follows once for either way.
+    #[inline(always)]
+    pub fn undirected(&self) -> (Self, u64) {
+        let [src, dst] = [self.src, self.dst].map(words);
+        let [sport, dport] = [self.sport, self.dport].map(|port| u64::from(u16::from_ne_bytes(port)));
+        let by_port = borrow(dport, sport, 0);
+        let swap = borrow(dst[0], src[0], borrow(dst[1], src[1], by_port));
+        let mask = swap.wrapping_neg();
+        let port_mask = mask as u16;
+        let [low, high] = [(src[0] ^ dst[0]) & mask, (src[1] ^ dst[1]) & mask];
+        let ports = (u16::from_ne_bytes(self.sport) ^ u16::from_ne_bytes(self.dport)) & port_mask;
+        let undirected = Self {
+            src: bytes([src[0] ^ low, src[1] ^ high]),
+            dst: bytes([dst[0] ^ low, dst[1] ^ high]),
+            sport: (u16::from_ne_bytes(self.sport) ^ ports).to_ne_bytes(),
+            dport: (u16::from_ne_bytes(self.dport) ^ ports).to_ne_bytes(),
+            ..*self
+        };
+        (undirected, swap)
+    }
+}
+
+/// 1 when `a - b - carry` (a carry of 0 or 1) is less than nothing.
+#[inline(always)]
+const fn borrow(a: u64, b: u64, carry: u64) -> u64 {
+    let rest = a.wrapping_sub(b).wrapping_sub(carry);
+    ((!a & b) | ((!a | b) & rest)) >> 63
+}
+
+#[inline(always)]
+const fn words(address: [u8; 16]) -> [u64; 2] {
+    // SAFETY: plain bytes of the same size.
+    unsafe { core::mem::transmute(address) }
+}
+
+#[inline(always)]
+const fn bytes(words: [u64; 2]) -> [u8; 16] {
+    // SAFETY: plain bytes of the same size.
+    unsafe { core::mem::transmute(words) }
+}
+
 /// Where in the kernel an [`Event`] was made; the numbers are part of the wire.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -150,37 +207,49 @@ pub struct Event {
     pub pad: [u8; 2],
 }
 
-/// What the kernel side knows of one tuple of a watched connection: the value of map `TRACKED`, whose key is a [`WireTuple`].
+/// What the kernel side knows of a watched connection as it looks at one place: the value of map `TRACKED`, whose key is a
+/// tuple and its inverse in one ([`WireTuple::undirected`]).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Track {
     /// As [`Event::ct_id`]; 0 until a conntrack hook has seen the connection.
     pub ct_id: u64,
-    /// When TC last saw the tuple, `bpf_ktime_get_ns`.
+    /// A `ROLE_*`: that of way 0. The other one's is the same with its lowest bit turned.
+    pub role: u64,
+    pub ways: [Way; 2],
+}
+
+/// What TC saw of one way of a [`Track`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Way {
+    /// When TC last saw a packet, `bpf_ktime_get_ns`.
     pub last_ns: u64,
     /// Packets and bytes of L4 payload at the interface `ifindex`.
     pub packets: u64,
     pub bytes: u64,
     /// The interface that counts: the first one at which TC saw the tuple; 0: none yet.
     pub ifindex: u32,
-    /// A `ROLE_*`.
-    pub role: u8,
     /// [`Kind::TcIngress`] or [`Kind::TcEgress`]: on which side of the interface is counted.
-    pub side: u8,
+    pub side: u16,
     /// Packets with payload that were shown to user space since the connection began (or woke up).
     pub shown: u16,
 }
 
-/// The tuple travels in the direction that opened the connection.
-pub const ROLE_OPENING: u8 = 1;
-/// The tuple travels against it.
-pub const ROLE_REPLY: u8 = 2;
-/// The watched port is only this connection's ephemeral source port.
-pub const ROLE_IGNORED: u8 = 3;
-/// The tuple goes to a [`Predicted`] address.
-pub const ROLE_PREDICTED: u8 = 4;
-/// The tuple comes back from one.
-pub const ROLE_PREDICTED_REPLY: u8 = 5;
+impl Way {
+    pub const NONE: Self = Self { last_ns: 0, packets: 0, bytes: 0, ifindex: 0, side: 0, shown: 0 };
+}
+
+/// The packet travels in the direction that opened the connection.
+pub const ROLE_OPENING: u64 = 2;
+/// The packet travels against it.
+pub const ROLE_REPLY: u64 = 3;
+/// The packet goes to a [`Predicted`] address.
+pub const ROLE_PREDICTED: u64 = 4;
+/// The packet comes back from one.
+pub const ROLE_PREDICTED_REPLY: u64 = 5;
+/// The watched port is only this connection's ephemeral source port; from here on either way.
+pub const ROLE_IGNORED: u64 = 6;
 
 /// Where the rules may send watched connections: the key of map `PREDICTED`, in which it is enough to be there.
 #[repr(C)]
@@ -199,6 +268,8 @@ pub const PORT_UDP: u8 = 2;
 pub const PORT_SCTP: u8 = 4;
 /// The server's port of some tracked tuple, so that packets of all other ports need no look-up.
 pub const PORT_TRACKED: u8 = 8;
+/// At port 0, which nobody uses: the map is filled in. Until then nothing is concluded from a port that has no bits.
+pub const PORTS_ARE_KNOWN: u8 = 16;
 
 /// Indices of the per-CPU counters in map `STATS`.
 pub const STAT_EMITTED: u32 = 0;
@@ -240,8 +311,8 @@ pub struct Offsets {
     pub dst_dev: u32,
     pub dst_flags: u32,
     pub state_hook: u32,
+    /// Of `nf_hook_state.in`; `out` follows it.
     pub state_in: u32,
-    pub state_out: u32,
     /// Of `struct rtable`; 0: this kernel's IPv4 routes are not told.
     pub rt_type: u32,
     pub rt_gw_family: u32,
@@ -271,5 +342,5 @@ const fn zeroed_offsets() -> Offsets {
 
 const _: () = assert!(size_of::<WireTuple>() == 40);
 const _: () = assert!(size_of::<Event>() == 224);
-const _: () = assert!(size_of::<Track>() == 40);
+const _: () = assert!(size_of::<Track>() == 80);
 const _: () = assert!(size_of::<Predicted>() == 20);

@@ -1,23 +1,22 @@
 //! Maps and load-time constants.
 
-use crate::packet::{Packet, inverted};
+use crate::packet::Packet;
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf};
 use porttrace_ebpf::{
-    Offsets, Predicted, ROLE_OPENING, ROLE_PREDICTED, ROLE_PREDICTED_REPLY, ROLE_REPLY, STAT_COUNT, STAT_LOST_TRACK,
-    Track, WireTuple,
+    Offsets, PORTS_ARE_KNOWN, Predicted, ROLE_IGNORED, STAT_COUNT, STAT_LOST_TRACK, Track, Way, WireTuple,
 };
 
 /// Events to user space; the loader sets the size.
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
 
-/// Tuples of watched connections; the loader sets the size.
+/// Watched connections by [`WireTuple::undirected`]; the loader sets the size.
 #[map]
-pub static TRACKED: LruHashMap<WireTuple, Track> = LruHashMap::with_max_entries(65_536, 0);
+static TRACKED: LruHashMap<WireTuple, Track> = LruHashMap::with_max_entries(32_768, 0);
 
-/// `PORT_*` bits for each port.
+/// `PORT_*` bits for each port; filled in when everything is attached.
 #[map]
 static PORTS: Array<[u8; 65_536]> = Array::with_max_entries(1, 0);
 
@@ -33,9 +32,8 @@ static PREDICTED: HashMap<Predicted, u8> = HashMap::with_max_entries(65_536, BPF
 #[map]
 pub static SCRATCH: PerCpuArray<[Packet; 2]> = PerCpuArray::with_max_entries(1, 0);
 
-/// What is known of conntrack entries, at places that follow from their identities: the identity of one that TC knows too, or
-/// the inverted bits of one that is not watched. A packet of either needs no closer look. Another entry may take the place, and
-/// then the look is taken once more.
+/// What is known of conntrack entries ([`Seen`], turned into their identities' bits), at places that follow from the identities. A
+/// packet of such an entry needs no closer look. Another entry may take the place, and then the look is taken once more.
 #[map]
 static SEEN: Array<u64> = Array::with_max_entries(SEEN_PLACES, 0);
 
@@ -108,32 +106,49 @@ pub fn shows_data() -> bool {
     load(&raw const SHOW_DATA) != 0
 }
 
-/// Whether TC knows this watched entry.
-#[inline(always)]
-pub fn is_seen(ct_id: u64) -> bool {
-    SEEN.get(seen_place(ct_id)) == Some(&ct_id)
+/// What is known of a conntrack entry.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Seen(u64);
+
+impl Seen {
+    /// Nobody watches it.
+    const PASSED_OVER: Self = Self(!0);
+    /// It is watched, and TC knows it: one whose packets may open a connection anew, and one of datagrams.
+    pub const STREAM: Self = Self(0);
+    pub const DATAGRAMS: Self = Self(1);
+
+    #[inline(always)]
+    pub fn of(ct_id: u64) -> Self {
+        Self(SEEN.get(seen_place(ct_id)).map_or(2, |seen| *seen ^ ct_id))
+    }
+
+    #[inline(always)]
+    pub fn is_watched(self) -> bool {
+        self.0 <= Self::DATAGRAMS.0
+    }
+
+    #[inline(always)]
+    pub fn is_passed_over(self) -> bool {
+        self == Self::PASSED_OVER
+    }
 }
 
 #[inline(always)]
-pub fn set_seen(ct_id: u64) {
-    write_seen(ct_id, ct_id);
-}
-
-/// Whether this entry is known to be of a connection that nobody watches.
-#[inline(always)]
-pub fn is_passed_over(ct_id: u64) -> bool {
-    SEEN.get(seen_place(ct_id)) == Some(&!ct_id)
+pub fn set_seen(ct_id: u64, seen: Seen) {
+    write_seen(ct_id, ct_id ^ seen.0);
 }
 
 #[inline(always)]
 pub fn pass_over(ct_id: u64) {
-    write_seen(ct_id, !ct_id);
+    if port_bits([0; 2]) & PORTS_ARE_KNOWN != 0 {
+        set_seen(ct_id, Seen::PASSED_OVER);
+    }
 }
 
 /// The entry is another connection's now, one that is watched.
 #[inline(always)]
 pub fn look_again(ct_id: u64) {
-    if is_passed_over(ct_id) {
+    if Seen::of(ct_id).is_passed_over() {
         write_seen(ct_id, 0);
     }
 }
@@ -206,34 +221,93 @@ pub fn add(counter: &mut u64, amount: u64) {
     unsafe { core::arch::asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) counter, in(reg) amount) };
 }
 
-/// Remembers that `key` and its inverse belong to a watched connection, `key` with `role` (or, with `ROLE_IGNORED`, do
-/// not). A function of its own: inlined, its copies would not fit on a program's 512 bytes of stack.
-#[inline(never)]
-pub fn track(key: &WireTuple, role: u8, ct_id: u64) {
-    track_one(key, role, ct_id);
-    let back = match role {
-        ROLE_OPENING => ROLE_REPLY,
-        ROLE_REPLY => ROLE_OPENING,
-        ROLE_PREDICTED => ROLE_PREDICTED_REPLY,
-        other => other,
-    };
-    track_one(&inverted(key), back, ct_id);
+/// Where a tuple and its inverse are remembered.
+pub struct Place {
+    key: WireTuple,
+    /// Which of the two the tuple is.
+    way: u64,
 }
 
-#[inline(never)]
-fn track_one(key: &WireTuple, role: u8, ct_id: u64) {
-    if let Some(known) = TRACKED.get_ptr_mut(key) {
-        unsafe {
-            (*known).role = role;
-            if ct_id != 0 {
-                (*known).ct_id = ct_id;
+impl Place {
+    #[inline(always)]
+    pub fn of(tuple: &WireTuple) -> Self {
+        let (key, way) = tuple.undirected();
+        Self { key, way }
+    }
+
+    /// What is remembered there.
+    #[inline(always)]
+    pub fn find(&self) -> Option<Known> {
+        TRACKED.get_ptr_mut(&self.key).map(|track| Known { track, way: self.way })
+    }
+
+    /// Remembers that `tuple`, with `role`, and its inverse belong to a watched connection (or, with `ROLE_IGNORED`, do not).
+    /// `known` is what was found there.
+    #[inline(always)]
+    pub fn track(&self, known: Option<Known>, tuple: &WireTuple, role: u64, ct_id: u64) -> Option<Known> {
+        let own = role ^ self.way;
+        if let Some(known) = known {
+            unsafe {
+                (*known.track).role = own;
+                if ct_id != 0 {
+                    (*known.track).ct_id = ct_id;
+                }
             }
+            return Some(known);
         }
-        return;
+        // Packets of an ignored connection have the watched port anyway.
+        if role < ROLE_IGNORED {
+            mark_port(if role & 1 == 0 { tuple.dport } else { tuple.sport });
+        }
+        if TRACKED.insert(&self.key, Track { ct_id, role: own, ways: [Way::NONE; 2] }, 0).is_err() {
+            count(STAT_LOST_TRACK);
+        }
+        self.find()
     }
-    mark_port(if role == ROLE_REPLY { key.sport } else { key.dport });
-    let fresh = Track { ct_id, last_ns: 0, packets: 0, bytes: 0, ifindex: 0, role, side: 0, shown: 0 };
-    if TRACKED.insert(key, fresh, 0).is_err() {
-        count(STAT_LOST_TRACK);
+}
+
+/// What is remembered of a packet's connection.
+pub struct Known {
+    track: *mut Track,
+    /// Which of its ways the packet goes.
+    way: u64,
+}
+
+impl Known {
+    /// A `ROLE_*`: the packet's.
+    #[inline(always)]
+    pub fn role(&self) -> u64 {
+        unsafe { (*self.track).role ^ self.way }
     }
+
+    #[inline(always)]
+    pub fn is_ignored(&self) -> bool {
+        self.role() >= ROLE_IGNORED
+    }
+
+    #[inline(always)]
+    pub fn ct_id(&self) -> u64 {
+        unsafe { (*self.track).ct_id }
+    }
+
+    /// The packet's way.
+    #[inline(always)]
+    pub fn way(&mut self) -> &mut Way {
+        // SAFETY: the value of a map lives as long as the program runs; a way is 0 or 1.
+        unsafe { &mut (*self.track).ways[(self.way & 1) as usize] }
+    }
+
+    /// The way of its answers.
+    #[inline(always)]
+    pub fn back(&mut self) -> &mut Way {
+        // SAFETY: as above.
+        unsafe { &mut (*self.track).ways[(self.way & 1 ^ 1) as usize] }
+    }
+}
+
+/// Remembers a tuple; a function of its own: inlined, its copies would not fit on a program's 512 bytes of stack.
+#[inline(never)]
+pub fn track(tuple: &WireTuple, role: u64, ct_id: u64) {
+    let place = Place::of(tuple);
+    place.track(place.find(), tuple, role, ct_id);
 }

@@ -1,7 +1,7 @@
 //! Reading `sk_buff` and `nf_conn` through offsets, where no direct access exists.
 
 use crate::maps::{offset, port_bits};
-use crate::packet::{ACK, Bytes, Packet, SCTP, SYN, TCP, parse};
+use crate::packet::{ACK, Bytes, Packet, SYN, TCP, parse};
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
 use porttrace_ebpf::{CT_NEW, CT_REPLY, Event, HAS_CONNTRACK, WireTuple};
 
@@ -84,15 +84,12 @@ pub fn packet_of<A: Access>(skb: u64, packet: &mut Packet) -> bool {
 
 /// Whether the packet may be a SYN without ACK or an SCTP INIT, for little: when in doubt, yes.
 #[inline(always)]
-pub fn may_open(skb: u64, proto: u8) -> bool {
-    if proto != TCP {
-        return proto == SCTP;
-    }
+pub fn may_open(skb: u64) -> bool {
     let head: u64 = Typed::read(skb + offset!(skb_head));
     let network: u16 = Typed::read(skb + offset!(skb_network_header));
     // Up to the flags of a TCP header behind an IPv4 header without options.
     let header: [u8; 34] = peek(head + u64::from(network));
-    header[0] != 0x45 || header[33] & (SYN | ACK) == SYN
+    header[0] != 0x45 || header[9] != TCP || header[33] & (SYN | ACK) == SYN
 }
 
 /// Whether the packet may go to a watched port, for little: when in doubt, yes.
@@ -206,8 +203,7 @@ pub fn ifindex_of(dev: u64) -> u32 {
 
 /// Fills in the entry's half of an event.
 #[inline(always)]
-pub fn describe_conntrack(event: &mut Event, ct: u64, info: u64) {
-    let status = status_of(ct);
+pub fn describe_conntrack(event: &mut Event, ct: u64, info: u64, status: u32) {
     event.ct_id = id_of(ct);
     copy_tuple(ct, 0, &mut event.original);
     copy_tuple(ct, 1, &mut event.reply);

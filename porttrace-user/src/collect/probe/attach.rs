@@ -1,15 +1,16 @@
 //! The steps of attaching, each with what it costs when it fails.
 
-use super::config::{Backend, ConntrackBackend, ProbeConfig, ProbeError, RING_BYTES};
+use super::config::{Backend, ConntrackBackend, ProbeConfig, ProbeError, RING_BYTES, TcMode};
 use super::late;
 use super::object::{Kernel, NETFILTER_PROGRAMS, ProgramType};
 use super::offsets::KernelTypes;
 use super::tc::Attachments;
 use super::{map_error, missing_map};
 use crate::collect::ctnetlink::{Listener, RECEIVE_BYTES};
+use crate::collect::links::LinkWatcher;
 use aya::EbpfLoader;
 use aya::maps::Array;
-use std::time::Instant;
+use porttrace_ebpf::PORTS_ARE_KNOWN;
 
 /// Attaches the TC programs; an interface that vanished meanwhile is no error.
 pub fn attach_interface(
@@ -26,17 +27,43 @@ pub fn attach_interface(
     }
 }
 
-/// The loaded object, and how it learns what conntrack does.
+/// The interfaces of this network namespace, and our programs on them.
+pub struct OnInterfaces {
+    pub links: LinkWatcher,
+    pub attachments: Attachments,
+    /// What is not seen, a sentence each.
+    pub refusals: Vec<String>,
+}
+
+/// Attaches to all interfaces that are there.
+fn attach_interfaces(kernel: &Kernel, mode: Option<TcMode>) -> Result<OnInterfaces, ProbeError> {
+    let links = LinkWatcher::new()?;
+    let programs = [kernel.classifier("tc_ingress")?, kernel.classifier("tc_egress")?];
+    let mut attachments = Attachments::new(mode, programs)
+        .map_err(|error| ProbeError::Io { what: "preparing to attach to interfaces", error })?;
+    let mut refusals = Vec::new();
+    for (index, name) in links.present() {
+        if let Err(error) = attach_interface(kernel, &mut attachments, *index, name) {
+            refusals.push(format!("packets at {name} are not seen: {error}"));
+        }
+    }
+    if attachments.count() == 0 {
+        return Err(ProbeError::NoInterface { why: refusals.join("; ") });
+    }
+    Ok(OnInterfaces { links, attachments, refusals })
+}
+
+/// The loaded object on the interfaces, and how it learns what conntrack does.
 pub struct Observed {
     pub kernel: Kernel,
-    /// When loading was done and attaching began.
-    pub loaded: Instant,
+    pub interfaces: OnInterfaces,
     pub backend: ConntrackBackend,
     /// With [`ConntrackBackend::Ctnetlink`].
     pub listener: Option<Listener>,
 }
 
-/// Loads the object and takes the backend that is wanted, or the best that this kernel allows; what that costs is said.
+/// Loads the object, attaches it to the interfaces, and takes the backend that is wanted, or the best that this kernel allows;
+/// what that costs is said. Until [`watch_ports`], nothing is watched.
 ///
 /// `loader` is the one that was made beforehand.
 pub fn observe_conntrack(
@@ -50,32 +77,34 @@ pub fn observe_conntrack(
     let loaded = |loader, backend, predicts| {
         let mut kernel = Kernel::load(loader, types, netns, config, predicts)?;
         let by_hand = if without_types.is_none() { programs_by_hand(types, backend) } else { Vec::new() };
-        watch_ports(&mut kernel, config)?;
-        kernel.load_programs(&by_hand)?;
-        Ok::<_, ProbeError>(kernel)
+        // Most of this is waiting for the kernel, which then has time for its verifier.
+        let interfaces = kernel.load_programs(&by_hand, |kernel| attach_interfaces(kernel, config.tc))??;
+        Ok::<_, ProbeError>((kernel, interfaces))
     };
     let by_events = |loader, listener, why: Option<&str>, degradations: &mut Vec<String>| {
         degradations.push(late::costs(why));
-        let kernel = loaded(loader, Backend::Ctnetlink, true)?;
-        Ok(Observed { kernel, loaded: Instant::now(), backend: ConntrackBackend::Ctnetlink, listener: Some(listener) })
+        let (kernel, interfaces) = loaded(loader, Backend::Ctnetlink, true)?;
+        Ok(Observed { kernel, interfaces, backend: ConntrackBackend::Ctnetlink, listener: Some(listener) })
     };
     if config.backend == Backend::Ctnetlink {
         return by_events(loader, Listener::open(&config.ports, events_room(config))?, None, degradations);
     }
-    let mut kernel = loaded(loader, config.backend, false)?;
-    let done = Instant::now();
+    let (mut kernel, interfaces) = loaded(loader, config.backend, false)?;
     let mut why = match attach_conntrack(&mut kernel, config.backend, without_types)? {
-        Ok(backend) => return Ok(Observed { kernel, loaded: done, backend, listener: None }),
+        Ok(backend) => return Ok(Observed { kernel, interfaces, backend, listener: None }),
         Err(why) => why,
     };
     if config.backend == Backend::Auto {
         match Listener::open(&config.ports, events_room(config)) {
-            Ok(listener) => return by_events(EbpfLoader::new(), listener, Some(&why), degradations),
+            Ok(listener) => {
+                drop((kernel, interfaces));
+                return by_events(EbpfLoader::new(), listener, Some(&why), degradations);
+            }
             Err(error) => why = format!("{why}; {error}"),
         }
     }
     degradations.push(format!("NAT rewrites are predicted, not observed: {why}"));
-    Ok(Observed { kernel, loaded: done, backend: ConntrackBackend::None, listener: None })
+    Ok(Observed { kernel, interfaces, backend: ConntrackBackend::None, listener: None })
 }
 
 /// Room for conntrack's messages, which grows and shrinks with the ring buffer.
@@ -153,9 +182,10 @@ pub fn programs_by_hand(types: &KernelTypes, wanted: Backend) -> Vec<(&'static s
     netfilter.iter().map(|name| (*name, ProgramType::Netfilter)).chain(tracepoints).collect()
 }
 
-/// Writes the port filter.
-fn watch_ports(kernel: &mut Kernel, config: &ProbeConfig) -> Result<(), ProbeError> {
+/// Writes the port filter: from now on the programs watch.
+pub fn watch_ports(kernel: &mut Kernel, config: &ProbeConfig) -> Result<(), ProbeError> {
     let mut bits = vec![0u8; 65_536];
+    bits[0] = PORTS_ARE_KNOWN;
     for port in &config.ports {
         bits[usize::from(*port)] = config.protos.bits();
     }

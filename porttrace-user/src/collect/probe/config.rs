@@ -9,8 +9,8 @@ use thiserror::Error;
 
 /// Default size of the ring buffer: some 38,000 events.
 pub const RING_BYTES: u32 = 8 << 20;
-/// Default number of tuples that the kernel side remembers.
-const TRACKED: u32 = 65_536;
+/// Default number of tuples that the kernel side remembers, each with its inverse.
+const TRACKED: u32 = 32_768;
 
 /// Which conntrack hooks to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -101,7 +101,7 @@ pub struct ProbeConfig {
     pub tc: Option<TcMode>,
     /// Size of the ring buffer; raised to a power of two of pages.
     pub ring_bytes: u32,
-    /// Tuples that the kernel side remembers at once (four to six a connection; the least recently seen goes first).
+    /// Tuples that the kernel side remembers at once (one or two a connection; the least recently seen goes first).
     pub tracked: u32,
     /// Show packets with payload of open TCP connections too, the first few of each; otherwise they are only counted.
     pub data: bool,
@@ -139,8 +139,6 @@ pub struct ProbeInfo {
     pub resets: bool,
     /// From the call of [`Probe::start`] until it was ready.
     pub start_time: Duration,
-    /// Of that, attaching to interfaces and hooks.
-    pub attach_time: Duration,
     /// Each a sentence: what is lost, and why. Grows when an interface that comes later refuses the TC programs.
     pub degradations: Vec<String>,
 }

@@ -9,7 +9,7 @@ use crate::collect::ctnetlink::{self, CtnetlinkError, Listener, Told};
 use crate::core::model::event::{Conntrack, Event};
 use crate::core::model::flow::{Proto, Tuple};
 use aya::maps::{Array, HashMap, MapData};
-use porttrace_ebpf::{PORT_TRACKED, Predicted, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY, Track};
+use porttrace_ebpf::{PORT_TRACKED, Predicted, ROLE_IGNORED, ROLE_OPENING, Track};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
@@ -66,7 +66,6 @@ impl Late {
     ) -> Result<(), ProbeError> {
         for entry in std::mem::take(&mut self.older) {
             set_role(tracked, entry.original, ROLE_OPENING);
-            set_role(tracked, entry.original.inverted(), ROLE_REPLY);
             adopt(tracked, &entry);
             watch_servers(kernel, &mut self.ports, [entry.reply.sport])?;
         }
@@ -151,9 +150,7 @@ impl Probe {
         // What lost events may have claimed is not called foreign for good.
         let sure = !late.may_have_lost_claims(now)?;
         for tuple in foreign.into_iter().filter(|_| sure) {
-            for tuple in [tuple, tuple.inverted()] {
-                set_role(&mut self.tracked, tuple, ROLE_IGNORED);
-            }
+            set_role(&mut self.tracked, tuple, ROLE_IGNORED);
         }
         let count = events.len();
         out.extend(events);
@@ -188,16 +185,17 @@ pub fn costs(reasons: Option<&str>) -> String {
 
 /// Lets the kernel side know a rewritten connection: its packets then need no prediction.
 fn adopt(tracked: &mut HashMap<MapData, TrackKey, TrackValue>, entry: &Conntrack) {
-    let back = entry.reply;
-    if back.inverted() != entry.original {
-        set_role(tracked, back.inverted(), ROLE_OPENING);
-        set_role(tracked, back, ROLE_REPLY);
+    let rewritten = entry.reply.inverted();
+    if rewritten != entry.original {
+        set_role(tracked, rewritten, ROLE_OPENING);
     }
 }
 
-/// Keeps what was counted. When the map refuses, the connection is still known by its prediction.
-fn set_role(tracked: &mut HashMap<MapData, TrackKey, TrackValue>, tuple: Tuple, role: u8) {
-    let key = TrackKey(wire_tuple(&tuple));
+/// Gives a tuple this role, and its inverse the other one. Keeps what was counted. When the map refuses, the connection is still
+/// known by its prediction.
+fn set_role(tracked: &mut HashMap<MapData, TrackKey, TrackValue>, tuple: Tuple, role: u64) {
+    let (key, way) = wire_tuple(&tuple).undirected();
+    let (key, role) = (TrackKey(key), role ^ way);
     let known = tracked.get(&key, 0).map_or(Track::default(), |TrackValue(track)| track);
     if known.role != role {
         let _ = tracked.insert(key, TrackValue(Track { role, ..known }), 0);

@@ -26,7 +26,7 @@ pub use trials::{capabilities, trials};
 use super::links::{LinkChange, LinkWatcher};
 use crate::core::model::event::{DecodeError, Event};
 use crate::core::model::flow::{Proto, Tuple};
-use attach::{Observed, attach_interface, attach_tracepoints, observe_conntrack};
+use attach::{Observed, OnInterfaces, attach_interface, attach_tracepoints, observe_conntrack, watch_ports};
 use aya::EbpfLoader;
 use aya::maps::{HashMap, MapData, PerCpuArray, RingBuf};
 use kernel_log::KernelLog;
@@ -96,22 +96,13 @@ impl Probe {
         let empty = KernelTypes::default();
         let known = types.as_ref().unwrap_or(&empty);
         let without_types = types.as_ref().err().map(String::as_str);
-        let Observed { mut kernel, loaded: attaching, backend: conntrack_backend, listener } =
+        let Observed { mut kernel, interfaces, backend: conntrack_backend, listener } =
             observe_conntrack(loader, config, known, netns, without_types, &mut degradations)?;
+        let OnInterfaces { links, attachments, refusals } = interfaces;
         let late = listener.map(|listener| Late::new(listener, &config.ports, netns, &mut degradations));
         let (drops, resets) = attach_tracepoints(&mut kernel, without_types, &mut degradations);
-        let links = LinkWatcher::new()?;
-        let programs = [kernel.classifier("tc_ingress")?, kernel.classifier("tc_egress")?];
-        let mut attachments = Attachments::new(config.tc, programs)
-            .map_err(|error| ProbeError::Io { what: "preparing to attach to interfaces", error })?;
-        for (index, name) in links.present() {
-            if let Err(error) = attach_interface(&kernel, &mut attachments, *index, name) {
-                degradations.push(format!("packets at {name} are not seen: {error}"));
-            }
-        }
-        if attachments.count() == 0 {
-            return Err(ProbeError::NoInterface { why: degradations.join("; ") });
-        }
+        degradations.extend(refusals);
+        watch_ports(&mut kernel, config)?;
         let info = ProbeInfo {
             conntrack_backend,
             tc: attachments.mode(),
@@ -120,7 +111,6 @@ impl Probe {
             drops,
             resets,
             start_time: began.elapsed(),
-            attach_time: attaching.elapsed(),
             degradations,
         };
         let log = if config.kernel_log { Some(KernelLog::of(&mut kernel.ebpf)?) } else { None };
@@ -202,8 +192,10 @@ impl Probe {
 
     /// What was counted for a tuple so far; `None` when the kernel side does not (or no longer) know it.
     pub fn counted(&self, tuple: &Tuple) -> Option<Counted> {
-        let TrackValue(track) = self.tracked.get(&TrackKey(wire_tuple(tuple)), 0).ok()?;
-        Some(Counted { packets: track.packets, bytes: track.bytes })
+        let (key, way) = wire_tuple(tuple).undirected();
+        let TrackValue(track) = self.tracked.get(&TrackKey(key), 0).ok()?;
+        let way = track.ways.get(way as usize)?;
+        Some(Counted { packets: way.packets, bytes: way.bytes })
     }
 
     /// Name of the `reason` of a [`Kind::Dropped`] (`NETFILTER_DROP`, `NO_SOCKET`, …) or [`Kind::ResetSent`] event, as the

@@ -95,9 +95,13 @@ impl Kernel {
         Ok(Self { ebpf, types: types.clone(), by_hand: BTreeMap::new(), links: Vec::new() })
     }
 
-    /// Loads the TC programs and those `by_hand`, on two threads: the verifier takes most of the start. A program that cannot
-    /// be loaded by hand is an error only when it is attached.
-    pub fn load_programs(&mut self, by_hand: &[(&'static str, ProgramType)]) -> Result<(), ProbeError> {
+    /// Loads the TC programs, then does `meanwhile`, while those `by_hand` are loaded on other threads: the verifier takes most of
+    /// the start. A program that cannot be loaded by hand is an error only when it is attached.
+    pub fn load_programs<T>(
+        &mut self,
+        by_hand: &[(&'static str, ProgramType)],
+        meanwhile: impl FnOnce(&Self) -> T,
+    ) -> Result<T, ProbeError> {
         let object = if by_hand.is_empty() { None } else { Some(relocate(&self.ebpf)) };
         let next = AtomicUsize::new(0);
         let work = || {
@@ -110,13 +114,11 @@ impl Kernel {
             done
         };
         thread::scope(|scope| {
-            let other = scope.spawn(work);
+            let others = [scope.spawn(work), scope.spawn(work)];
             let classifiers = ["tc_ingress", "tc_egress"].into_iter().try_for_each(|name| self.load_classifier(name));
-            self.by_hand.extend(work());
-            if let Ok(done) = other.join() {
-                self.by_hand.extend(done);
-            }
-            classifiers
+            let done = classifiers.map(|()| meanwhile(self));
+            self.by_hand.extend(others.into_iter().filter_map(|other| other.join().ok()).flatten());
+            done
         })
     }
 

@@ -53,8 +53,8 @@ pub enum OffsetsError {
     Btf(#[from] BtfError),
     #[error("the kernel's BTF has no {structure}.{member}")]
     Missing { structure: &'static str, member: &'static str },
-    #[error("this kernel lays out struct nf_conntrack_tuple differently from all kernels known to porttrace")]
-    Tuple,
+    #[error("this kernel lays out struct {0} differently from all kernels known to porttrace")]
+    Unlike(&'static str),
 }
 
 /// Reads BTF and looks up all that is needed.
@@ -111,8 +111,7 @@ fn offsets(btf: &Btf<'_>) -> Result<Offsets, OffsetsError> {
         dst_dev: of("dst_entry", "dev")?,
         dst_flags: of("dst_entry", "flags")?,
         state_hook: of("nf_hook_state", "hook")?,
-        state_in: of("nf_hook_state", "in")?,
-        state_out: of("nf_hook_state", "out")?,
+        state_in: both_interfaces(btf)?,
         rt_type,
         rt_gw_family,
         rt_gw,
@@ -127,6 +126,15 @@ fn all_of<const N: usize>(btf: &Btf<'_>, structure: &str, members: [&str; N]) ->
     if found.iter().all(Option::is_some) { found.map(Option::unwrap_or_default) } else { [0; N] }
 }
 
+/// The kernel side reads both pointers at once.
+fn both_interfaces(btf: &Btf<'_>) -> Result<u32, OffsetsError> {
+    match (btf.offset("nf_hook_state", "in"), btf.offset("nf_hook_state", "out")) {
+        (Some(entering), Some(leaving)) if leaving == entering + 8 => Ok(entering),
+        (None, _) => Err(OffsetsError::Missing { structure: "nf_hook_state", member: "in" }),
+        _ => Err(OffsetsError::Unlike("nf_hook_state")),
+    }
+}
+
 /// The kernel side reads a tuple as one block of 40 bytes: it must be the block that it thinks it is.
 fn check_tuple(btf: &Btf<'_>) -> Result<(), OffsetsError> {
     let layout = [
@@ -136,7 +144,11 @@ fn check_tuple(btf: &Btf<'_>) -> Result<(), OffsetsError> {
         btf.offset("nf_conntrack_tuple", "dst"),
     ];
     let expected = [0, 16, 18, 20].map(Some);
-    if layout == expected && btf.size("nf_conntrack_tuple") == Some(40) { Ok(()) } else { Err(OffsetsError::Tuple) }
+    if layout == expected && btf.size("nf_conntrack_tuple") == Some(40) {
+        Ok(())
+    } else {
+        Err(OffsetsError::Unlike("nf_conntrack_tuple"))
+    }
 }
 
 fn names(btf: &Btf<'_>, enumeration: &str, prefix: &str) -> BTreeMap<u32, String> {

@@ -80,7 +80,7 @@ fn attempt() -> Trials {
     };
     trials.maps = Trial::Works(format!("ring buffer of {} MiB, {} tuples", config.ring_bytes >> 20, config.tracked));
     let by_hand = if types.is_ok() { programs_by_hand(&known, Backend::Auto) } else { Vec::new() };
-    trials.tc = trial(kernel.load_programs(&by_hand).map_err(|error| chain(&error)), "they load");
+    trials.tc = trial(kernel.load_programs(&by_hand, |_| ()).map_err(|error| chain(&error)), "they load");
     if trials.tc.works() {
         trials.tcx = interface(&kernel, TcMode::Tcx);
         trials.clsact = interface(&kernel, TcMode::Clsact);

@@ -30,7 +30,7 @@ use tokio::time::{Instant, timeout_at};
 const MOST_PODS: usize = 16;
 /// Room for some 4,600 events, and for connections, in each.
 const RING_BYTES: u32 = 1 << 20;
-const TRACKED: u32 = 8_192;
+const TRACKED: u32 = 4_096;
 /// How long a session waits for its pods before it says that it is ready, and at its end.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// A pod is looked for so long after something changed: its interface comes before its addresses.

@@ -15,12 +15,7 @@ pub fn probes_sentence(info: &ProbeInfo, captures: Option<Duration>) -> String {
         Some(after) => format!("capturing after {} ms", after.as_millis()),
         None => "capturing once the rules are read".to_owned(),
     };
-    format!(
-        "TC ({}) on {}; conntrack {conntrack}; {since} (attaching took {} ms)",
-        tc_name(info.tc),
-        count(info.interfaces, "interface"),
-        info.attach_time.as_millis(),
-    )
+    format!("TC ({}) on {}; conntrack {conntrack}; {since}", tc_name(info.tc), count(info.interfaces, "interface"),)
 }
 
 /// Lost events by reason, only those that occurred.
