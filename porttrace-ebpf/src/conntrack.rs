@@ -49,7 +49,7 @@ pub fn hook(ctx: *mut c_void, kind: Kind) {
     }
     if !first_look && seen.is_watched() {
         let is_new = info == NEW && status_of(ct) & CONFIRMED == 0;
-        if !is_new && (seen == Seen::DATAGRAMS || !may_open(skb)) {
+        if !is_new && (seen == Seen::watched(true) || !may_open(skb)) {
             return;
         }
     }
@@ -107,7 +107,7 @@ fn watched(at: &NfContext, ct: u64, info: u64, proto: u8, kind: Kind) {
     let late = !is_new && !packet.opens();
     if late && !(first_look && is_unknown(&packet.tuple, id)) {
         if first_look {
-            set_seen(id, if matches!(proto, TCP | SCTP) { Seen::STREAM } else { Seen::DATAGRAMS });
+            set_seen(id, Seen::watched(proto == UDP));
         }
         return;
     }

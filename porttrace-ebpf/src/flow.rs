@@ -176,8 +176,8 @@ fn flow(ctx: &TcContext, packet: &Packet, side: Kind) {
         Some(known) => opens && known.role() != ROLE_OPENING,
         None => opens || packet.tuple.proto == UDP && is_watched(packet.tuple.dport, UDP),
     };
-    let known = if begins_predicted(packet, known.as_ref()) {
-        place.track(known, &packet.tuple, ROLE_PREDICTED, 0)
+    let role = if begins_predicted(packet, known.as_ref()) {
+        Some(ROLE_PREDICTED)
     } else if begins {
         debug!(
             ctx,
@@ -185,9 +185,20 @@ fn flow(ctx: &TcContext, packet: &Packet, side: Kind) {
             packet.tuple.proto,
             u16::from_be_bytes(packet.tuple.dport)
         );
-        place.track(known, &packet.tuple, ROLE_OPENING, 0)
+        Some(ROLE_OPENING)
     } else {
-        known
+        None
+    };
+    let known = match (known, role) {
+        (Some(known), Some(role)) => {
+            known.set_role(role);
+            Some(known)
+        }
+        (None, Some(role)) => {
+            place.insert(&packet.tuple, role, 0);
+            place.find()
+        }
+        (known, None) => known,
     };
     let Some(mut known) = known else { return };
     if known.is_ignored() {

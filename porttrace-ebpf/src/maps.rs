@@ -113,9 +113,12 @@ pub struct Seen(u64);
 impl Seen {
     /// Nobody watches it.
     const PASSED_OVER: Self = Self(!0);
-    /// It is watched, and TC knows it: one whose packets may open a connection anew, and one of datagrams.
-    pub const STREAM: Self = Self(0);
-    pub const DATAGRAMS: Self = Self(1);
+
+    /// It is watched, and TC knows it; packets of one that is not of `datagrams` may open a connection anew.
+    #[inline(always)]
+    pub fn watched(datagrams: bool) -> Self {
+        Self(u64::from(datagrams))
+    }
 
     #[inline(always)]
     pub fn of(ct_id: u64) -> Self {
@@ -124,7 +127,7 @@ impl Seen {
 
     #[inline(always)]
     pub fn is_watched(self) -> bool {
-        self.0 <= Self::DATAGRAMS.0
+        self.0 <= 1
     }
 
     #[inline(always)]
@@ -242,27 +245,15 @@ impl Place {
     }
 
     /// Remembers that `tuple`, with `role`, and its inverse belong to a watched connection (or, with `ROLE_IGNORED`, do not).
-    /// `known` is what was found there.
     #[inline(always)]
-    pub fn track(&self, known: Option<Known>, tuple: &WireTuple, role: u64, ct_id: u64) -> Option<Known> {
-        let own = role ^ self.way;
-        if let Some(known) = known {
-            unsafe {
-                (*known.track).role = own;
-                if ct_id != 0 {
-                    (*known.track).ct_id = ct_id;
-                }
-            }
-            return Some(known);
-        }
+    pub fn insert(&self, tuple: &WireTuple, role: u64, ct_id: u64) {
         // Packets of an ignored connection have the watched port anyway.
         if role < ROLE_IGNORED {
             mark_port(if role & 1 == 0 { tuple.dport } else { tuple.sport });
         }
-        if TRACKED.insert(&self.key, Track { ct_id, role: own, ways: [Way::NONE; 2] }, 0).is_err() {
+        if TRACKED.insert(&self.key, Track { ct_id, role: role ^ self.way, ways: [Way::NONE; 2] }, 0).is_err() {
             count(STAT_LOST_TRACK);
         }
-        self.find()
     }
 }
 
@@ -278,6 +269,11 @@ impl Known {
     #[inline(always)]
     pub fn role(&self) -> u64 {
         unsafe { (*self.track).role ^ self.way }
+    }
+
+    #[inline(always)]
+    pub fn set_role(&self, role: u64) {
+        unsafe { (*self.track).role = role ^ self.way };
     }
 
     #[inline(always)]
@@ -305,9 +301,14 @@ impl Known {
     }
 }
 
-/// Remembers a tuple; a function of its own: inlined, its copies would not fit on a program's 512 bytes of stack.
+/// As [`Place::insert`], whether or not it was known; a function of its own: inlined, its copies would not fit on a program's 512
+/// bytes of stack.
 #[inline(never)]
 pub fn track(tuple: &WireTuple, role: u64, ct_id: u64) {
     let place = Place::of(tuple);
-    place.track(place.find(), tuple, role, ct_id);
+    let Some(known) = place.find() else { return place.insert(tuple, role, ct_id) };
+    known.set_role(role);
+    if ct_id != 0 {
+        unsafe { (*known.track).ct_id = ct_id };
+    }
 }

@@ -89,7 +89,9 @@ impl Hold {
     /// Takes what conntrack told at `now_ns`.
     pub fn entry(&mut self, told: Told, now_ns: u64) {
         for tuple in tuples(&told.entry) {
-            self.older.remove(&tuple);
+            if let Some(older) = self.older.get(&tuple).copied() {
+                self.forget_older(&older);
+            }
             self.claims.entry(tuple, now_ns + CLAIM_NS);
         }
         match told.gone {
@@ -142,24 +144,35 @@ impl Hold {
 
     fn judge(&mut self, key: (u64, u64), event: Event, predicted: bool, now_ns: u64, released: &mut Released) {
         let Some(tuple) = event.packet else { return released.events.push(event) };
-        if let Some(entry) = self.older.get(&tuple).copied() {
+        let older = self.older.get(&tuple).copied();
+        // A SYN makes an entry of its own, of which we may not have heard yet.
+        let begins = opens(&event) && tuple.proto != Proto::Udp;
+        // Watched by its port, whatever the rules say.
+        let by_port = self.ports.contains(if event.is_reply { &tuple.sport } else { &tuple.dport });
+        // What a packet itself carries of its entry is better than any claim.
+        let own = event.conntrack.is_some_and(|entry| self.ports.contains(&entry.original.dport));
+        let claimed = own || self.claims.contains(&tuple);
+        let waits = if older.is_some() { begins && !by_port } else { predicted };
+        if waits && !claimed && now_ns.saturating_sub(event.time_ns) <= UNCLAIMED_NS {
+            self.unclaimed.insert(key, event);
+            return;
+        }
+        if let Some(entry) = older.filter(|_| !(begins && by_port)) {
+            self.forget_older(&entry);
             for tuple in tuples(&entry) {
-                self.older.remove(&tuple);
                 self.claims.entry(tuple, now_ns + CLAIM_NS);
             }
             released.events.push(self.event(Kind::Confirmed, entry, event.time_ns));
-        }
-        // What a packet itself carries of its entry is better than any claim.
-        let own = event.conntrack.is_some_and(|entry| self.ports.contains(&entry.original.dport));
-        if !predicted || own || self.claims.contains(&tuple) {
-            released.events.push(event);
-        } else if now_ns.saturating_sub(event.time_ns) <= UNCLAIMED_NS {
-            self.unclaimed.insert(key, event);
-        } else if self.ports.contains(if event.is_reply { &tuple.sport } else { &tuple.dport }) {
-            // Watched by its port, whatever the rules say.
-            released.events.push(event);
-        } else {
+        } else if predicted && !claimed && !by_port {
             released.foreign.push(tuple);
+            return;
+        }
+        released.events.push(event);
+    }
+
+    fn forget_older(&mut self, entry: &Conntrack) {
+        for tuple in tuples(entry) {
+            self.older.remove(&tuple);
         }
     }
 

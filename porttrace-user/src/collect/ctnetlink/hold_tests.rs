@@ -131,3 +131,31 @@ fn an_older_entry_is_told_with_its_first_packet_and_once() {
     assert_eq!(told(&released), lines);
     assert!(!released.events[0].conntrack.unwrap().is_new);
 }
+
+#[test]
+fn an_older_entry_is_not_that_of_a_connection_that_begins() {
+    let older = [new().entry];
+    let mut hold = Hold::new(&[9088], 1, &older);
+    hold.packet(packet(&hold, MS, SENT, SYN, false), false);
+    hold.packet(packet(&hold, 2 * MS, LEFT, SYN, false), false);
+    let first = hold.release(3 * MS, 3 * MS);
+    assert_eq!(told(&first), ["1 10.0.0.1:40000 → 10.0.0.2:9088"]);
+    // Its own entry is heard of later than its packet was handed out.
+    hold.entry(new(), 4 * MS);
+    hold.packet(packet(&hold, 5 * MS, "10.244.1.9:80 > 10.0.0.2:1024", SYN | ACK, true), false);
+    let rest = hold.release(6 * MS, 6 * MS);
+    let lines = ["1 Confirmed", "2 10.0.0.2:1024 → 10.244.1.9:80", "5 10.244.1.9:80 → 10.0.0.2:1024"];
+    assert_eq!(told(&rest), lines);
+    assert!(rest.events[0].conntrack.unwrap().is_new);
+}
+
+#[test]
+fn a_syn_that_is_sent_again_is_of_its_older_entry() {
+    let older = [new().entry];
+    let mut hold = Hold::new(&[9088], 1, &older);
+    hold.packet(packet(&hold, MS, LEFT, SYN, false), false);
+    assert!(told(&hold.release(2 * MS, 2 * MS)).is_empty());
+    let late = hold.release(99 * MS, 99 * MS);
+    assert_eq!(told(&late), ["1 Confirmed", "1 10.0.0.2:1024 → 10.244.1.9:80"]);
+    assert!(!late.events[0].conntrack.unwrap().is_new && hold.is_empty());
+}

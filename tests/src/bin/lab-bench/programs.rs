@@ -13,12 +13,20 @@ use std::time::Duration;
 pub fn measure(scene: &Scene, arguments: &Arguments) -> Result<()> {
     let _counting = bpf::count_time()?;
     let nothing = scene.node().run_in(|| Attachment::of_nothing("eth0"))??;
-    for (port, options) in [(HOST_PORT, &[][..]), (HOST_PORT, &["--conntrack-backend", "ctnetlink"]), (OTHER_PORT, &[])]
-    {
+    let by_events = &["--conntrack-backend", "ctnetlink"][..];
+    for (port, options, proto) in [
+        (HOST_PORT, &[][..], Proto::Tcp),
+        // One datagram a connection: every run makes an event.
+        (HOST_PORT, &[], Proto::Udp),
+        (HOST_PORT, by_events, Proto::Tcp),
+        (OTHER_PORT, &[], Proto::Tcp),
+        (OTHER_PORT, &[], Proto::Udp),
+    ] {
         let watch = scene.watch(port, options)?;
-        let made = scene.connect(Proto::Tcp, Pace::AsFastAsPossible, Duration::from_secs_f64(arguments.seconds))?;
+        let made = scene.connect(proto, Pace::AsFastAsPossible, Duration::from_secs_f64(arguments.seconds))?;
         let words = [&["watch", &port.to_string()], options].concat().join(" ");
-        println!("\nkernel programs of porttrace {words}, {:.0} connections a second to {HOST_PORT}", made.rate());
+        let rate = made.rate();
+        println!("\nkernel programs of porttrace {words}, {rate:.0} new {proto} connections a second to {HOST_PORT}");
         for program in bpf::usage(&bpf::held_by(watch.id())?)?.iter().filter(|program| program.runs > 0) {
             println!("  {program}");
         }

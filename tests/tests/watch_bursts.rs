@@ -1,0 +1,110 @@
+//! Many connections at once, which are counted and not told one by one: the sum is right to the last one, and what is not like
+//! the others is not counted as if it were.
+
+use nix::sys::signal::Signal;
+use porttrace_tests::lab::topology::{FRONTEND, HOST_PORT, NodeName, OUTSIDE_V4};
+use porttrace_tests::lab::{Lab, LabOptions, Phase};
+use porttrace_tests::load::{Batch, Mode, Pace, Servers, Until, make};
+use porttrace_tests::netns::{ChildGuard, Netns};
+use porttrace_tests::privilege::may_run;
+use porttrace_tests::watch::porttrace;
+use porttrace_user::core::model::flow::Proto;
+use std::collections::BTreeMap;
+use std::net::SocketAddrV4;
+use std::ops::Range;
+use std::time::Duration;
+
+const WAIT: Duration = Duration::from_secs(20);
+
+struct Scene {
+    servers: Servers,
+    lab: Lab,
+}
+
+impl Scene {
+    fn node(&self) -> &Netns {
+        self.lab.node(NodeName::Worker3)
+    }
+
+    /// One connection from each of these ports of the outside, as fast as can be.
+    fn burst(&self, ports: Range<u16>) -> u64 {
+        let to = SocketAddrV4::new(NodeName::Worker3.v4(), HOST_PORT);
+        let batch = Batch { proto: Proto::Tcp, from: OUTSIDE_V4, ports, to };
+        let made = make(&self.lab.outside, &[batch], Until::Rounds(1), Pace::AsFastAsPossible, &self.servers).unwrap();
+        made.connections
+    }
+
+    fn iptables(&self, arguments: &str) {
+        let mut command = self.node().command(self.lab.tools.tool("iptables"));
+        let output = command.args(arguments.split(' ')).output().unwrap();
+        assert!(output.status.success(), "iptables {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    fn watch(&self, options: &[&str]) -> ChildGuard {
+        let mut command = self.node().command(porttrace().unwrap());
+        command.args(["watch", "9088"]).args(options).env("PATH", self.lab.tools.path()).env("COLUMNS", "400");
+        let watch = ChildGuard::spawn(command).unwrap();
+        let ready = watch.stdout.wait_for(WAIT, |line| line.contains("ready after").then_some(()));
+        assert!(ready.is_some(), "{:?} {:?}", watch.stdout.snapshot(), watch.stderr.snapshot());
+        watch
+    }
+}
+
+/// How many connections each server answered, by the sum at the end.
+fn sum(mut watch: ChildGuard) -> BTreeMap<SocketAddrV4, u64> {
+    watch.signal(Signal::SIGINT).unwrap();
+    assert_eq!(watch.wait(WAIT).unwrap(), Some(0), "{:?}", watch.stderr.snapshot());
+    let printed = watch.stdout.snapshot();
+    let at = printed.iter().rposition(|line| line.contains(" connections in ")).expect("a sum");
+    let mut answered = BTreeMap::new();
+    for line in printed[at + 1..].iter().filter(|line| line.contains(" × ")) {
+        let (count, verdict) = line.split_once(" × ").unwrap();
+        let (_, by) = verdict.split_once("✓ answered by ").unwrap_or_else(|| panic!("{line}\n{printed:#?}"));
+        let address: SocketAddrV4 = by.split(' ').next().unwrap().parse().unwrap();
+        *answered.entry(address).or_default() += count.trim().parse::<u64>().unwrap();
+    }
+    let whole: u64 = printed[at].split(' ').next().unwrap().parse().unwrap();
+    assert_eq!(answered.values().sum::<u64>(), whole, "{:#?}", &printed[at..]);
+    answered
+}
+
+#[test]
+fn what_is_only_counted_is_counted_as_what_it_is() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let lab = Lab::up(LabOptions { phase: Phase::Fixed, bare: true, ..LabOptions::default() }).unwrap();
+    let mut servers = Servers::in_pods(&lab, Mode::Count).unwrap();
+    let [own, other] = [80, 8080].map(|port| SocketAddrV4::new(NodeName::Worker3.pod_v4(FRONTEND), port));
+    servers.tcp(&lab.pod("frontend", NodeName::Worker3).unwrap().netns, other).unwrap();
+    let scene = Scene { servers, lab };
+    let elsewhere = |verb, ports| {
+        format!(
+            "-t nat -{verb} PREROUTING -p tcp -s {OUTSIDE_V4} {ports}--dport {HOST_PORT} -j DNAT --to-destination {other}"
+        )
+    };
+    for options in [&[][..], &["--summary"], &["--conntrack-backend", "ctnetlink"]] {
+        let watch = scene.watch(options);
+        let is_told = |server: SocketAddrV4| {
+            let answered = format!("answered by {server}");
+            let told = watch.stdout.wait_for(WAIT, |line| line.contains(&answered).then_some(()));
+            assert!(told.is_some(), "{server} {:#?}", watch.stdout.snapshot());
+        };
+        let mut expected = scene.burst(20_000..20_400);
+        is_told(own);
+
+        // Another server, by a rule that came meanwhile: not like the others, whether or not the rule is known already.
+        scene.iptables(&elsewhere("I", ""));
+        let moved = scene.burst(21_000..21_300);
+        is_told(other);
+        scene.iptables(&elsewhere("D", ""));
+        expected += scene.burst(22_000..22_100);
+
+        // And by a rule for some of the client's ports.
+        scene.iptables(&elsewhere("I", "--sport 23100:23149 "));
+        let by_port = scene.burst(23_000..23_200);
+        scene.iptables(&elsewhere("D", "--sport 23100:23149 "));
+        expected += by_port - 50;
+        assert_eq!(sum(watch), BTreeMap::from([(own, expected), (other, moved + 50)]), "{options:?}");
+    }
+}
