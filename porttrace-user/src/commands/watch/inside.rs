@@ -94,6 +94,7 @@ impl IntoPods {
             silence_ns: limits.silence_ns.saturating_add(2_000_000_000),
             grace_ns: 2_000_000_000,
             forget_ns: 10_000_000_000,
+            max_open: limits.max_flows,
             ..limits.clone()
         };
         Self {

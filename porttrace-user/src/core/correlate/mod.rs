@@ -33,11 +33,20 @@ pub struct Limits {
     pub forget_ns: u64,
     /// Connections held at once; beyond it the oldest is reported early and counted.
     pub max_flows: usize,
+    /// Of those, connections whose outcome is not known yet, and of which all that was seen is held, some 2 KiB each; beyond it
+    /// those that are due first are reported early and counted.
+    pub max_open: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { silence_ns: 1_000_000_000, grace_ns: 60_000_000, forget_ns: 300_000_000_000, max_flows: 65_536 }
+        Self {
+            silence_ns: 1_000_000_000,
+            grace_ns: 60_000_000,
+            forget_ns: 300_000_000_000,
+            max_flows: 65_536,
+            max_open: 16_384,
+        }
     }
 }
 
@@ -71,6 +80,8 @@ pub struct Correlator {
     limits: Limits,
     ports: BTreeSet<u16>,
     flows: BTreeMap<u64, Box<Flow>>,
+    /// How many of them wait for their outcome.
+    open: usize,
     /// Tuple in either direction → the newest flow that can carry it. Looked up only, never listed.
     index: HashMap<Undirected, u64>,
     /// (when, flow): outcomes to report and flows to forget.
@@ -86,6 +97,7 @@ impl Correlator {
             limits,
             ports: ports.into_iter().collect(),
             flows: BTreeMap::new(),
+            open: 0,
             index: HashMap::new(),
             timers: BTreeSet::new(),
             next_id: 1,
@@ -191,6 +203,7 @@ impl Correlator {
     fn report(&mut self, id: u64) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
         self.timers.remove(&(flow.decide_at, id));
+        self.open -= 1;
         let waits = !flow.answered && !flow.joined_late && flow.end.is_none();
         let told = flow.take_story();
         if waits {
@@ -270,6 +283,10 @@ impl Correlator {
         if self.flows.len() == self.limits.max_flows / 2 {
             self.size_index();
         }
+        if self.open >= self.limits.max_open {
+            self.hurry();
+        }
+        self.open += 1;
         let id = self.next_id;
         self.next_id += 1;
         let tcp = original.proto == Proto::Tcp;
@@ -305,6 +322,16 @@ impl Correlator {
         const TUPLES: usize = 3;
         let room = 2 * TUPLES * self.limits.max_flows;
         self.index.reserve(room.saturating_sub(self.index.len()));
+    }
+
+    /// Reports the open connections that are due first: a part of them, so that the way past those that are told is not gone for
+    /// each.
+    fn hurry(&mut self) {
+        let is_open = |id: &u64| self.flows.get(id).is_some_and(|flow| flow.stage == Stage::Open);
+        let due = self.timers.iter().map(|(_, id)| *id).filter(is_open);
+        let due: Vec<u64> = due.take(self.limits.max_open.div_ceil(16)).collect();
+        self.counts.evicted += due.len() as u64;
+        due.into_iter().for_each(|id| self.report(id));
     }
 
     fn evict(&mut self) {

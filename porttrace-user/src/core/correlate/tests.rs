@@ -389,3 +389,23 @@ fn traffic_that_was_there_before_is_not_a_verdict() {
     assert!(flow.joined_late);
     assert_eq!(judge(&flow, &interfaces()), Outcome::JoinedLate);
 }
+
+#[test]
+fn too_many_open_connections_are_told_early_and_amended() {
+    let limits = Limits { max_open: 32, ..Limits::default() };
+    let mut correlator = Correlator::new([9088], limits);
+    let ends = |port: u16| (format!("172.18.0.100:{port}"), "172.18.0.3:9088");
+    for port in 1..=100 {
+        let (client, server) = ends(port);
+        correlator.push(event(port.into(), Kind::TcIngress, ETH0, &format!("{client} → {server}"), SYN));
+    }
+    let told = correlator.tick(100).len();
+    assert_eq!((told as u64, correlator.counts().evicted, correlator.len()), (68, 68, 100));
+    for port in 1..=100 {
+        let (client, server) = ends(port);
+        correlator.push(event(200, Kind::TcEgress, ETH0, &format!("{server} → {client}"), SYN | ACK));
+    }
+    let later = correlator.tick(500 * MS);
+    let amended = later.iter().filter(|update| matches!(update, Update::Amended(_))).count();
+    assert_eq!((later.len(), amended), (100, 68), "each is told once, and nothing is a connection of its own");
+}
