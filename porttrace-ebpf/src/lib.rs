@@ -37,28 +37,28 @@ impl WireTuple {
         Self { src, dst, sport: [a, b], dport: [c, d], proto, family: 4, pad: [0; 2] }
     }
 
-    /// What a tuple and its inverse have in common, and which of the two this one is (0 or 1): the end with the smaller address,
-    /// or at one address the smaller port, comes first.
+    /// What a tuple and its inverse have in common, and which of the two this one is (0 or 1): the end whose address is less, taken
+    /// as words of memory, comes first; at one address the end with the lesser port.
     ///
     /// Without a branch: the verifier would walk all that follows once for either way.
     #[inline(always)]
     pub fn undirected(&self) -> (Self, u64) {
         let [src, dst] = [self.src, self.dst].map(words);
-        let [sport, dport] = [self.sport, self.dport].map(|port| u64::from(u16::from_ne_bytes(port)));
-        let by_port = borrow(dport, sport, 0);
-        let swap = borrow(dst[0], src[0], borrow(dst[1], src[1], by_port));
-        let mask = swap.wrapping_neg();
-        let port_mask = mask as u16;
-        let [low, high] = [(src[0] ^ dst[0]) & mask, (src[1] ^ dst[1]) & mask];
-        let ports = (u16::from_ne_bytes(self.sport) ^ u16::from_ne_bytes(self.dport)) & port_mask;
+        let [sport, dport] = [self.sport, self.dport].map(u16::from_ne_bytes);
+        let by_port = borrow(dport.into(), sport.into(), 0);
+        let way = borrow(dst[0], src[0], borrow(dst[1], src[1], by_port));
+        // All ones where the ends change places: what differs between them then turns.
+        let turn = way.wrapping_neg();
+        let addresses = [(src[0] ^ dst[0]) & turn, (src[1] ^ dst[1]) & turn];
+        let ports = (sport ^ dport) & turn as u16;
         let undirected = Self {
-            src: bytes([src[0] ^ low, src[1] ^ high]),
-            dst: bytes([dst[0] ^ low, dst[1] ^ high]),
-            sport: (u16::from_ne_bytes(self.sport) ^ ports).to_ne_bytes(),
-            dport: (u16::from_ne_bytes(self.dport) ^ ports).to_ne_bytes(),
+            src: bytes([src[0] ^ addresses[0], src[1] ^ addresses[1]]),
+            dst: bytes([dst[0] ^ addresses[0], dst[1] ^ addresses[1]]),
+            sport: (sport ^ ports).to_ne_bytes(),
+            dport: (dport ^ ports).to_ne_bytes(),
             ..*self
         };
-        (undirected, swap)
+        (undirected, way)
     }
 }
 

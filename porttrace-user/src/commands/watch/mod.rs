@@ -1,5 +1,6 @@
 //! `porttrace watch PORT…`: the live log.
 
+mod alike;
 pub mod args;
 mod diagnosis;
 mod inside;

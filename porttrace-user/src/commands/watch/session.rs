@@ -1,5 +1,6 @@
 //! One session: start probe and reading of rules side by side, then events in, log out, until told to stop.
 
+use super::alike::Alike;
 use super::args::Args;
 use super::diagnosis::Diagnosis;
 use super::inside::IntoPods;
@@ -13,10 +14,9 @@ use anyhow::Context as _;
 use porttrace_ebpf::Kind;
 use porttrace_user::collect::probe::{Lost, Probe};
 use porttrace_user::collect::{leftovers, live};
-use porttrace_user::core::correlate::alike::Known;
 use porttrace_user::core::correlate::drops::unknown_answer;
 use porttrace_user::core::correlate::flow::{Flow, Way};
-use porttrace_user::core::correlate::fold::{Mode, Shape};
+use porttrace_user::core::correlate::fold::Mode;
 use porttrace_user::core::correlate::inside::Inside;
 use porttrace_user::core::correlate::judge::{Outcome, judge};
 use porttrace_user::core::correlate::story::tell;
@@ -80,8 +80,7 @@ pub async fn run(args: &Args) -> anyhow::Result<bool> {
         interfaces,
         pods,
         diagnosis: Diagnosis::default(),
-        known: Known::new(),
-        known_of: (0, 0),
+        alike: Alike::default(),
         inside,
         events,
         lost: Lost::default(),
@@ -109,9 +108,7 @@ struct Session<'a> {
     interfaces: Interfaces,
     pods: Pods,
     diagnosis: Diagnosis,
-    /// Answered connections as the rules have it, and what they are counted as: of rules and pods of these generations.
-    known: Known<Shape>,
-    known_of: (u64, u64),
+    alike: Alike,
     /// With `--into-pods`.
     inside: Option<IntoPods>,
     /// Events read since the start.
@@ -207,7 +204,9 @@ impl Session<'_> {
 
     /// Tells a connection, or (`amends`) what became of one that was told as unanswered.
     async fn report(&mut self, flow: Flow, amends: bool) -> anyhow::Result<()> {
-        if !amends && self.is_counted(&flow) {
+        // What a pod saw of it must be taken from there.
+        let is_usual = !amends && self.inside.is_none();
+        if is_usual && self.alike.count(&flow, &self.rules, &self.pods, &mut self.printer) {
             return Ok(());
         }
         let all = self.args.verbose > 0;
@@ -257,25 +256,8 @@ impl Session<'_> {
             return Ok(self.printer.amend(&report, &context)?);
         }
         let shape = self.printer.report(&report, &context, Clock::now())?;
-        let is_plain = matches!(report.outcome, Outcome::Answered { .. })
-            && report.finding.is_none()
-            && trace.is_some()
-            && !report.story.contradicts();
-        if is_plain && !self.rules.simulator.minds_client_ports() {
-            self.known.learn(&report.flow, shape);
-        }
+        self.alike.learn(&report, trace.as_ref(), &self.rules, shape);
         Ok(())
-    }
-
-    /// Counts a connection that is like one that was told, where those are only counted: many of them come in a second.
-    fn is_counted(&mut self, flow: &Flow) -> bool {
-        let now = (self.rules.generation, self.pods.generation);
-        if std::mem::replace(&mut self.known_of, now) != now {
-            self.known.clear();
-        }
-        // What a pod saw of it must be taken from there.
-        self.inside.is_none()
-            && self.known.get(flow).is_some_and(|shape| self.printer.count(shape, flow.id, Clock::now()))
     }
 
     /// The connection as the pod saw it that it was sent to, if that is followed.
@@ -307,7 +289,7 @@ impl Session<'_> {
     fn follow_links(&mut self) {
         if !self.probe.link_changes().is_empty() {
             self.interfaces = interfaces_of(&self.probe);
-            self.known.clear();
+            self.alike.forget();
             self.rules.expect_changes();
             self.pods.expect_changes();
             if let Some(inside) = &mut self.inside {
