@@ -251,11 +251,13 @@ fn restart(known: &mut Known, ifindex: u32, side: Kind) {
 
 #[inline(always)]
 fn count_packet(way: &mut Way, packet: &Packet, ifindex: u32, side: Kind) {
-    let now = unsafe { bpf_ktime_get_ns() };
-    if packet.tuple.proto == UDP && now.wrapping_sub(way.last_ns) > IDLE_NS {
-        way.shown = 0;
+    if packet.tuple.proto == UDP {
+        let now = unsafe { bpf_ktime_get_ns() };
+        if now.wrapping_sub(way.last_ns) > IDLE_NS {
+            way.shown = 0;
+        }
+        way.last_ns = now;
     }
-    way.last_ns = now;
     if way.ifindex == 0 {
         way.ifindex = ifindex;
         way.side = side as u16;

@@ -223,7 +223,7 @@ pub struct Track {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Way {
-    /// When TC last saw a packet, `bpf_ktime_get_ns`.
+    /// When TC last saw a datagram, `bpf_ktime_get_ns`; 0 for other protocols.
     pub last_ns: u64,
     /// Packets and bytes of L4 payload at the interface `ifindex`.
     pub packets: u64,
