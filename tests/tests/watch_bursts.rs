@@ -34,10 +34,8 @@ impl Scene {
         made.connections
     }
 
-    fn iptables(&self, arguments: &str) {
-        let mut command = self.node().command(self.lab.tools.tool("iptables"));
-        let output = command.args(arguments.split(' ')).output().unwrap();
-        assert!(output.status.success(), "iptables {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    fn iptables(&self, words: &str) {
+        self.lab.tools.iptables(self.node(), words).unwrap();
     }
 
     fn watch(&self, options: &[&str]) -> ChildGuard {

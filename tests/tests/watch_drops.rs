@@ -19,8 +19,7 @@ const ASTRAY: u16 = 9090;
 const CLOSED: u16 = 9091;
 
 fn iptables(lab: &Lab, netns: &Netns, rule: &str) {
-    let tool = lab.tools.tool("iptables").display().to_string();
-    netns.exec([tool.as_str()].into_iter().chain(rule.split(' '))).unwrap();
+    lab.tools.iptables(netns, rule).unwrap();
 }
 
 fn watch(lab: &Lab) -> Watch {

@@ -34,11 +34,8 @@ impl Scene {
         self.lab.node(NodeName::Worker3)
     }
 
-    fn iptables(&self, arguments: &str) {
-        let tool = self.lab.tools.tool("iptables");
-        let mut command = self.node().command(tool);
-        let output = command.args(arguments.split(' ')).output().unwrap();
-        assert!(output.status.success(), "iptables {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    fn iptables(&self, words: &str) {
+        self.lab.tools.iptables(self.node(), words).unwrap();
     }
 
     fn forward(&self, value: &str) {

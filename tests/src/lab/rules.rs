@@ -2,6 +2,8 @@
 
 use crate::netns::Netns;
 use anyhow::{Context, Result};
+use std::ffi::OsStr;
+use std::iter;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
@@ -55,6 +57,12 @@ impl Tools {
     /// The full path of `iptables`, `ip6tables-save`, ….
     pub fn tool(&self, name: &str) -> PathBuf {
         self.directory.join(name)
+    }
+
+    /// Runs `iptables` with these words in a namespace.
+    pub fn iptables(&self, netns: &Netns, words: &str) -> Result<()> {
+        let tool = self.tool("iptables");
+        netns.exec(iter::once(tool.as_os_str()).chain(words.split(' ').map(OsStr::new))).map(drop)
     }
 
     /// Loads `rules` (`iptables-save` format) with `iptables-restore` or `ip6tables-restore` in a namespace.

@@ -34,10 +34,6 @@ impl Ends {
 }
 
 impl<T> Known<T> {
-    pub fn new() -> Self {
-        Self { by_ends: HashMap::new(), count: 0 }
-    }
-
     /// What is remembered of a connection like this one.
     pub fn get(&self, flow: &Flow) -> Option<&T> {
         let known = self.by_ends.get(&Ends::of(flow))?;
@@ -64,7 +60,7 @@ impl<T> Known<T> {
 
 impl<T> Default for Known<T> {
     fn default() -> Self {
-        Self::new()
+        Self { by_ends: HashMap::new(), count: 0 }
     }
 }
 
@@ -137,13 +133,14 @@ mod tests {
     use super::super::tests::{ETH0, event, tuple, with_conntrack};
     use super::super::{Correlator, Limits, Update};
     use super::*;
+    use crate::core::model::event::Event;
     use porttrace_ebpf::Kind;
 
     const POD: &str = "10.244.1.9:80";
     const NODE: &str = "172.18.0.3";
 
     /// A connection from this port whose source becomes the node with another one, answered.
-    fn flow(port: u16, given: u16, change: impl Fn(&mut Vec<crate::core::model::event::Event>)) -> Flow {
+    fn flow(port: u16, given: u16, change: impl Fn(&mut Vec<Event>)) -> Flow {
         let (client, asked) = (format!("172.18.0.9:{port}"), format!("{NODE}:9088"));
         let (original, reply) = (format!("{client} → {asked}"), format!("{POD} → {NODE}:{given}"));
         let mut events = vec![
@@ -164,7 +161,7 @@ mod tests {
 
     #[test]
     fn the_clients_ports_and_times_make_no_difference() {
-        let mut known = Known::new();
+        let mut known = Known::default();
         known.learn(&flow(40_000, 40_000, |_| {}), "kept");
         known.learn(&flow(40_000, 1_024, |_| {}), "changed");
         assert_eq!(known.get(&flow(50_000, 50_000, |events| events[3].time_ns = 90)), Some(&"kept"));
@@ -173,9 +170,9 @@ mod tests {
 
     #[test]
     fn everything_else_does() {
-        let mut known = Known::new();
+        let mut known = Known::default();
         known.learn(&flow(40_000, 40_000, |_| {}), ());
-        let other = |change: fn(&mut Vec<crate::core::model::event::Event>)| known.get(&flow(50_000, 50_000, change));
+        let other = |change: fn(&mut Vec<Event>)| known.get(&flow(50_000, 50_000, change));
         assert_eq!(other(|_| {}), Some(&()));
         assert_eq!(other(|events| events[1].mark = 0x4000), None, "mark");
         assert_eq!(other(|events| events[2].ifindex = 8), None, "interface");
