@@ -2,15 +2,17 @@
 
 use crate::emit::{body, describe_packet, reserve, submit};
 use crate::flow::is_watched;
-use crate::maps::{Known, Place, Seen, look_again, netns, offset, pass_over, set_seen, track};
-use crate::packet::{NO_TUPLE, Packet, SCTP, TCP, UDP};
+use crate::maps::{Seen, find, look_again, netns, offset, pass_over, set_seen, track};
+use crate::packet::{Packet, SCTP, TCP, UDP};
 use crate::route::describe_route;
 use crate::skb::{
-    Access as _, CONFIRMED, DST_NAT, DYING, SRC_NAT, Typed, Untyped, conntrack_netns, conntrack_of, copy_tuple,
-    describe_conntrack, id_of, ifindex_of, may_be_watched, may_open, original_ports, packet_of, peek, status_of,
+    Access, CONFIRMED, Cast, DST_NAT, DYING, SRC_NAT, Typed, Untyped, conntrack_netns, conntrack_of,
+    describe_conntrack, id_of, ifindex_of, may_be_watched, may_open, original_ports, packet_at_hook, packet_of, peek,
+    status_of, tuple_of,
 };
 use core::ffi::c_void;
-use porttrace_ebpf::{Kind, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY, WireTuple};
+use porttrace_ebpf::table::{Known, Place};
+use porttrace_ebpf::{Event, Kind, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY};
 
 /// `IP_CT_RELATED`.
 const RELATED: u64 = 1;
@@ -48,12 +50,12 @@ pub fn hook(ctx: *mut c_void, kind: Kind) {
         return;
     }
     if !first_look && seen.is_watched() {
-        let is_new = info == NEW && status_of(ct) & CONFIRMED == 0;
+        let is_new = info == NEW && status_of::<Cast>(ct) & CONFIRMED == 0;
         if !is_new && (seen == Seen::watched(true) || !may_open(skb)) {
             return;
         }
     }
-    let ports = original_ports(ct);
+    let ports = original_ports::<Cast>(ct);
     if is_watched(ports.dport, ports.proto) {
         if begins {
             look_again(id);
@@ -63,7 +65,7 @@ pub fn hook(ctx: *mut c_void, kind: Kind) {
     }
     pass_over(id);
     if first_look && info == NEW && is_watched(ports.sport, ports.proto) {
-        remember(ct, ROLE_IGNORED, 0, 0);
+        remember::<Cast>(ct, ROLE_IGNORED, 0, 0);
     }
 }
 
@@ -74,15 +76,22 @@ fn untracked(at: &NfContext, kind: Kind) {
     if !matches!(kind, Kind::LocalIn | Kind::AfterSnat) || !may_be_watched(at.skb) {
         return;
     }
-    let mut packet = Packet::ZERO;
-    if !packet_of::<Typed>(at.skb, &mut packet) || !is_watched(packet.tuple.dport, packet.tuple.proto) {
-        return;
+    if begins(at.skb) {
+        emit_hook(at, 0, 0, 0, kind);
     }
-    // Of datagrams TC knows which one is the first.
+}
+
+/// Whether the packet opens a connection to a watched port, or is the first datagram that TC saw of one.
+///
+/// A function of its own, as those below: what follows is then verified once, and not once for every kind of packet.
+#[inline(never)]
+fn begins(skb: u64) -> bool {
+    let mut packet = Packet::blank();
+    if !packet_of::<Typed>(skb, &mut packet) || !is_watched(packet.tuple.dport, packet.tuple.proto) {
+        return false;
+    }
     let is_first = |mut known: Known| known.role() == ROLE_OPENING && known.way().packets <= 1;
-    if packet.opens() || Place::of(&packet.tuple).find().is_some_and(is_first) && packet.tuple.proto == UDP {
-        emit_hook(at, 0, 0, 0, kind, &packet);
-    }
+    packet.opens() || packet.tuple.proto == UDP && find(&Place::of(&packet.tuple)).is_some_and(is_first)
 }
 
 /// A packet of a watched entry: worth an event when it makes the entry, opens a connection, or is the first one seen.
@@ -93,32 +102,29 @@ fn watched(at: &NfContext, ct: u64, info: u64, proto: u8, kind: Kind) {
         return;
     }
     let first_look = matches!(kind, Kind::AfterConntrack);
-    let status = status_of(ct);
+    let status = status_of::<Cast>(ct);
     let is_new = status & CONFIRMED == 0;
     let id = id_of(ct);
     let opens_anew = |proto| proto == SCTP || proto == TCP && may_open(at.skb);
     if !is_new && (!first_look || Seen::of(id).is_watched()) && !opens_anew(proto) {
         return;
     }
-    let mut packet = Packet::ZERO;
-    if !packet_of::<Typed>(at.skb, &mut packet) {
-        return;
-    }
-    let late = !is_new && !packet.opens();
-    if late && !(first_look && is_unknown(&packet.tuple, id)) {
+    // Of the entry's tuples the one that has the packet's addresses, either way round.
+    let direction = u64::from(info >= REPLY || matches!(kind, Kind::AfterSnat));
+    let late = !is_new && !opens(at.skb);
+    if late && !(first_look && is_unknown(ct, direction, id)) {
         if first_look {
             set_seen(id, Seen::watched(proto == UDP));
         }
         return;
     }
-    emit_hook(at, ct, info, status, kind, &packet);
+    emit_hook(at, ct, info, status, kind);
     // Between the two halves of NAT TC sees nothing.
     if matches!(kind, Kind::AfterConntrack | Kind::AfterSnat) {
-        track(&packet.tuple, if info >= REPLY { ROLE_REPLY } else { ROLE_OPENING }, id);
+        remember::<Cast>(ct, ROLE_OPENING | direction, direction, id);
     }
     if late {
-        remember(ct, ROLE_OPENING, 0, id);
-        remember(ct, ROLE_REPLY, 1, id);
+        remember::<Cast>(ct, ROLE_OPENING | direction ^ 1, direction ^ 1, id);
     }
 }
 
@@ -129,12 +135,12 @@ pub fn nat_setup(ct: u64, maniptype: u32) {
         return;
     }
     if maniptype == 0 {
-        if status_of(ct) & DST_NAT != 0 {
+        if status_of::<Untyped>(ct) & DST_NAT != 0 {
             emit_entry(Kind::NatSetup, ct, 0, 1);
         }
-        remember(ct, ROLE_REPLY, 1, id_of(ct));
+        remember::<Untyped>(ct, ROLE_REPLY, 1, id_of(ct));
     }
-    remember(ct, ROLE_OPENING, 0, id_of(ct));
+    remember::<Untyped>(ct, ROLE_OPENING, 0, id_of(ct));
 }
 
 /// `__nf_conntrack_confirm` begins: both halves of NAT are done.
@@ -146,11 +152,11 @@ pub fn confirm(skb: u64) {
     }
     if !is_watched_here(ct) {
         if ct != 0 && is_ephemeral_here(ct) {
-            remember(ct, ROLE_IGNORED, 0, 0);
+            remember::<Untyped>(ct, ROLE_IGNORED, 0, 0);
         }
         return;
     }
-    let status = status_of(ct);
+    let status = status_of::<Untyped>(ct);
     if status & CONFIRMED != 0 {
         return;
     }
@@ -158,19 +164,19 @@ pub fn confirm(skb: u64) {
         emit_entry(Kind::NatSetup, ct, 0, 0);
     }
     emit_entry(Kind::Confirmed, ct, skb, 0);
-    remember(ct, ROLE_OPENING, 0, id_of(ct));
-    remember(ct, ROLE_REPLY, 1, id_of(ct));
+    remember::<Untyped>(ct, ROLE_OPENING, 0, id_of(ct));
+    remember::<Untyped>(ct, ROLE_REPLY, 1, id_of(ct));
 }
 
 /// `nf_ct_delete` begins; it may be called for an entry that is already dying.
 #[inline(always)]
 pub fn destroy(ct: u64) {
-    if !is_watched_here(ct) || status_of(ct) & (DYING | CONFIRMED) != CONFIRMED {
+    if !is_watched_here(ct) || status_of::<Untyped>(ct) & (DYING | CONFIRMED) != CONFIRMED {
         return;
     }
     let Some(mut entry) = reserve(Kind::Destroyed) else { return };
     let event = body(&mut entry);
-    describe_conntrack(event, ct, 0, status_of(ct));
+    describe_conntrack::<Untyped>(event, ct, 0, status_of::<Untyped>(ct));
     let extensions: u64 = peek(ct + offset!(ct_ext));
     if extensions != 0 {
         let place: u8 = peek(extensions + offset!(ext_acct));
@@ -189,50 +195,68 @@ pub fn is_watched_here(ct: u64) -> bool {
     if ct == 0 {
         return false;
     }
-    let ports = original_ports(ct);
+    let ports = original_ports::<Untyped>(ct);
     is_watched(ports.dport, ports.proto) && conntrack_netns(ct) == netns()
 }
 
 /// Whether the entry's source port, but not its destination port, is a watched one.
 #[inline(always)]
 fn is_ephemeral_here(ct: u64) -> bool {
-    let ports = original_ports(ct);
+    let ports = original_ports::<Untyped>(ct);
     is_watched(ports.sport, ports.proto) && conntrack_netns(ct) == netns()
 }
 
-/// Whether TC has not yet been told that this tuple belongs to the entry.
-#[inline(always)]
-fn is_unknown(tuple: &WireTuple, id: u64) -> bool {
-    Place::of(tuple).find().is_none_or(|known| known.ct_id() != id)
+/// Whether TC has not yet been told that this tuple of the entry belongs to it.
+#[inline(never)]
+fn is_unknown(ct: u64, direction: u64, id: u64) -> bool {
+    find(&Place::of(&tuple_of::<Cast>(ct, direction))).is_none_or(|known| known.ct_id() != id)
+}
+
+#[inline(never)]
+fn opens(skb: u64) -> bool {
+    let mut packet = Packet::blank();
+    packet_of::<Typed>(skb, &mut packet) && packet.opens()
+}
+
+/// Fills in the packet's half of an event, if it can be read.
+#[inline(never)]
+fn describe(event: &mut Event, skb: u64) -> bool {
+    let mut packet = Packet::blank();
+    let is_read = packet_at_hook(skb, &mut packet);
+    if is_read {
+        describe_packet(event, &packet);
+    }
+    is_read
 }
 
 /// Tracks one of the entry's own tuples and its inverse. With `ROLE_IGNORED`: the watched port is only the connection's
 /// source port, and its replies must not look as if they opened one.
 #[inline(never)]
-fn remember(ct: u64, role: u64, direction: u64, id: u64) {
-    let mut tuple = NO_TUPLE;
-    copy_tuple(ct, direction, &mut tuple);
-    track(&tuple, role, id);
+fn remember<A: Access>(ct: u64, role: u64, direction: u64, id: u64) {
+    track(&tuple_of::<A>(ct, direction), role, id);
 }
 
 #[inline(always)]
-fn emit_hook(at: &NfContext, ct: u64, info: u64, status: u32, kind: Kind, packet: &Packet) {
+fn emit_hook(at: &NfContext, ct: u64, info: u64, status: u32, kind: Kind) {
     let NfContext { state, skb } = *at;
     let Some(mut entry) = reserve(kind) else { return };
     let event = body(&mut entry);
-    describe_packet(event, packet);
+    if !describe(event, skb) {
+        entry.discard(0);
+        return;
+    }
     if ct != 0 {
-        describe_conntrack(event, ct, info, status);
+        describe_conntrack::<Cast>(event, ct, info, status);
     }
     event.mark = Typed::read(skb + offset!(skb_mark));
     event.hook = Typed::read(state + offset!(state_hook));
     // Not as typed pointers: for each of those the verifier searches all of the kernel's types for one of another name
     // (`btf_nested_type_is_trusted`, kernel/bpf/btf.c), every time it comes by.
-    let [from, to]: [u64; 2] = peek(state + offset!(state_in));
-    (event.ifindex, event.out_ifindex) = (ifindex_of(from), ifindex_of(to));
+    let [from, to]: [u64; 2] = Cast::read(state + offset!(state_in));
+    (event.ifindex, event.out_ifindex) = (ifindex_of::<Cast>(from), ifindex_of::<Cast>(to));
     // Before, there is no route yet, or one that DNAT may change.
     if matches!(kind, Kind::LocalIn | Kind::AfterSnat) {
-        describe_route::<Typed>(event, skb);
+        describe_route::<Typed, Cast>(event, skb);
     }
     submit(entry);
 }
@@ -242,13 +266,13 @@ fn emit_hook(at: &NfContext, ct: u64, info: u64, status: u32, kind: Kind, packet
 fn emit_entry(kind: Kind, ct: u64, skb: u64, reason: u32) {
     let Some(mut entry) = reserve(kind) else { return };
     let event = body(&mut entry);
-    describe_conntrack(event, ct, 0, status_of(ct));
+    describe_conntrack::<Untyped>(event, ct, 0, status_of::<Untyped>(ct));
     event.reason = reason;
     if skb != 0 {
-        let mut packet = Packet::ZERO;
+        let mut packet = Packet::blank();
         if packet_of::<Untyped>(skb, &mut packet) {
             describe_packet(event, &packet);
-            describe_route::<Untyped>(event, skb);
+            describe_route::<Untyped, Untyped>(event, skb);
         }
         event.mark = peek(skb + offset!(skb_mark));
     }

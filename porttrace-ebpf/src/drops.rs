@@ -3,10 +3,11 @@
 use crate::conntrack::is_watched_here;
 use crate::emit::{body, describe_packet, reserve, submit};
 use crate::flow::{flags_of, is_watched};
-use crate::maps::{Place, netns, offset, port_bits, queue_purge, reset_has_reason};
+use crate::maps::{find, netns, offset, port_bits, queue_purge, reset_has_reason};
 use crate::packet::Packet;
-use crate::skb::{Access as _, Typed, conntrack_of, describe_conntrack, packet_of, place_of, status_of};
+use crate::skb::{Access as _, Typed, Untyped, conntrack_of, describe_conntrack, packet_of, place_of, status_of};
 use aya_ebpf::programs::BtfTracePointContext;
+use porttrace_ebpf::table::Place;
 use porttrace_ebpf::{Kind, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY};
 
 /// `enum ip_conntrack_info` (include/uapi/linux/netfilter/nf_conntrack_common.h).
@@ -37,7 +38,7 @@ fn report(kind: Kind, skb: u64, reason: u32) {
     if place != netns() {
         return;
     }
-    let mut packet = Packet::ZERO;
+    let mut packet = Packet::blank();
     if !packet_of::<Typed>(skb, &mut packet) {
         return;
     }
@@ -50,7 +51,7 @@ fn report(kind: Kind, skb: u64, reason: u32) {
     let event = body(&mut entry);
     describe_packet(event, &packet);
     if ct != 0 {
-        describe_conntrack(event, ct, info, status_of(ct));
+        describe_conntrack::<Untyped>(event, ct, info, status_of::<Untyped>(ct));
     }
     event.flags |= flags_of(role);
     event.ifindex = ifindex;
@@ -63,7 +64,7 @@ fn report(kind: Kind, skb: u64, reason: u32) {
 #[inline(always)]
 fn role_of(packet: &Packet, ct: u64, info: u64) -> u64 {
     if port_bits(packet.tuple.dport) | port_bits(packet.tuple.sport) != 0 {
-        match Place::of(&packet.tuple).find() {
+        match find(&Place::of(&packet.tuple)) {
             Some(known) => return known.role(),
             None if packet.opens() && is_watched(packet.tuple.dport, packet.tuple.proto) => return ROLE_OPENING,
             None => {}

@@ -5,6 +5,7 @@ use crate::packet::Packet;
 use aya_ebpf::bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP};
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::maps::ring_buf::RingBufEntry;
+use porttrace_ebpf::machine::clear;
 use porttrace_ebpf::{Event, HAS_PACKET, Kind, STAT_EMITTED, STAT_LOST_RING, WIRE_VERSION};
 
 /// What an event takes in the ring buffer, its header included.
@@ -17,11 +18,8 @@ pub fn reserve(kind: Kind) -> Option<RingBufEntry<Event>> {
         count(STAT_LOST_RING);
         return None;
     };
-    count(STAT_EMITTED);
-    let words = entry.as_mut_ptr().cast::<u64>();
-    for index in 0..size_of::<Event>() / 8 {
-        unsafe { words.add(index).write(0) };
-    }
+    // SAFETY: the record is of this size.
+    unsafe { clear::<{ size_of::<Event>() / 8 }>(entry.as_mut_ptr().cast()) };
     let event = body(&mut entry);
     event.time_ns = unsafe { bpf_ktime_get_ns() };
     event.kind = kind as u8;
@@ -34,6 +32,7 @@ pub fn reserve(kind: Kind) -> Option<RingBufEntry<Event>> {
 /// event: it is woken only when the buffer fills.
 #[inline(always)]
 pub fn submit(entry: RingBufEntry<Event>) {
+    count(STAT_EMITTED);
     let waiting = EVENTS.query(u64::from(BPF_RB_AVAIL_DATA));
     let passed = waiting & u64::from(wake_bytes().wrapping_sub(1)) < RECORD;
     entry.submit(u64::from(if passed { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP }));

@@ -1,16 +1,18 @@
 //! TC: which packets belong to a watched connection, and which of those are worth an event.
 
 use crate::emit::{body, describe_packet, reserve, submit};
-use crate::maps::{Known, Place, SCRATCH, add, is_predicted, port_bits, shows_data};
+use crate::maps::{SCRATCH, add, find, insert, is_predicted, port_bits, shows_data};
 use crate::packet::{Bytes, ICMP, ICMPV6, PLAIN_TCP, PLAIN_UDP, Packet, SCTP, TCP, UDP, parse, plain};
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
 use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_skb_load_bytes_relative};
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
+use porttrace_ebpf::machine::opaque;
+use porttrace_ebpf::table::{Known, Place, Way};
 use porttrace_ebpf::{
     CT_REPLY, Kind, PORT_SCTP, PORT_TCP, PORT_UDP, PREDICTED, ROLE_OPENING, ROLE_PREDICTED, ROLE_PREDICTED_REPLY,
-    ROLE_REPLY, Way,
+    ROLE_REPLY,
 };
 
 /// Packets with payload shown for each tuple; later ones are only counted.
@@ -171,7 +173,7 @@ fn ip_header(ctx: &TcContext, bytes: &FromNetwork, side: Kind) -> Option<u32> {
 fn flow(ctx: &TcContext, packet: &Packet, side: Kind) {
     let opens = packet.opens() && is_watched(packet.tuple.dport, packet.tuple.proto);
     let place = Place::of(&packet.tuple);
-    let known = place.find();
+    let known = find(&place);
     let begins = match &known {
         Some(known) => opens && known.role() != ROLE_OPENING,
         None => opens || packet.tuple.proto == UDP && is_watched(packet.tuple.dport, UDP),
@@ -194,10 +196,7 @@ fn flow(ctx: &TcContext, packet: &Packet, side: Kind) {
             known.set_role(role);
             Some(known)
         }
-        (None, Some(role)) => {
-            place.insert(&packet.tuple, role, 0);
-            place.find()
-        }
+        (None, Some(role)) => insert(&place, &packet.tuple, role, 0),
         (known, None) => known,
     };
     let Some(mut known) = known else { return };
@@ -244,9 +243,10 @@ fn restart(known: &mut Known, ifindex: u32, side: Kind) {
     if way.ifindex != ifindex || way.side != side as u16 {
         return;
     }
-    (way.packets, way.bytes, way.shown) = (0, 0, 0);
+    let none = opaque(0);
+    (way.packets, way.bytes, way.shown) = (none, none, 0);
     let back = known.back();
-    (back.packets, back.bytes, back.shown) = (0, 0, 0);
+    (back.packets, back.bytes, back.shown) = (none, none, 0);
 }
 
 #[inline(always)]
@@ -314,7 +314,7 @@ fn icmp(ctx: &TcContext, bytes: &FromNetwork, outer: &Packet, inner: &mut Packet
     if !parse(bytes, outer.l4 + 8, true, inner) {
         return;
     }
-    let Some(known) = Place::of(&inner.tuple).find() else { return };
+    let Some(known) = find(&Place::of(&inner.tuple)) else { return };
     if known.is_ignored() {
         return;
     }

@@ -3,6 +3,10 @@
 //! Addresses and ports are byte arrays in network order (an IPv4 address fills the first four bytes, the rest are 0), so
 //! that neither side ever swaps bytes by accident. Every struct spells its padding out; sizes are asserted below.
 #![no_std]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
+
+pub mod machine;
+pub mod table;
 
 /// Layout version of [`Event`]; stands in every event and in every recording.
 pub const WIRE_VERSION: u8 = 2;
@@ -10,7 +14,9 @@ pub const WIRE_VERSION: u8 = 2;
 /// A protocol, two addresses, two ports: one direction of a connection, as `nf_conntrack_tuple` has it.
 ///
 /// For ICMP `sport` holds the identifier and `dport` type (first byte) and code (second byte).
-#[repr(C)]
+///
+/// Aligned, or the kernel side would have to read it byte by byte.
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct WireTuple {
     pub src: [u8; 16],
@@ -28,57 +34,22 @@ impl WireTuple {
     /// Of IPv4 addresses and a pair of ports, all as they stand in a packet.
     #[inline(always)]
     pub const fn v4(src: u32, dst: u32, ports: u32, proto: u8) -> Self {
-        let [from, to] = [[src, 0, 0, 0], [dst, 0, 0, 0]];
-        let [a, b, c, d] = ports.to_ne_bytes();
-        // SAFETY: plain bytes of the same size.
-        let (src, dst) = unsafe {
-            (core::mem::transmute::<[u32; 4], [u8; 16]>(from), core::mem::transmute::<[u32; 4], [u8; 16]>(to))
-        };
-        Self { src, dst, sport: [a, b], dport: [c, d], proto, family: 4, pad: [0; 2] }
+        Self::of_words([src as u64, 0, dst as u64, 0, ports as u64 | (proto as u64) << 32 | 4 << 40])
     }
 
-    /// What a tuple and its inverse have in common, and which of the two this one is (0 or 1): the end whose address is less, taken
-    /// as words of memory, comes first; at one address the end with the lesser port.
-    ///
-    /// Without a branch: the verifier would walk all that follows once for either way.
+    /// The inverse of [`Self::words`].
     #[inline(always)]
-    pub fn undirected(&self) -> (Self, u64) {
-        let [src, dst] = [self.src, self.dst].map(words);
-        let [sport, dport] = [self.sport, self.dport].map(u16::from_ne_bytes);
-        let by_port = borrow(dport.into(), sport.into(), 0);
-        let way = borrow(dst[0], src[0], borrow(dst[1], src[1], by_port));
-        // All ones where the ends change places: what differs between them then turns.
-        let turn = way.wrapping_neg();
-        let addresses = [(src[0] ^ dst[0]) & turn, (src[1] ^ dst[1]) & turn];
-        let ports = (sport ^ dport) & turn as u16;
-        let undirected = Self {
-            src: bytes([src[0] ^ addresses[0], src[1] ^ addresses[1]]),
-            dst: bytes([dst[0] ^ addresses[0], dst[1] ^ addresses[1]]),
-            sport: (sport ^ ports).to_ne_bytes(),
-            dport: (dport ^ ports).to_ne_bytes(),
-            ..*self
-        };
-        (undirected, way)
+    pub const fn of_words(words: [u64; 5]) -> Self {
+        // SAFETY: plain bytes of the same size.
+        unsafe { core::mem::transmute(words) }
     }
-}
 
-/// 1 when `a - b - carry` (a carry of 0 or 1) is less than nothing.
-#[inline(always)]
-const fn borrow(a: u64, b: u64, carry: u64) -> u64 {
-    let rest = a.wrapping_sub(b).wrapping_sub(carry);
-    ((!a & b) | ((!a | b) & rest)) >> 63
-}
-
-#[inline(always)]
-const fn words(address: [u8; 16]) -> [u64; 2] {
-    // SAFETY: plain bytes of the same size.
-    unsafe { core::mem::transmute(address) }
-}
-
-#[inline(always)]
-const fn bytes(words: [u64; 2]) -> [u8; 16] {
-    // SAFETY: plain bytes of the same size.
-    unsafe { core::mem::transmute(words) }
+    /// The tuple as it lies in memory.
+    #[inline(always)]
+    pub const fn words(&self) -> [u64; 5] {
+        // SAFETY: plain bytes of the same size.
+        unsafe { core::mem::transmute(*self) }
+    }
 }
 
 /// Where in the kernel an [`Event`] was made; the numbers are part of the wire.
@@ -207,39 +178,6 @@ pub struct Event {
     pub pad: [u8; 2],
 }
 
-/// What the kernel side knows of a watched connection as it looks at one place: the value of map `TRACKED`, whose key is a
-/// tuple and its inverse in one ([`WireTuple::undirected`]).
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Track {
-    /// As [`Event::ct_id`]; 0 until a conntrack hook has seen the connection.
-    pub ct_id: u64,
-    /// A `ROLE_*`: that of way 0. The other one's is the same with its lowest bit turned.
-    pub role: u64,
-    pub ways: [Way; 2],
-}
-
-/// What TC saw of one way of a [`Track`].
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Way {
-    /// When TC last saw a datagram, `bpf_ktime_get_ns`; 0 for other protocols.
-    pub last_ns: u64,
-    /// Packets and bytes of L4 payload at the interface `ifindex`.
-    pub packets: u64,
-    pub bytes: u64,
-    /// The interface that counts: the first one at which TC saw the tuple; 0: none yet.
-    pub ifindex: u32,
-    /// [`Kind::TcIngress`] or [`Kind::TcEgress`]: on which side of the interface is counted.
-    pub side: u16,
-    /// Packets with payload that were shown to user space since the connection began (or woke up).
-    pub shown: u16,
-}
-
-impl Way {
-    pub const NONE: Self = Self { last_ns: 0, packets: 0, bytes: 0, ifindex: 0, side: 0, shown: 0 };
-}
-
 /// The packet travels in the direction that opened the connection.
 pub const ROLE_OPENING: u64 = 2;
 /// The packet travels against it.
@@ -275,9 +213,7 @@ pub const PORTS_ARE_KNOWN: u8 = 16;
 pub const STAT_EMITTED: u32 = 0;
 /// Events lost because the ring buffer was full.
 pub const STAT_LOST_RING: u32 = 1;
-/// Tuples that could not be tracked because the map refused them: their later packets go unseen.
-pub const STAT_LOST_TRACK: u32 = 2;
-pub const STAT_COUNT: u32 = 4;
+pub const STAT_COUNT: u32 = 2;
 
 /// Offsets of kernel structure members, found in BTF at start, in bytes. The global `OFFSETS` of the kernel side.
 #[repr(C)]
@@ -320,7 +256,12 @@ pub struct Offsets {
     /// Of `struct rt6_info`; 0: this kernel's IPv6 routes are not told.
     pub rt6_flags: u32,
     pub rt6_gateway: u32,
+    /// Not an offset: the id of `struct rtnl_link_stats64`, as which `bpf_rdonly_cast` lets NETFILTER programs read memory.
+    pub words_type: u32,
 }
+
+/// Stands for a call of the kernel function `bpf_rdonly_cast`, whose number differs from kernel to kernel; the loader puts it there.
+pub const CALL_RDONLY_CAST: i32 = 0x0ca5_7000;
 
 /// Number of words in [`Offsets`].
 pub const OFFSET_WORDS: usize = size_of::<Offsets>() / 4;
@@ -342,5 +283,4 @@ const fn zeroed_offsets() -> Offsets {
 
 const _: () = assert!(size_of::<WireTuple>() == 40);
 const _: () = assert!(size_of::<Event>() == 224);
-const _: () = assert!(size_of::<Track>() == 80);
 const _: () = assert!(size_of::<Predicted>() == 20);

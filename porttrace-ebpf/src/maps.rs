@@ -1,20 +1,23 @@
 //! Maps and load-time constants.
 
 use crate::packet::Packet;
-use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf};
-use porttrace_ebpf::{
-    Offsets, PORTS_ARE_KNOWN, Predicted, ROLE_IGNORED, STAT_COUNT, STAT_LOST_TRACK, Track, Way, WireTuple,
-};
+use aya_ebpf::maps::{Array, HashMap, PerCpuArray, RingBuf};
+use porttrace_ebpf::table::{Bucket, Known, Place};
+use porttrace_ebpf::{Offsets, PORT_TRACKED, PORTS_ARE_KNOWN, Predicted, ROLE_IGNORED, STAT_COUNT, WireTuple};
 
 /// Events to user space; the loader sets the size.
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
 
-/// Watched connections by [`WireTuple::undirected`]; the loader sets the size.
+/// Watched connections; the loader sets the number of buckets. User space writes to it too.
 #[map]
-static TRACKED: LruHashMap<WireTuple, Track> = LruHashMap::with_max_entries(32_768, 0);
+static TRACKED: Array<Bucket> = Array::with_max_entries(4096, BPF_F_MMAPABLE);
+
+/// One less than the number of buckets.
+#[unsafe(no_mangle)]
+static TRACKED_MASK: u32 = 0;
 
 /// `PORT_*` bits for each port; filled in when everything is attached.
 #[map]
@@ -192,12 +195,17 @@ pub fn port_bits(port: [u8; 2]) -> u8 {
     }
 }
 
-/// Sets [`porttrace_ebpf::PORT_TRACKED`]; it is never cleared, a stale bit costs one look-up a packet.
+/// Sets [`PORT_TRACKED`]; it is never cleared, a stale bit costs one look-up a packet.
 #[inline(always)]
 pub fn mark_port(port: [u8; 2]) {
     if let Some(ports) = PORTS.get_ptr_mut(0) {
         let byte = unsafe { ports.cast::<u8>().add(place(port)) };
-        unsafe { *byte |= porttrace_ebpf::PORT_TRACKED };
+        // Written only where it changes something: all packets read these lines, on all CPUs.
+        unsafe {
+            if *byte & PORT_TRACKED == 0 {
+                *byte |= PORT_TRACKED;
+            }
+        }
     }
 }
 
@@ -224,91 +232,41 @@ pub fn add(counter: &mut u64, amount: u64) {
     unsafe { core::arch::asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) counter, in(reg) amount) };
 }
 
-/// Where a tuple and its inverse are remembered.
-pub struct Place {
-    key: WireTuple,
-    /// Which of the two the tuple is.
-    way: u64,
+/// Where tuples are remembered.
+#[inline(always)]
+fn bucket_of(place: &Place) -> Option<*mut Bucket> {
+    TRACKED.get_ptr_mut(place.bucket(load(&raw const TRACKED_MASK)))
 }
 
-impl Place {
-    #[inline(always)]
-    pub fn of(tuple: &WireTuple) -> Self {
-        let (key, way) = tuple.undirected();
-        Self { key, way }
-    }
-
-    /// What is remembered there.
-    #[inline(always)]
-    pub fn find(&self) -> Option<Known> {
-        TRACKED.get_ptr_mut(&self.key).map(|track| Known { track, way: self.way })
-    }
-
-    /// Remembers that `tuple`, with `role`, and its inverse belong to a watched connection (or, with `ROLE_IGNORED`, do not).
-    #[inline(always)]
-    pub fn insert(&self, tuple: &WireTuple, role: u64, ct_id: u64) {
-        // Packets of an ignored connection have the watched port anyway.
-        if role < ROLE_IGNORED {
-            mark_port(if role & 1 == 0 { tuple.dport } else { tuple.sport });
-        }
-        if TRACKED.insert(&self.key, Track { ct_id, role: role ^ self.way, ways: [Way::NONE; 2] }, 0).is_err() {
-            count(STAT_LOST_TRACK);
-        }
-    }
+/// What is remembered at a place.
+#[inline(always)]
+pub fn find(place: &Place) -> Option<Known> {
+    // SAFETY: the elements of an array stay where they are.
+    unsafe { place.find(bucket_of(place)?) }
 }
 
-/// What is remembered of a packet's connection.
-pub struct Known {
-    track: *mut Track,
-    /// Which of its ways the packet goes.
-    way: u64,
+/// Remembers that `tuple`, with `role`, and its inverse belong to a watched connection (or, with `ROLE_IGNORED`, do not).
+#[inline(always)]
+pub fn insert(place: &Place, tuple: &WireTuple, role: u64, ct_id: u64) -> Option<Known> {
+    // Packets of an ignored connection have the watched port anyway.
+    if role < ROLE_IGNORED {
+        mark_port(if role & 1 == 0 { tuple.dport } else { tuple.sport });
+    }
+    // SAFETY: as above.
+    Some(unsafe { place.insert(bucket_of(place)?, role, ct_id) })
 }
 
-impl Known {
-    /// A `ROLE_*`: the packet's.
-    #[inline(always)]
-    pub fn role(&self) -> u64 {
-        unsafe { (*self.track).role ^ self.way }
-    }
-
-    #[inline(always)]
-    pub fn set_role(&self, role: u64) {
-        unsafe { (*self.track).role = role ^ self.way };
-    }
-
-    #[inline(always)]
-    pub fn is_ignored(&self) -> bool {
-        self.role() >= ROLE_IGNORED
-    }
-
-    #[inline(always)]
-    pub fn ct_id(&self) -> u64 {
-        unsafe { (*self.track).ct_id }
-    }
-
-    /// The packet's way.
-    #[inline(always)]
-    pub fn way(&mut self) -> &mut Way {
-        // SAFETY: the value of a map lives as long as the program runs; a way is 0 or 1.
-        unsafe { &mut (*self.track).ways[(self.way & 1) as usize] }
-    }
-
-    /// The way of its answers.
-    #[inline(always)]
-    pub fn back(&mut self) -> &mut Way {
-        // SAFETY: as above.
-        unsafe { &mut (*self.track).ways[(self.way & 1 ^ 1) as usize] }
-    }
-}
-
-/// As [`Place::insert`], whether or not it was known; a function of its own: inlined, its copies would not fit on a program's 512
-/// bytes of stack.
+/// Remembers it whether or not it was known; a function of its own: inlined, its copies would not fit on a program's 512 bytes of
+/// stack.
 #[inline(never)]
 pub fn track(tuple: &WireTuple, role: u64, ct_id: u64) {
     let place = Place::of(tuple);
-    let Some(known) = place.find() else { return place.insert(tuple, role, ct_id) };
+    let Some(known) = find(&place) else {
+        insert(&place, tuple, role, ct_id);
+        return;
+    };
     known.set_role(role);
     if ct_id != 0 {
-        unsafe { (*known.track).ct_id = ct_id };
+        known.set_ct_id(ct_id);
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::maps::port_bits;
 use porttrace_ebpf::WireTuple;
+use porttrace_ebpf::machine::clear;
 
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
@@ -26,6 +27,12 @@ pub trait Bytes {
 
     /// Fills `to` (`len` bytes); `false` when the packet has no such bytes.
     fn read(&self, offset: u32, to: *mut u8, len: u32) -> bool;
+
+    /// The value, of which the verifier may then know nothing any more: it would walk what follows once for every way to it.
+    #[inline(always)]
+    fn forgotten(value: u64) -> u64 {
+        value
+    }
 }
 
 #[inline(always)]
@@ -33,10 +40,6 @@ pub fn read<T, B: Bytes>(bytes: &B, offset: u32) -> Option<T> {
     let mut value = core::mem::MaybeUninit::<T>::uninit();
     bytes.read(offset, value.as_mut_ptr().cast(), size_of::<T>() as u32).then(|| unsafe { value.assume_init() })
 }
-
-/// A tuple that is not filled in.
-pub const NO_TUPLE: WireTuple =
-    WireTuple { src: [0; 16], dst: [0; 16], sport: [0; 2], dport: [0; 2], proto: 0, family: 0, pad: [0; 2] };
 
 /// A packet with ports, or an ICMP message.
 #[derive(Clone, Copy)]
@@ -55,18 +58,16 @@ pub struct Packet {
 }
 
 impl Packet {
-    pub const ZERO: Self = Self {
-        tuple: NO_TUPLE,
-        length: 0,
-        payload: 0,
-        seq: 0,
-        ack: 0,
-        l4: 0,
-        l4_flags: 0,
-        ttl: 0,
-        icmp_type: 0,
-        icmp_code: 0,
-    };
+    /// One that is to be filled in.
+    #[inline(always)]
+    pub fn blank() -> Self {
+        let mut packet = core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: all-zero is a value of every field.
+        unsafe {
+            clear::<{ size_of::<Self>() / 8 }>(packet.as_mut_ptr().cast());
+            packet.assume_init()
+        }
+    }
 
     /// The packet that opens a connection, whatever came before: SYN without ACK, SCTP INIT.
     #[inline(always)]
@@ -156,13 +157,8 @@ fn ipv4(header: &[u32; 5], base: u32) -> Option<Network> {
     if ihl < 20 {
         return None;
     }
-    let mut src = [0u8; 16];
-    let mut dst = [0u8; 16];
-    let (s, d) = (header[3].to_ne_bytes(), header[4].to_ne_bytes());
-    src[..4].copy_from_slice(&s);
-    dst[..4].copy_from_slice(&d);
     Some(Network {
-        tuple: WireTuple { src, dst, sport: [0; 2], dport: [0; 2], proto: ttl_proto[1], family: 4, pad: [0; 2] },
+        tuple: WireTuple::v4(header[3], header[4], 0, ttl_proto[1]),
         length: u32::from(u16::from_be_bytes([word0[2], word0[3]])),
         l4: base + ihl,
         ttl: ttl_proto[0],
@@ -177,7 +173,7 @@ fn ipv6<B: Bytes>(bytes: &B, header: &[u32; 5], base: u32) -> Option<Network> {
     let (next, l4) = match word1[2] {
         next @ (TCP | UDP | SCTP | ICMPV6) => (next, base + 40),
         next => {
-            let found = skip_extensions(bytes, next, base + 40);
+            let found = B::forgotten(skip_extensions(bytes, next, base + 40));
             (found as u8, (found >> 8) as u32)
         }
     };

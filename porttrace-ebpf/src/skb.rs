@@ -1,9 +1,9 @@
 //! Reading `sk_buff` and `nf_conn` through offsets, where no direct access exists.
 
 use crate::maps::{offset, port_bits};
-use crate::packet::{ACK, Bytes, Packet, SYN, TCP, parse};
+use crate::packet::{ACK, Bytes, PLAIN_TCP, Packet, SYN, TCP, parse, plain};
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
-use porttrace_ebpf::{CT_NEW, CT_REPLY, Event, HAS_CONNTRACK, WireTuple};
+use porttrace_ebpf::{CALL_RDONLY_CAST, CT_NEW, CT_REPLY, Event, HAS_CONNTRACK, WireTuple};
 
 /// `IPS_CONFIRMED`.
 pub const CONFIRMED: u32 = 1 << 3;
@@ -37,10 +37,27 @@ impl Access for Untyped {
     }
 }
 
+/// The address is a number that the verifier is made to take for that of a structure, `struct rtnl_link_stats64`, which is nothing
+/// but 25 words: plain loads, where the helper takes 30 ns. What cannot be read is zero here too. A read must not cross from
+/// one word to the next, so `T` is a number, or words. NETFILTER programs only: their kernels (Linux 6.4) all have the function.
+pub struct Cast;
+
+impl Access for Cast {
+    #[inline(always)]
+    fn read<T>(address: u64) -> T {
+        // SAFETY: the loader makes it a call of a function of this type.
+        let cast: extern "C" fn(u64, u64) -> u64 = unsafe { core::mem::transmute(CALL_RDONLY_CAST as usize) };
+        let words = cast(address, offset!(words_type));
+        // SAFETY: the kernel catches the faults of loads from such an address.
+        unsafe { core::ptr::read_volatile(words as *const T) }
+    }
+}
+
 /// A value in kernel memory; zero when the address cannot be read.
 #[inline(always)]
 pub fn peek<T>(address: u64) -> T {
-    let mut value = core::mem::MaybeUninit::<T>::zeroed();
+    let mut value = core::mem::MaybeUninit::<T>::uninit();
+    // SAFETY: the helper fills it in either case.
     unsafe {
         bpf_probe_read_kernel(value.as_mut_ptr().cast(), size_of::<T>() as u32, address as *const _);
         value.assume_init()
@@ -75,6 +92,11 @@ impl Bytes for Linear {
         offset + len <= self.length
             && unsafe { bpf_probe_read_kernel(to.cast(), len, (self.start + u64::from(offset)) as *const _) == 0 }
     }
+
+    #[inline(always)]
+    fn forgotten(value: u64) -> u64 {
+        peek(&raw const value as u64)
+    }
 }
 
 #[inline(always)]
@@ -82,24 +104,45 @@ pub fn packet_of<A: Access>(skb: u64, packet: &mut Packet) -> bool {
     parse(&Linear::of::<A>(skb), 0, false, packet)
 }
 
+/// What a packet begins with, for NETFILTER programs: words of its IPv4 header and what follows. Those behind its end are anything.
+#[inline(always)]
+fn head_of<const N: usize>(skb: u64) -> [u64; N] {
+    let head: u64 = Typed::read(skb + offset!(skb_head));
+    let network: u16 = Typed::read(skb + offset!(skb_network_header));
+    Cast::read(head + u64::from(network))
+}
+
+/// As [`packet_of`], and faster for what nearly all packets are.
+#[inline(always)]
+pub fn packet_at_hook(skb: u64, packet: &mut Packet) -> bool {
+    let linear = Linear::of::<Typed>(skb);
+    if linear.length >= PLAIN_TCP as u32 {
+        let words: [u64; PLAIN_TCP / 8] = Cast::read(linear.start);
+        // SAFETY: plain bytes of the same size.
+        let header: [u8; PLAIN_TCP] = unsafe { core::mem::transmute(words) };
+        if plain(&header, packet) {
+            return true;
+        }
+    }
+    parse(&linear, 0, false, packet)
+}
+
 /// Whether the packet may be a SYN without ACK or an SCTP INIT, for little: when in doubt, yes.
 #[inline(always)]
 pub fn may_open(skb: u64) -> bool {
-    let head: u64 = Typed::read(skb + offset!(skb_head));
-    let network: u16 = Typed::read(skb + offset!(skb_network_header));
-    // Up to the flags of a TCP header behind an IPv4 header without options.
-    let header: [u8; 34] = peek(head + u64::from(network));
-    header[0] != 0x45 || header[9] != TCP || header[33] & (SYN | ACK) == SYN
+    let words = head_of::<5>(skb);
+    let (first, second, last) = (words[0].to_ne_bytes(), words[1].to_ne_bytes(), words[4].to_ne_bytes());
+    // Behind an IPv4 header without options.
+    first[0] != 0x45 || second[1] != TCP || last[1] & (SYN | ACK) == SYN
 }
 
 /// Whether the packet may go to a watched port, for little: when in doubt, yes.
 #[inline(always)]
 pub fn may_be_watched(skb: u64) -> bool {
-    let head: u64 = Typed::read(skb + offset!(skb_head));
-    let network: u16 = Typed::read(skb + offset!(skb_network_header));
-    // Up to the ports behind an IPv4 header without options.
-    let header: [u8; 24] = peek(head + u64::from(network));
-    header[0] != 0x45 || port_bits([header[22], header[23]]) != 0
+    let words = head_of::<3>(skb);
+    let (first, last) = (words[0].to_ne_bytes(), words[2].to_ne_bytes());
+    // Behind an IPv4 header without options.
+    first[0] != 0x45 || port_bits([last[6], last[7]]) != 0
 }
 
 /// `skb->_nfct`: address of the `nf_conn` (0: none) and `enum ip_conntrack_info`.
@@ -111,40 +154,30 @@ pub fn conntrack_of<A: Access>(skb: u64) -> (u64, u64) {
 
 /// The ports and protocol of a `struct nf_conntrack_tuple`, whose layout is the same since Linux 2.6
 /// (include/net/netfilter/nf_conntrack_tuple.h; the loader compares it with BTF).
-#[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Ports {
     pub sport: [u8; 2],
-    l3num: u16,
-    dst: [u32; 4],
     pub dport: [u8; 2],
     pub proto: u8,
-    dir: u8,
 }
 
-/// Offset of [`Ports`] in the structure: behind the source address.
-const PORTS: u64 = 16;
-
+/// Those of the original direction.
 #[inline(always)]
-pub fn original_ports(ct: u64) -> Ports {
-    peek(tuple_at(ct, 0) + PORTS)
+pub fn original_ports<A: Access>(ct: u64) -> Ports {
+    // Behind the source address (2 words) source port, family and destination address; destination port and protocol follow.
+    let [first, _, last]: [u64; 3] = A::read(tuple_at(ct, 0) + 16);
+    let ([a, b, ..], [_, _, _, _, c, d, proto, _]) = (first.to_ne_bytes(), last.to_ne_bytes());
+    Ports { sport: [a, b], dport: [c, d], proto }
 }
 
-/// Copies the tuple of a direction (0 original, 1 reply) to `to`. In place and by words: programs have little stack.
+/// The tuple of a direction (0 original, 1 reply).
 #[inline(always)]
-pub fn copy_tuple(ct: u64, direction: u64, to: &mut WireTuple) {
-    let words = core::ptr::from_mut(to).cast::<u32>();
-    unsafe {
-        bpf_probe_read_kernel(words.cast(), size_of::<WireTuple>() as u32, tuple_at(ct, direction) as *const _);
-        // Source address (4 words), source port and family, destination address (4 words), destination port and protocol.
-        let (sport, dport) = (words.add(4).read(), words.add(9).read());
-        for index in 4..8 {
-            words.add(index).write(words.add(index + 1).read());
-        }
-        let family = if sport >> 16 == 2 { 4 } else { 6 };
-        words.add(8).write((sport & 0xffff) | dport << 16);
-        words.add(9).write((dport >> 16 & 0xff) | family << 8);
-    }
+pub fn tuple_of<A: Access>(ct: u64, direction: u64) -> WireTuple {
+    let [src, more, first, middle, last]: [u64; 5] = A::read(tuple_at(ct, direction));
+    // AF_INET is 2, AF_INET6 is 10.
+    let family = 4 + (first >> 18 & 2);
+    let rest = first & 0xffff | (last >> 32 & 0xffff) << 16 | (last >> 48 & 0xff) << 32 | family << 40;
+    WireTuple::of_words([src, more, first >> 32 | middle << 32, middle >> 32 | last << 32, rest])
 }
 
 #[inline(always)]
@@ -153,8 +186,8 @@ fn tuple_at(ct: u64, direction: u64) -> u64 {
 }
 
 #[inline(always)]
-pub fn status_of(ct: u64) -> u32 {
-    peek(ct + offset!(ct_status))
+pub fn status_of<A: Access>(ct: u64) -> u32 {
+    A::read(ct + offset!(ct_status))
 }
 
 /// An identity that is not the address itself.
@@ -197,18 +230,18 @@ pub fn place_of(skb: u64) -> (u32, u32) {
 
 /// 0 for no device.
 #[inline(always)]
-pub fn ifindex_of(dev: u64) -> u32 {
-    if dev == 0 { 0 } else { peek(dev + offset!(dev_ifindex)) }
+pub fn ifindex_of<A: Access>(dev: u64) -> u32 {
+    if dev == 0 { 0 } else { A::read(dev + offset!(dev_ifindex)) }
 }
 
 /// Fills in the entry's half of an event.
 #[inline(always)]
-pub fn describe_conntrack(event: &mut Event, ct: u64, info: u64, status: u32) {
+pub fn describe_conntrack<A: Access>(event: &mut Event, ct: u64, info: u64, status: u32) {
     event.ct_id = id_of(ct);
-    copy_tuple(ct, 0, &mut event.original);
-    copy_tuple(ct, 1, &mut event.reply);
+    event.original = tuple_of::<A>(ct, 0);
+    event.reply = tuple_of::<A>(ct, 1);
     event.ct_status = status;
-    event.ct_mark = if offset!(ct_mark) == 0 { 0 } else { peek(ct + offset!(ct_mark)) };
+    event.ct_mark = if offset!(ct_mark) == 0 { 0 } else { A::read(ct + offset!(ct_mark)) };
     event.flags |= HAS_CONNTRACK;
     if status & CONFIRMED == 0 {
         event.flags |= CT_NEW;

@@ -34,7 +34,6 @@ fn received_and_lost_make_all_that_was_sent() {
             let lost = probe.lost()?;
             assert_eq!(events.len() as u64, probe.emitted()?);
             assert!(lost.ring_full > 0, "64 KiB cannot hold {FLOWS} flows");
-            assert_eq!(lost.track_full, 0);
             assert_eq!(events.len() as u64 + lost.ring_full, u64::from(FLOWS) * EVENTS_PER_FLOW);
             // It goes on where there is room again.
             send(30_000, 10)?;

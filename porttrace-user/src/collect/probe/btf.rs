@@ -15,6 +15,7 @@ const STRUCT: u32 = 4;
 const UNION: u32 = 5;
 const ENUM: u32 = 6;
 const TYPEDEF: u32 = 8;
+const FUNC: u32 = 12;
 const FUNC_PROTO: u32 = 13;
 const ENUM64: u32 = 19;
 
@@ -58,7 +59,7 @@ struct Type {
 }
 
 impl<'base> Btf<'base> {
-    /// Reads `path` and remembers the structures, enumerations and typedefs named in `wanted`.
+    /// Reads `path` and remembers the structures, enumerations, functions and typedefs named in `wanted`.
     pub fn read(path: &Path, base: Option<&'base Self>, wanted: &[&str]) -> Result<Self, BtfError> {
         let shown = path.display().to_string();
         let data = fs::read(path).map_err(|error| BtfError::Read { path: shown.clone(), error })?;
@@ -93,13 +94,13 @@ impl<'base> Btf<'base> {
 
     /// Byte offset of `member` in `struct`; members of anonymous inner structures and unions count as its own.
     pub fn offset(&self, structure: &str, member: &str) -> Option<u32> {
-        let id = self.id(STRUCT, structure)?;
+        let id = self.structure(structure)?;
         self.member(id, member, 0).map(|bits| bits / 8)
     }
 
     /// Size of a structure in bytes.
     pub fn size(&self, structure: &str) -> Option<u32> {
-        self.fixed(self.id(STRUCT, structure)?).map(|(_, found)| found.size_or_type)
+        self.fixed(self.structure(structure)?).map(|(_, found)| found.size_or_type)
     }
 
     /// Value of an enumeration's constant.
@@ -128,6 +129,16 @@ impl<'base> Btf<'base> {
         self.id(TYPEDEF, name)
     }
 
+    /// Id of a function, as a program calls it.
+    pub fn function(&self, name: &str) -> Option<u32> {
+        self.id(FUNC, name)
+    }
+
+    /// Id of a structure.
+    pub fn structure(&self, name: &str) -> Option<u32> {
+        self.id(STRUCT, name)
+    }
+
     /// Number of arguments of the function type behind a typedef, the tracepoint's hidden first one not counted.
     pub fn tracepoint_arguments(&self, typedef: &str) -> Option<u32> {
         let pointer = self.fixed(self.id(TYPEDEF, typedef)?)?.1.size_or_type;
@@ -145,7 +156,7 @@ impl<'base> Btf<'base> {
             let found = type_at(&self.data, at)?;
             let id = self.first_id + self.types.len() as u32;
             self.types.push(at as u32);
-            if matches!(found.kind, STRUCT | ENUM | ENUM64 | TYPEDEF) && found.name != 0 {
+            if matches!(found.kind, STRUCT | ENUM | ENUM64 | FUNC | TYPEDEF) && found.name != 0 {
                 let name = self.string(found.name)?;
                 if wanted.contains(&name) {
                     let key = (found.kind, name.to_owned());

@@ -101,7 +101,7 @@ pub struct ProbeConfig {
     pub tc: Option<TcMode>,
     /// Size of the ring buffer; raised to a power of two of pages.
     pub ring_bytes: u32,
-    /// Tuples that the kernel side remembers at once (one or two a connection; the least recently seen goes first).
+    /// Tuples that the kernel side remembers at once (one or two a connection; about the least recently seen goes first).
     pub tracked: u32,
     /// Show packets with payload of open TCP connections too, the first few of each; otherwise they are only counted.
     pub data: bool,
@@ -170,31 +170,18 @@ pub enum ProbeError {
 pub struct Lost {
     /// Events for which the ring buffer had no room.
     pub ring_full: u64,
-    /// Tuples that the kernel side could not remember.
-    pub track_full: u64,
     /// Conntrack's events that the kernel could not queue.
     pub conntrack_full: u64,
 }
 
 impl Lost {
     pub const fn total(self) -> u64 {
-        self.ring_full + self.track_full + self.conntrack_full
+        self.ring_full + self.conntrack_full
     }
 
     /// The sums of both.
     #[must_use]
     pub const fn plus(self, other: Self) -> Self {
-        Self {
-            ring_full: self.ring_full + other.ring_full,
-            track_full: self.track_full + other.track_full,
-            conntrack_full: self.conntrack_full + other.conntrack_full,
-        }
+        Self { ring_full: self.ring_full + other.ring_full, conntrack_full: self.conntrack_full + other.conntrack_full }
     }
-}
-
-/// Packets and payload bytes of one tuple, counted at the first interface that saw it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counted {
-    pub packets: u64,
-    pub bytes: u64,
 }

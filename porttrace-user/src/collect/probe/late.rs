@@ -3,13 +3,14 @@
 
 use super::config::{ConntrackBackend, ProbeError};
 use super::object::Kernel;
-use super::{Probe, TrackKey, TrackValue, drain_all, map_error, missing_map, monotonic_ns, wire_bytes, wire_tuple};
+use super::tracked::Tracked;
+use super::{Probe, drain_all, map_error, missing_map, monotonic_ns, wire_bytes};
 use crate::collect::ctnetlink::hold::{Hold, Released};
 use crate::collect::ctnetlink::{self, CtnetlinkError, Listener, Told};
 use crate::core::model::event::{Conntrack, Event};
-use crate::core::model::flow::{Proto, Tuple};
+use crate::core::model::flow::Proto;
 use aya::maps::{Array, HashMap, MapData};
-use porttrace_ebpf::{PORT_TRACKED, Predicted, ROLE_IGNORED, ROLE_OPENING, Track};
+use porttrace_ebpf::{PORT_TRACKED, Predicted, ROLE_IGNORED, ROLE_OPENING};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
@@ -24,6 +25,7 @@ const END_NS: u64 = 3_600_000_000_000;
 pub struct Late {
     listener: Listener,
     hold: Hold,
+    tracked: Tracked,
     told: Vec<Told>,
     /// Entries that the kernel side is still to be told of.
     older: Vec<Conntrack>,
@@ -39,7 +41,13 @@ pub struct Late {
 
 impl Late {
     /// Takes over a socket that already listens, and what conntrack knew before.
-    pub fn new(listener: Listener, ports: &[u16], netns: u32, degradations: &mut Vec<String>) -> Self {
+    pub fn new(
+        listener: Listener,
+        tracked: Tracked,
+        ports: &[u16],
+        netns: u32,
+        degradations: &mut Vec<String>,
+    ) -> Self {
         let older = ctnetlink::present(ports).unwrap_or_else(|error| {
             degradations.push(format!("connections that are older than this session cannot be followed: {error}"));
             Vec::new()
@@ -48,6 +56,7 @@ impl Late {
         Self {
             listener,
             hold,
+            tracked,
             told: Vec::new(),
             older,
             predicted: BTreeSet::new(),
@@ -59,14 +68,10 @@ impl Late {
     }
 
     /// Lets the kernel side know the connections that are older than the session.
-    pub fn adopt_older(
-        &mut self,
-        kernel: &mut Kernel,
-        tracked: &mut HashMap<MapData, TrackKey, TrackValue>,
-    ) -> Result<(), ProbeError> {
+    pub fn adopt_older(&mut self, kernel: &mut Kernel) -> Result<(), ProbeError> {
         for entry in std::mem::take(&mut self.older) {
-            set_role(tracked, entry.original, ROLE_OPENING);
-            adopt(tracked, &entry);
+            self.tracked.set_role(&entry.original, ROLE_OPENING);
+            adopt(&self.tracked, &entry);
             watch_servers(kernel, &mut self.ports, [entry.reply.sport])?;
         }
         Ok(())
@@ -140,7 +145,7 @@ impl Probe {
         for told in late.told.drain(..) {
             if told.gone.is_none() {
                 let server = told.entry.reply.sport;
-                adopt(&mut self.tracked, &told.entry);
+                adopt(&late.tracked, &told.entry);
                 watch_servers(&mut self.kernel, &mut late.ports, [server])?;
             }
             late.hold.entry(told, now);
@@ -150,7 +155,7 @@ impl Probe {
         // What lost events may have claimed is not called foreign for good.
         let sure = !late.may_have_lost_claims(now)?;
         for tuple in foreign.into_iter().filter(|_| sure) {
-            set_role(&mut self.tracked, tuple, ROLE_IGNORED);
+            late.tracked.set_role(&tuple, ROLE_IGNORED);
         }
         let count = events.len();
         out.extend(events);
@@ -184,21 +189,10 @@ pub fn costs(reasons: Option<&str>) -> String {
 }
 
 /// Lets the kernel side know a rewritten connection: its packets then need no prediction.
-fn adopt(tracked: &mut HashMap<MapData, TrackKey, TrackValue>, entry: &Conntrack) {
+fn adopt(tracked: &Tracked, entry: &Conntrack) {
     let rewritten = entry.reply.inverted();
     if rewritten != entry.original {
-        set_role(tracked, rewritten, ROLE_OPENING);
-    }
-}
-
-/// Gives a tuple this role, and its inverse the other one. Keeps what was counted. When the map refuses, the connection is still
-/// known by its prediction.
-fn set_role(tracked: &mut HashMap<MapData, TrackKey, TrackValue>, tuple: Tuple, role: u64) {
-    let (key, way) = wire_tuple(&tuple).undirected();
-    let (key, role) = (TrackKey(key), role ^ way);
-    let known = tracked.get(&key, 0).map_or(Track::default(), |TrackValue(track)| track);
-    if known.role != role {
-        let _ = tracked.insert(key, TrackValue(Track { role, ..known }), 0);
+        tracked.set_role(&rewritten, ROLE_OPENING);
     }
 }
 

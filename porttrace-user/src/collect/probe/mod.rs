@@ -15,9 +15,10 @@ mod offsets;
 mod rights;
 mod sys;
 mod tc;
+mod tracked;
 mod trials;
 
-pub use config::{Backend, ConntrackBackend, Counted, Lost, ProbeConfig, ProbeError, ProbeInfo, Protos, TcMode};
+pub use config::{Backend, ConntrackBackend, Lost, ProbeConfig, ProbeError, ProbeInfo, Protos, TcMode};
 
 pub use clsact::sweep as remove_leftovers;
 pub use foreign::programs as foreign_programs;
@@ -28,13 +29,13 @@ use crate::core::model::event::{DecodeError, Event};
 use crate::core::model::flow::{Proto, Tuple};
 use attach::{Observed, OnInterfaces, attach_interface, attach_tracepoints, observe_conntrack, watch_ports};
 use aya::EbpfLoader;
-use aya::maps::{HashMap, MapData, PerCpuArray, RingBuf};
+use aya::maps::{MapData, PerCpuArray, RingBuf};
 use kernel_log::KernelLog;
 use late::Late;
 use nix::time::{ClockId, clock_gettime};
 use object::{Kernel, chain};
 use offsets::{KernelTypes, kernel_types};
-use porttrace_ebpf::{self as wire, Kind, Track, WireTuple};
+use porttrace_ebpf::{self as wire, Kind, WireTuple};
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::net::IpAddr;
@@ -62,7 +63,6 @@ pub struct Probe {
     /// The last call of `read` left something.
     has_more: bool,
     stats: PerCpuArray<MapData, u64>,
-    tracked: HashMap<MapData, TrackKey, TrackValue>,
     links: LinkWatcher,
     attachments: Attachments,
     changes: Vec<LinkChange>,
@@ -99,7 +99,10 @@ impl Probe {
         let Observed { mut kernel, interfaces, backend: conntrack_backend, listener } =
             observe_conntrack(loader, config, known, netns, without_types, &mut degradations)?;
         let OnInterfaces { links, attachments, refusals } = interfaces;
-        let late = listener.map(|listener| Late::new(listener, &config.ports, netns, &mut degradations));
+        let late = match listener {
+            Some(listener) => Some(Late::new(listener, kernel.tracked()?, &config.ports, netns, &mut degradations)),
+            None => None,
+        };
         let (drops, resets) = attach_tracepoints(&mut kernel, without_types, &mut degradations);
         degradations.extend(refusals);
         watch_ports(&mut kernel, config)?;
@@ -178,24 +181,12 @@ impl Probe {
     }
 
     pub fn lost(&self) -> Result<Lost, ProbeError> {
-        Ok(Lost {
-            ring_full: self.stat(wire::STAT_LOST_RING)?,
-            track_full: self.stat(wire::STAT_LOST_TRACK)?,
-            conntrack_full: self.conntrack_dropped()?,
-        })
+        Ok(Lost { ring_full: self.stat(wire::STAT_LOST_RING)?, conntrack_full: self.conntrack_dropped()? })
     }
 
     /// Events that the kernel side put into the ring buffer since the start.
     pub fn emitted(&self) -> Result<u64, ProbeError> {
         self.stat(wire::STAT_EMITTED)
-    }
-
-    /// What was counted for a tuple so far; `None` when the kernel side does not (or no longer) know it.
-    pub fn counted(&self, tuple: &Tuple) -> Option<Counted> {
-        let (key, way) = wire_tuple(tuple).undirected();
-        let TrackValue(track) = self.tracked.get(&TrackKey(key), 0).ok()?;
-        let way = track.ways.get(way as usize)?;
-        Some(Counted { packets: way.packets, bytes: way.bytes })
     }
 
     /// Name of the `reason` of a [`Kind::Dropped`] (`NETFILTER_DROP`, `NO_SOCKET`, …) or [`Kind::ResetSent`] event, as the
@@ -233,10 +224,8 @@ impl Probe {
         let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }
             .map_err(|error| ProbeError::Io { what: "polling the ring buffer", error: error.into() })?;
         let stats = PerCpuArray::try_from(take(&mut kernel, "STATS")?).map_err(|error| map_error("STATS", &error))?;
-        let mut tracked =
-            HashMap::try_from(take(&mut kernel, "TRACKED")?).map_err(|error| map_error("TRACKED", &error))?;
         if let Some(late) = &mut late {
-            late.adopt_older(&mut kernel, &mut tracked)?;
+            late.adopt_older(&mut kernel)?;
         }
         let clock_offset_ns = clock_offset()?;
         let mut looks = interval(LOOK);
@@ -248,7 +237,6 @@ impl Probe {
             looks,
             has_more,
             stats,
-            tracked,
             links,
             attachments,
             changes: Vec::new(),
@@ -286,18 +274,6 @@ impl Probe {
         Ok(values.iter().sum())
     }
 }
-
-/// The tuples and values of map `TRACKED`, in the shape that aya asks for.
-#[repr(transparent)]
-#[derive(Clone, Copy)]
-struct TrackKey(WireTuple);
-#[repr(transparent)]
-#[derive(Clone, Copy)]
-struct TrackValue(Track);
-// SAFETY: `repr(C)`, plain numbers, no implicit padding (sizes are asserted in the wire crate).
-unsafe impl aya::Pod for TrackKey {}
-// SAFETY: as above.
-unsafe impl aya::Pod for TrackValue {}
 
 /// Moves events out of the ring buffer; `true` when it is empty now.
 fn drain(ring: &mut RingBuf<MapData>, out: &mut Vec<Event>) -> Result<bool, ProbeError> {

@@ -3,11 +3,14 @@
 use super::offsets::KernelTypes;
 pub use super::sys::ProgramType;
 use super::sys::{self, NetfilterHook};
-use super::{ProbeConfig, ProbeError};
+use super::tracked::{Tracked, buckets_for};
+use super::{ProbeConfig, ProbeError, missing_map};
 use aya::maps::{Map, MapData};
 use aya::programs::{KProbe, SchedClassifier};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use aya_obj::Object;
+use aya_obj::generated::{BPF_CALL, BPF_JMP, BPF_PSEUDO_KFUNC_CALL, bpf_insn};
+use porttrace_ebpf::CALL_RDONLY_CAST;
 use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -49,6 +52,8 @@ const KPROBES: [(&str, &str); 3] =
 /// The loaded object, and links that hold as long as it lives.
 pub struct Kernel {
     pub ebpf: Ebpf,
+    /// Those of map `TRACKED`.
+    buckets: u32,
     types: KernelTypes,
     /// What [`Self::load_programs`] made of the programs that aya has no type for.
     by_hand: BTreeMap<&'static str, Result<OwnedFd, String>>,
@@ -76,6 +81,7 @@ impl Kernel {
         let ring_bytes = config.ring_bytes.next_power_of_two().max(4096);
         let wake_bytes = ring_bytes / WAKE_UPS;
         let show_data = u32::from(config.data);
+        let buckets = buckets_for(config.tracked);
         // It borrows the values above for a shorter time than it could.
         let mut loader: EbpfLoader<'_> = loader;
         let ebpf = loader
@@ -89,10 +95,11 @@ impl Kernel {
             .override_global("PREDICTS", &predicts, true)
             .override_global("AYA_LOG_LEVEL", &log_level, false)
             .map_max_entries("EVENTS", ring_bytes)
-            .map_max_entries("TRACKED", config.tracked)
+            .override_global("TRACKED_MASK", &(buckets - 1), true)
+            .map_max_entries("TRACKED", buckets)
             .load(BYTES)
             .map_err(|error| ProbeError::Load { what: "the maps".into(), why: chain(&error) })?;
-        Ok(Self { ebpf, types: types.clone(), by_hand: BTreeMap::new(), links: Vec::new() })
+        Ok(Self { ebpf, buckets, types: types.clone(), by_hand: BTreeMap::new(), links: Vec::new() })
     }
 
     /// Loads the TC programs, then does `meanwhile`, while those `by_hand` are loaded on other threads: the verifier takes most of
@@ -102,7 +109,7 @@ impl Kernel {
         by_hand: &[(&'static str, ProgramType)],
         meanwhile: impl FnOnce(&Self) -> T,
     ) -> Result<T, ProbeError> {
-        let object = if by_hand.is_empty() { None } else { Some(relocate(&self.ebpf)) };
+        let object = if by_hand.is_empty() { None } else { Some(relocate(&self.ebpf, self.types.rdonly_cast)) };
         let next = AtomicUsize::new(0);
         let work = || {
             let mut done = Vec::new();
@@ -190,6 +197,14 @@ impl Kernel {
         Ok(())
     }
 
+    /// The table of watched connections.
+    pub fn tracked(&self) -> Result<Tracked, ProbeError> {
+        match self.ebpf.map("TRACKED") {
+            Some(Map::Array(map)) => Tracked::of(map, self.buckets),
+            _ => Err(missing_map("TRACKED")),
+        }
+    }
+
     pub const fn types(&self) -> &KernelTypes {
         &self.types
     }
@@ -221,9 +236,14 @@ fn link_near(program: BorrowedFd<'_>, mut at: NetfilterHook) -> io::Result<Owned
     }
 }
 
-/// The same object once more, its references to maps filled in with the maps that aya made (its constants included).
-fn relocate(ebpf: &Ebpf) -> Result<Object, String> {
+/// The same object once more, its references to maps filled in with the maps that aya made (its constants included), and its calls
+/// of `bpf_rdonly_cast` with that function's BTF id. Where there is none (before Linux 6.2), the kernel refuses programs that call
+/// it: those of NETFILTER, which it then does not know either.
+fn relocate(ebpf: &Ebpf, rdonly_cast: Option<u32>) -> Result<Object, String> {
     let mut object = Object::parse(BYTES).map_err(|error| chain(&error))?;
+    if let Some(function) = rdonly_cast {
+        object.functions.values_mut().flat_map(|code| &mut code.instructions).for_each(|one| name_cast(one, function));
+    }
     let maps: Vec<_> = object
         .maps
         .iter()
@@ -237,11 +257,18 @@ fn relocate(ebpf: &Ebpf) -> Result<Object, String> {
     Ok(object)
 }
 
+/// Makes a call of the kernel function with this BTF id of one that stands for it.
+fn name_cast(instruction: &mut bpf_insn, function: u32) {
+    const CALL: u8 = (BPF_JMP | BPF_CALL) as u8;
+    if instruction.code == CALL && instruction.src_reg() == 0 && instruction.imm == CALL_RDONLY_CAST {
+        instruction.set_src_reg(BPF_PSEUDO_KFUNC_CALL as u8);
+        instruction.imm = function.cast_signed();
+    }
+}
+
 fn fd_of(map: &Map) -> Option<i32> {
     let data: &MapData = match map {
-        Map::Array(data) | Map::HashMap(data) | Map::LruHashMap(data) | Map::PerCpuArray(data) | Map::RingBuf(data) => {
-            data
-        }
+        Map::Array(data) | Map::HashMap(data) | Map::PerCpuArray(data) | Map::RingBuf(data) => data,
         _ => return None,
     };
     Some(data.fd().as_fd().as_raw_fd())

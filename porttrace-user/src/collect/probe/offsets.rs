@@ -9,7 +9,8 @@ use thiserror::Error;
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 const MODULE: &str = "/sys/kernel/btf/nf_conntrack";
 
-const WANTED: [&str; 19] = [
+const WANTED: [&str; 21] = [
+    "bpf_rdonly_cast",
     "btf_trace_kfree_skb",
     "btf_trace_tcp_send_reset",
     "dst_entry",
@@ -23,6 +24,7 @@ const WANTED: [&str; 19] = [
     "nf_hook_state",
     "ns_common",
     "rt6_info",
+    "rtnl_link_stats64",
     "rtable",
     "sk_buff",
     "sk_rst_reason",
@@ -38,6 +40,8 @@ pub struct KernelTypes {
     /// `attach_btf_id` of the tracepoints; `None` where the kernel has no such tracepoint.
     pub kfree_skb: Option<u32>,
     pub tcp_send_reset: Option<u32>,
+    /// The kernel function `bpf_rdonly_cast` (Linux 6.2).
+    pub rdonly_cast: Option<u32>,
     /// The tracepoint `tcp_send_reset` says why (Linux 6.11).
     pub reset_has_reason: bool,
     /// The tracepoint `kfree_skb` says why (Linux 5.17).
@@ -64,9 +68,10 @@ pub fn kernel_types() -> Result<KernelTypes, OffsetsError> {
     let split = if module.exists() { Some(Btf::read(module, Some(&vmlinux), &WANTED)?) } else { None };
     let btf = split.as_ref().unwrap_or(&vmlinux);
     Ok(KernelTypes {
-        offsets: offsets(btf)?,
+        offsets: Offsets { words_type: vmlinux.structure("rtnl_link_stats64").unwrap_or(0), ..offsets(btf)? },
         kfree_skb: btf.typedef("btf_trace_kfree_skb"),
         tcp_send_reset: btf.typedef("btf_trace_tcp_send_reset"),
+        rdonly_cast: vmlinux.function("bpf_rdonly_cast"),
         reset_has_reason: btf.tracepoint_arguments("btf_trace_tcp_send_reset").is_some_and(|count| count >= 3),
         drop_has_reason: btf.tracepoint_arguments("btf_trace_kfree_skb").is_some_and(|count| count >= 3),
         drop_reasons: names(btf, "skb_drop_reason", "SKB_DROP_REASON_"),
@@ -117,6 +122,7 @@ fn offsets(btf: &Btf<'_>) -> Result<Offsets, OffsetsError> {
         rt_gw,
         rt6_flags,
         rt6_gateway,
+        words_type: 0,
     })
 }
 

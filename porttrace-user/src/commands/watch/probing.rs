@@ -20,15 +20,11 @@ pub fn probes_sentence(info: &ProbeInfo, captures: Option<Duration>) -> String {
 
 /// Lost events by reason, only those that occurred.
 pub fn reasons(lost: Lost) -> Vec<(String, u64)> {
-    [
-        ("ring buffer full", lost.ring_full),
-        ("table of connections full", lost.track_full),
-        ("conntrack's queue full", lost.conntrack_full),
-    ]
-    .into_iter()
-    .filter(|(_, count)| *count > 0)
-    .map(|(reason, count)| (reason.to_owned(), count))
-    .collect()
+    [("ring buffer full", lost.ring_full), ("conntrack's queue full", lost.conntrack_full)]
+        .into_iter()
+        .filter(|(_, count)| *count > 0)
+        .map(|(reason, count)| (reason.to_owned(), count))
+        .collect()
 }
 
 /// The node's probe as the arguments want it.

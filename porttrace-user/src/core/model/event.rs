@@ -165,34 +165,3 @@ fn route(raw: &wire::Event) -> Option<RouteTaken> {
     };
     Some(RouteTaken { kind, gateway: address(raw.next_hop_family, &raw.next_hop) })
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    /// Few values, so that ends are often equal in part.
-    fn end() -> impl Strategy<Value = ([u8; 16], [u8; 2])> {
-        let byte = prop_oneof![Just(0), Just(1), Just(0x7f), Just(0x80), Just(0xff)];
-        let address = (byte.clone(), byte.clone(), byte.clone()).prop_map(|(first, middle, last)| {
-            let mut address = [0; 16];
-            (address[0], address[7], address[15]) = (first, middle, last);
-            address
-        });
-        (address, [byte.clone(), byte])
-    }
-
-    proptest! {
-        #[test]
-        fn a_tuple_and_its_inverse_differ_in_their_way_alone(here in end(), there in end()) {
-            let tuple = |from: ([u8; 16], [u8; 2]), to: ([u8; 16], [u8; 2])| WireTuple {
-                src: from.0, sport: from.1, dst: to.0, dport: to.1, proto: 6, family: 6, pad: [0; 2],
-            };
-            let (one, other) = (tuple(here, there), tuple(there, here));
-            let ((first, way), (second, opposite)) = (one.undirected(), other.undirected());
-            prop_assert_eq!(first, second);
-            prop_assert_eq!(way == opposite, here == there);
-            prop_assert_eq!(first, if way == 0 { one } else { other });
-        }
-    }
-}
