@@ -174,7 +174,7 @@ pub fn destroy(ct: u64) {
     if !is_watched_here(ct) || status_of::<Untyped>(ct) & (DYING | CONFIRMED) != CONFIRMED {
         return;
     }
-    let Some(mut entry) = reserve(Kind::Destroyed) else { return };
+    let Some(mut entry) = reserve::<Event>(Kind::Destroyed) else { return };
     let event = body(&mut entry);
     describe_conntrack::<Untyped>(event, ct, 0, status_of::<Untyped>(ct));
     let extensions: u64 = peek(ct + offset!(ct_ext));
@@ -183,7 +183,7 @@ pub fn destroy(ct: u64) {
         if place != 0 {
             // struct nf_conn_acct: packets and bytes of the original direction, then of the reply.
             let counters: [u64; 4] = peek(extensions + u64::from(place));
-            (event.orig_bytes, event.reply_bytes) = (counters[1], counters[3]);
+            (event.head.orig_bytes, event.head.reply_bytes) = (counters[1], counters[3]);
         }
     }
     submit(entry);
@@ -224,7 +224,7 @@ fn describe(event: &mut Event, skb: u64) -> bool {
     let mut packet = Packet::blank();
     let is_read = packet_at_hook(skb, &mut packet);
     if is_read {
-        describe_packet(event, &packet);
+        describe_packet(&mut event.head, &packet);
     }
     is_read
 }
@@ -239,7 +239,7 @@ fn remember<A: Access>(ct: u64, role: u64, direction: u64, id: u64) {
 #[inline(always)]
 fn emit_hook(at: &NfContext, ct: u64, info: u64, status: u32, kind: Kind) {
     let NfContext { state, skb } = *at;
-    let Some(mut entry) = reserve(kind) else { return };
+    let Some(mut entry) = reserve::<Event>(kind) else { return };
     let event = body(&mut entry);
     if !describe(event, skb) {
         entry.discard(0);
@@ -248,12 +248,12 @@ fn emit_hook(at: &NfContext, ct: u64, info: u64, status: u32, kind: Kind) {
     if ct != 0 {
         describe_conntrack::<Cast>(event, ct, info, status);
     }
-    event.mark = Typed::read(skb + offset!(skb_mark));
-    event.hook = Typed::read(state + offset!(state_hook));
+    event.head.mark = Typed::read(skb + offset!(skb_mark));
+    event.head.hook = Typed::read(state + offset!(state_hook));
     // Not as typed pointers: for each of those the verifier searches all of the kernel's types for one of another name
     // (`btf_nested_type_is_trusted`, kernel/bpf/btf.c), every time it comes by.
     let [from, to]: [u64; 2] = Cast::read(state + offset!(state_in));
-    (event.ifindex, event.out_ifindex) = (ifindex_of::<Cast>(from), ifindex_of::<Cast>(to));
+    (event.head.ifindex, event.head.out_ifindex) = (ifindex_of::<Cast>(from), ifindex_of::<Cast>(to));
     // Before, there is no route yet, or one that DNAT may change.
     if matches!(kind, Kind::LocalIn | Kind::AfterSnat) {
         describe_route::<Typed, Cast>(event, skb);
@@ -264,17 +264,17 @@ fn emit_hook(at: &NfContext, ct: u64, info: u64, status: u32, kind: Kind) {
 /// An event of a kprobe; `skb` is 0 where the function has none.
 #[inline(always)]
 fn emit_entry(kind: Kind, ct: u64, skb: u64, reason: u32) {
-    let Some(mut entry) = reserve(kind) else { return };
+    let Some(mut entry) = reserve::<Event>(kind) else { return };
     let event = body(&mut entry);
     describe_conntrack::<Untyped>(event, ct, 0, status_of::<Untyped>(ct));
-    event.reason = reason;
+    event.head.reason = reason;
     if skb != 0 {
         let mut packet = Packet::blank();
         if packet_of::<Untyped>(skb, &mut packet) {
-            describe_packet(event, &packet);
+            describe_packet(&mut event.head, &packet);
             describe_route::<Untyped, Untyped>(event, skb);
         }
-        event.mark = peek(skb + offset!(skb_mark));
+        event.head.mark = peek(skb + offset!(skb_mark));
     }
     submit(entry);
 }

@@ -8,7 +8,7 @@ use crate::packet::Packet;
 use crate::skb::{Access as _, Typed, Untyped, conntrack_of, describe_conntrack, packet_of, place_of, status_of};
 use aya_ebpf::programs::BtfTracePointContext;
 use porttrace_ebpf::table::Place;
-use porttrace_ebpf::{Kind, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY};
+use porttrace_ebpf::{Event, Kind, ROLE_IGNORED, ROLE_OPENING, ROLE_REPLY};
 
 /// `enum ip_conntrack_info` (include/uapi/linux/netfilter/nf_conntrack_common.h).
 const ESTABLISHED: u64 = 0;
@@ -47,16 +47,16 @@ fn report(kind: Kind, skb: u64, reason: u32) {
     if role >= ROLE_IGNORED {
         return;
     }
-    let Some(mut entry) = reserve(kind) else { return };
+    let Some(mut entry) = reserve::<Event>(kind) else { return };
     let event = body(&mut entry);
-    describe_packet(event, &packet);
+    describe_packet(&mut event.head, &packet);
     if ct != 0 {
         describe_conntrack::<Untyped>(event, ct, info, status_of::<Untyped>(ct));
     }
-    event.flags |= flags_of(role);
-    event.ifindex = ifindex;
-    event.mark = Typed::read(skb + offset!(skb_mark));
-    event.reason = reason;
+    event.head.flags |= flags_of(role);
+    event.head.ifindex = ifindex;
+    event.head.mark = Typed::read(skb + offset!(skb_mark));
+    event.head.reason = reason;
     submit(entry);
 }
 

@@ -6,54 +6,72 @@ use aya_ebpf::bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEU
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::maps::ring_buf::RingBufEntry;
 use porttrace_ebpf::machine::clear;
-use porttrace_ebpf::{Event, HAS_PACKET, Kind, STAT_EMITTED, STAT_LOST_RING, WIRE_VERSION};
+use porttrace_ebpf::{Event, HAS_PACKET, Head, Kind, STAT_EMITTED, STAT_LOST_RING, WIRE_VERSION};
 
-/// What an event takes in the ring buffer, its header included.
-const RECORD: u64 = size_of::<Event>() as u64 + 8;
+/// What a record consists of.
+pub trait Record: 'static {
+    fn head(&mut self) -> &mut Head;
+}
+
+impl Record for Event {
+    #[inline(always)]
+    fn head(&mut self) -> &mut Head {
+        &mut self.head
+    }
+}
+
+impl Record for Head {
+    #[inline(always)]
+    fn head(&mut self) -> &mut Head {
+        self
+    }
+}
 
 /// A zeroed record with kind, time and namespace set; what does not fit is counted.
 #[inline(always)]
-pub fn reserve(kind: Kind) -> Option<RingBufEntry<Event>> {
-    let Some(mut entry) = EVENTS.reserve::<Event>(0) else {
+pub fn reserve<R: Record>(kind: Kind) -> Option<RingBufEntry<R>> {
+    let Some(mut entry) = EVENTS.reserve::<R>(0) else {
         count(STAT_LOST_RING);
         return None;
     };
     // SAFETY: the record is of this size.
-    unsafe { clear::<{ size_of::<Event>() / 8 }>(entry.as_mut_ptr().cast()) };
-    let event = body(&mut entry);
-    event.time_ns = unsafe { bpf_ktime_get_ns() };
-    event.kind = kind as u8;
-    event.version = WIRE_VERSION;
-    event.netns = netns();
+    unsafe { clear(entry.as_mut_ptr().cast(), size_of::<R>() / 8) };
+    let head = body(&mut entry).head();
+    head.time_ns = unsafe { bpf_ktime_get_ns() };
+    head.kind = kind as u8;
+    head.version = WIRE_VERSION;
+    head.netns = netns();
     Some(entry)
 }
 
 /// Hands a record over. The reader looks by itself every few milliseconds, and waking it costs more than all the rest of an
 /// event: it is woken only when the buffer fills.
 #[inline(always)]
-pub fn submit(entry: RingBufEntry<Event>) {
+pub fn submit<R: Record>(entry: RingBufEntry<R>) {
     count(STAT_EMITTED);
     let waiting = EVENTS.query(u64::from(BPF_RB_AVAIL_DATA));
-    let passed = waiting & u64::from(wake_bytes().wrapping_sub(1)) < RECORD;
+    // What the record takes, its own header included.
+    let bytes = size_of::<R>() as u64 + 8;
+    let passed = waiting & u64::from(wake_bytes().wrapping_sub(1)) < bytes;
     entry.submit(u64::from(if passed { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP }));
 }
 
 #[inline(always)]
-pub fn body(entry: &mut RingBufEntry<Event>) -> &mut Event {
+pub fn body<R: Record>(entry: &mut RingBufEntry<R>) -> &mut R {
     // SAFETY: `reserve` zeroed it and all-zero is a value of every field.
     unsafe { entry.assume_init_mut() }
 }
 
 #[inline(always)]
-pub fn describe_packet(event: &mut Event, packet: &Packet) {
-    event.packet = packet.tuple;
-    event.flags |= HAS_PACKET;
-    event.length = packet.length;
-    event.payload = packet.payload;
-    event.tcp_seq = packet.seq;
-    event.tcp_ack = packet.ack;
-    event.l4_flags = packet.l4_flags;
-    event.ttl = packet.ttl;
-    event.icmp_type = packet.icmp_type;
-    event.icmp_code = packet.icmp_code;
+pub fn describe_packet(head: &mut Head, packet: &Packet) {
+    head.packet = packet.tuple;
+    head.flags |= HAS_PACKET;
+    head.length = packet.length;
+    head.payload = packet.payload;
+    head.tcp_seq = packet.seq;
+    head.tcp_ack = packet.ack;
+    head.l4_flags = packet.l4_flags;
+    head.ttl = packet.ttl;
+    head.icmp_type = packet.icmp_type;
+    head.icmp_code = packet.icmp_code;
 }

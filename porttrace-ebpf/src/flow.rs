@@ -11,8 +11,8 @@ use aya_log_ebpf::debug;
 use porttrace_ebpf::machine::opaque;
 use porttrace_ebpf::table::{Known, Place, Way};
 use porttrace_ebpf::{
-    CT_REPLY, Kind, PORT_SCTP, PORT_TCP, PORT_UDP, PREDICTED, ROLE_OPENING, ROLE_PREDICTED, ROLE_PREDICTED_REPLY,
-    ROLE_REPLY,
+    CT_REPLY, Event, Head, Kind, PORT_SCTP, PORT_TCP, PORT_UDP, PREDICTED, ROLE_OPENING, ROLE_PREDICTED,
+    ROLE_PREDICTED_REPLY, ROLE_REPLY,
 };
 
 /// Packets with payload shown for each tuple; later ones are only counted.
@@ -284,19 +284,19 @@ fn is_shown(way: &mut Way, packet: &Packet) -> bool {
 
 #[inline(always)]
 fn show(ctx: &TcContext, packet: &Packet, known: &mut Known, side: Kind) {
-    let Some(mut entry) = reserve(side) else { return };
-    let event = body(&mut entry);
-    describe_packet(event, packet);
+    let Some(mut entry) = reserve::<Head>(side) else { return };
+    let head = body(&mut entry);
+    describe_packet(head, packet);
     let skb = unsafe { &*ctx.skb.skb };
-    event.ifindex = skb.ifindex;
-    event.mark = skb.mark;
-    event.ct_id = known.ct_id();
-    event.flags |= flags_of(known.role());
+    head.ifindex = skb.ifindex;
+    head.mark = skb.mark;
+    head.ct_id = known.ct_id();
+    head.flags |= flags_of(known.role());
     let (own, back) = (known.way().bytes, known.back().bytes);
-    if event.flags & CT_REPLY != 0 {
-        (event.orig_bytes, event.reply_bytes) = (back, own);
+    if head.flags & CT_REPLY != 0 {
+        (head.orig_bytes, head.reply_bytes) = (back, own);
     } else {
-        (event.orig_bytes, event.reply_bytes) = (own, back);
+        (head.orig_bytes, head.reply_bytes) = (own, back);
     }
     submit(entry);
 }
@@ -318,19 +318,19 @@ fn icmp(ctx: &TcContext, bytes: &FromNetwork, outer: &Packet, inner: &mut Packet
     if known.is_ignored() {
         return;
     }
-    let Some(mut entry) = reserve(Kind::IcmpError) else { return };
+    let Some(mut entry) = reserve::<Event>(Kind::IcmpError) else { return };
     let event = body(&mut entry);
-    describe_packet(event, inner);
+    describe_packet(&mut event.head, inner);
     let skb = unsafe { &*ctx.skb.skb };
     if matches!(side, Kind::TcIngress) {
-        event.ifindex = skb.ifindex;
+        event.head.ifindex = skb.ifindex;
     } else {
-        event.out_ifindex = skb.ifindex;
+        event.head.out_ifindex = skb.ifindex;
     }
     event.original = outer.tuple;
-    (event.icmp_type, event.icmp_code) = (outer.icmp_type, outer.icmp_code);
-    (event.mark, event.length, event.ttl) = (skb.mark, outer.length, outer.ttl);
-    event.ct_id = known.ct_id();
-    event.flags |= flags_of(known.role());
+    (event.head.icmp_type, event.head.icmp_code) = (outer.icmp_type, outer.icmp_code);
+    (event.head.mark, event.head.length, event.head.ttl) = (skb.mark, outer.length, outer.ttl);
+    event.head.ct_id = known.ct_id();
+    event.head.flags |= flags_of(known.role());
     submit(entry);
 }

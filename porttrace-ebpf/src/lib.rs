@@ -8,8 +8,8 @@
 pub mod machine;
 pub mod table;
 
-/// Layout version of [`Event`]; stands in every event and in every recording.
-pub const WIRE_VERSION: u8 = 2;
+/// Layout version of [`Event`] and its [`Head`]; stands in every event and in every recording.
+pub const WIRE_VERSION: u8 = 3;
 
 /// A protocol, two addresses, two ports: one direction of a connection, as `nf_conntrack_tuple` has it.
 ///
@@ -117,10 +117,11 @@ pub const CT_REPLY: u8 = 8;
 /// one is for conntrack to say. Only with [`Predicted`] addresses.
 pub const PREDICTED: u8 = 16;
 
-/// One thing that the kernel did, as one fixed-size ring-buffer record.
+/// One thing that the kernel did: what every ring-buffer record begins with, and all that there is in one of TC that is no ICMP
+/// error. Together with the record's own header little more than two cache lines: writing those takes most of an event's time.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Event {
+pub struct Head {
     /// `bpf_ktime_get_ns` (CLOCK_MONOTONIC), nanoseconds.
     pub time_ns: u64,
     /// Identity of the conntrack entry while it lives (address of its `nf_conn`, hashed); 0 when unknown.
@@ -132,11 +133,6 @@ pub struct Event {
     pub reply_bytes: u64,
     /// The packet as it looked at this point.
     pub packet: WireTuple,
-    /// The entry's tuples at this point (`tuplehash[0]`, `tuplehash[1]`).
-    pub original: WireTuple,
-    pub reply: WireTuple,
-    /// The gateway of the route that the kernel took, filled as `next_hop_family` says.
-    pub next_hop: [u8; 16],
     /// Network namespace inode number.
     pub netns: u32,
     /// Interface of the sighting; in a NETFILTER event the input interface (0: none).
@@ -177,6 +173,36 @@ pub struct Event {
     pub next_hop_family: u8,
     pub pad: [u8; 2],
 }
+
+/// A whole ring-buffer record. Where only its [`Head`] is sent, all the rest is zero.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Event {
+    pub head: Head,
+    /// The entry's tuples at this point (`tuplehash[0]`, `tuplehash[1]`). In [`Kind::IcmpError`] `original` is the packet that
+    /// quotes the other one.
+    pub original: WireTuple,
+    pub reply: WireTuple,
+    /// The gateway of the route that the kernel took, filled as `next_hop_family` says.
+    pub next_hop: [u8; 16],
+}
+
+impl Event {
+    /// Of the bytes of a record, `None` when there are more or fewer than any has.
+    pub fn from_record(record: &[u8]) -> Option<Self> {
+        if !matches!(record.len(), WHOLE | HEAD) {
+            return None;
+        }
+        let mut event = Self::default();
+        // SAFETY: every bit pattern is a value, and the record is no longer than the event.
+        unsafe { core::ptr::copy_nonoverlapping(record.as_ptr(), (&raw mut event).cast(), record.len()) };
+        Some(event)
+    }
+}
+
+/// Lengths of records.
+const WHOLE: usize = size_of::<Event>();
+const HEAD: usize = size_of::<Head>();
 
 /// The packet travels in the direction that opened the connection.
 pub const ROLE_OPENING: u64 = 2;
@@ -282,5 +308,6 @@ const fn zeroed_offsets() -> Offsets {
 }
 
 const _: () = assert!(size_of::<WireTuple>() == 40);
-const _: () = assert!(size_of::<Event>() == 224);
+const _: () = assert!(HEAD == 128);
+const _: () = assert!(WHOLE == 224);
 const _: () = assert!(size_of::<Predicted>() == 20);

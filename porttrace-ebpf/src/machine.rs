@@ -22,13 +22,11 @@ pub fn opaque(value: u64) -> u64 {
 /// # Safety
 /// `to` points to so many words that may be written.
 #[inline(always)]
-pub unsafe fn clear<const WORDS: usize>(to: *mut u64) {
+pub unsafe fn clear(to: *mut u64, words: usize) {
     let zero = opaque(0);
-    let mut index = 0;
-    while index < WORDS {
+    for index in 0..words {
         // SAFETY: it is the caller's promise.
         unsafe { to.add(index).write(zero) };
-        index += 1;
     }
 }
 

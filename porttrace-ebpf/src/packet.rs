@@ -64,7 +64,7 @@ impl Packet {
         let mut packet = core::mem::MaybeUninit::<Self>::uninit();
         // SAFETY: all-zero is a value of every field.
         unsafe {
-            clear::<{ size_of::<Self>() / 8 }>(packet.as_mut_ptr().cast());
+            clear(packet.as_mut_ptr().cast(), size_of::<Self>() / 8);
             packet.assume_init()
         }
     }

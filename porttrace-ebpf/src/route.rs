@@ -30,14 +30,14 @@ pub fn describe_route<S: Access, A: Access>(event: &mut Event, skb: u64) {
     if dst == 0 || A::read::<u16>(dst + offset!(dst_flags)) & NO_ROUTE != 0 {
         return;
     }
-    match event.packet.family {
+    match event.head.packet.family {
         4 => ipv4::<A>(event, dst),
         6 => ipv6::<A>(event, dst),
         _ => return,
     }
     // Netfilter's own word of the output interface stands in its programs' events.
-    if event.kind == Kind::Confirmed as u8 && event.route_type == RTN_UNICAST {
-        event.out_ifindex = ifindex_of::<A>(A::read(dst + offset!(dst_dev)));
+    if event.head.kind == Kind::Confirmed as u8 && event.head.route_type == RTN_UNICAST {
+        event.head.out_ifindex = ifindex_of::<A>(A::read(dst + offset!(dst_dev)));
     }
 }
 
@@ -47,16 +47,16 @@ fn ipv4<A: Access>(event: &mut Event, dst: u64) {
     if offset!(rt_type) == 0 {
         return;
     }
-    event.route_type = A::read::<u16>(dst + offset!(rt_type)) as u8;
+    event.head.route_type = A::read::<u16>(dst + offset!(rt_type)) as u8;
     match A::read::<u8>(dst + offset!(rt_gw_family)) {
         AF_INET => {
             let gateway: u32 = A::read(dst + offset!(rt_gw));
             event.next_hop[..4].copy_from_slice(&gateway.to_ne_bytes());
-            event.next_hop_family = 4;
+            event.head.next_hop_family = 4;
         }
         AF_INET6 => {
             event.next_hop = bytes(A::read(dst + offset!(rt_gw)));
-            event.next_hop_family = 6;
+            event.head.next_hop_family = 6;
         }
         _ => {}
     }
@@ -69,18 +69,18 @@ fn ipv6<A: Access>(event: &mut Event, dst: u64) {
         return;
     }
     let flags: u32 = A::read(dst + offset!(rt6_flags));
-    event.route_type = if flags & LOCAL != 0 {
+    event.head.route_type = if flags & LOCAL != 0 {
         RTN_LOCAL
     } else if flags & ANYCAST != 0 {
         RTN_ANYCAST
-    } else if event.packet.dst[0] == 0xff {
+    } else if event.head.packet.dst[0] == 0xff {
         RTN_MULTICAST
     } else {
         RTN_UNICAST
     };
     if flags & GATEWAY != 0 {
         event.next_hop = bytes(A::read(dst + offset!(rt6_gateway)));
-        event.next_hop_family = 6;
+        event.head.next_hop_family = 6;
     }
 }
 

@@ -237,17 +237,17 @@ pub fn ifindex_of<A: Access>(dev: u64) -> u32 {
 /// Fills in the entry's half of an event.
 #[inline(always)]
 pub fn describe_conntrack<A: Access>(event: &mut Event, ct: u64, info: u64, status: u32) {
-    event.ct_id = id_of(ct);
+    event.head.ct_id = id_of(ct);
     event.original = tuple_of::<A>(ct, 0);
     event.reply = tuple_of::<A>(ct, 1);
-    event.ct_status = status;
-    event.ct_mark = if offset!(ct_mark) == 0 { 0 } else { A::read(ct + offset!(ct_mark)) };
-    event.flags |= HAS_CONNTRACK;
+    event.head.ct_status = status;
+    event.head.ct_mark = if offset!(ct_mark) == 0 { 0 } else { A::read(ct + offset!(ct_mark)) };
+    event.head.flags |= HAS_CONNTRACK;
     if status & CONFIRMED == 0 {
-        event.flags |= CT_NEW;
+        event.head.flags |= CT_NEW;
     }
     // IP_CT_IS_REPLY = 3, IP_CT_NEW_REPLY is gone, IP_CT_UNTRACKED = 7 never has an entry.
     if info >= 3 {
-        event.flags |= CT_REPLY;
+        event.head.flags |= CT_REPLY;
     }
 }

@@ -166,7 +166,7 @@ impl Place {
             addr_of_mut!((*slot).key).write(self.key);
             addr_of_mut!((*track).ct_id).write(ct_id);
             addr_of_mut!((*track).role).write(role ^ self.way);
-            clear::<{ size_of::<[Way; 2]>() / 8 }>(addr_of_mut!((*track).ways).cast());
+            clear(addr_of_mut!((*track).ways).cast(), size_of::<[Way; 2]>() / 8);
             publish(tag, self.tag());
             Known { track, way: self.way }
         }

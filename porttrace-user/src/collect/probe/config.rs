@@ -7,7 +7,7 @@ use std::time::Duration;
 use std::{fmt, io};
 use thiserror::Error;
 
-/// Default size of the ring buffer: some 38,000 events.
+/// Default size of the ring buffer: 36,000 to 61,000 events.
 pub const RING_BYTES: u32 = 8 << 20;
 /// Default number of tuples that the kernel side remembers, each with its inverse.
 const TRACKED: u32 = 32_768;

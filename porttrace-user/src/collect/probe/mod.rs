@@ -10,9 +10,11 @@ mod config;
 mod foreign;
 mod kernel_log;
 mod late;
+mod mapping;
 mod object;
 mod offsets;
 mod rights;
+mod ring;
 mod sys;
 mod tc;
 mod tracked;
@@ -29,13 +31,14 @@ use crate::core::model::event::{DecodeError, Event};
 use crate::core::model::flow::{Proto, Tuple};
 use attach::{Observed, OnInterfaces, attach_interface, attach_tracepoints, observe_conntrack, watch_ports};
 use aya::EbpfLoader;
-use aya::maps::{MapData, PerCpuArray, RingBuf};
+use aya::maps::{MapData, PerCpuArray};
 use kernel_log::KernelLog;
 use late::Late;
 use nix::time::{ClockId, clock_gettime};
 use object::{Kernel, chain};
 use offsets::{KernelTypes, kernel_types};
 use porttrace_ebpf::{self as wire, Kind, WireTuple};
+use ring::Ring;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::net::IpAddr;
@@ -58,7 +61,7 @@ const BATCH: usize = 4096;
 /// The running probe; dropping it detaches everything.
 pub struct Probe {
     info: ProbeInfo,
-    ring: AsyncFd<RingBuf<MapData>>,
+    ring: AsyncFd<Ring>,
     looks: Interval,
     /// The last call of `read` left something.
     has_more: bool,
@@ -219,7 +222,7 @@ impl Probe {
         log: Option<KernelLog>,
         mut late: Option<Late>,
     ) -> Result<Self, ProbeError> {
-        let ring = RingBuf::try_from(take(&mut kernel, "EVENTS")?).map_err(|error| map_error("EVENTS", &error))?;
+        let ring = kernel.take_ring()?;
         // SAFETY: the map owns its descriptor, which stays the same until the ring is dropped.
         let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }
             .map_err(|error| ProbeError::Io { what: "polling the ring buffer", error: error.into() })?;
@@ -276,28 +279,22 @@ impl Probe {
 }
 
 /// Moves events out of the ring buffer; `true` when it is empty now.
-fn drain(ring: &mut RingBuf<MapData>, out: &mut Vec<Event>) -> Result<bool, ProbeError> {
+fn drain(ring: &mut Ring, out: &mut Vec<Event>) -> Result<bool, ProbeError> {
     drain_some(ring, |event, _| out.push(event))
 }
 
 /// Moves all events out of the ring buffer; those at a predicted address are marked.
-fn drain_all(ring: &mut RingBuf<MapData>, mut take: impl FnMut(Event, bool)) -> Result<(), ProbeError> {
+fn drain_all(ring: &mut Ring, mut take: impl FnMut(Event, bool)) -> Result<(), ProbeError> {
     while !drain_some(ring, &mut take)? {}
     Ok(())
 }
 
-fn drain_some(ring: &mut RingBuf<MapData>, mut take: impl FnMut(Event, bool)) -> Result<bool, ProbeError> {
-    for _ in 0..BATCH {
-        let Some(item) = ring.next() else { return Ok(true) };
-        let found = item.len();
-        if found != size_of::<wire::Event>() {
-            return Err(DecodeError::Size { found, expected: size_of::<wire::Event>() }.into());
-        }
-        // SAFETY: the length is right, every bit pattern is a value, and the read does not ask for alignment.
-        let raw = unsafe { item.as_ptr().cast::<wire::Event>().read_unaligned() };
-        take(Event::try_from(&raw)?, raw.flags & wire::PREDICTED != 0);
-    }
-    Ok(false)
+fn drain_some(ring: &mut Ring, mut take: impl FnMut(Event, bool)) -> Result<bool, ProbeError> {
+    ring.read(BATCH, |record| {
+        let raw = wire::Event::from_record(record).ok_or(DecodeError::Size { found: record.len() })?;
+        take(Event::try_from(&raw)?, raw.head.flags & wire::PREDICTED != 0);
+        Ok(())
+    })
 }
 
 fn take(kernel: &mut Kernel, name: &'static str) -> Result<aya::maps::Map, ProbeError> {

@@ -1,6 +1,7 @@
 //! The compiled kernel side: loading it with aya, and the programs that aya has no type for by hand.
 
 use super::offsets::KernelTypes;
+use super::ring::Ring;
 pub use super::sys::ProgramType;
 use super::sys::{self, NetfilterHook};
 use super::tracked::{Tracked, buckets_for};
@@ -54,6 +55,7 @@ pub struct Kernel {
     pub ebpf: Ebpf,
     /// Those of map `TRACKED`.
     buckets: u32,
+    ring_bytes: u32,
     types: KernelTypes,
     /// What [`Self::load_programs`] made of the programs that aya has no type for.
     by_hand: BTreeMap<&'static str, Result<OwnedFd, String>>,
@@ -99,7 +101,7 @@ impl Kernel {
             .map_max_entries("TRACKED", buckets)
             .load(BYTES)
             .map_err(|error| ProbeError::Load { what: "the maps".into(), why: chain(&error) })?;
-        Ok(Self { ebpf, buckets, types: types.clone(), by_hand: BTreeMap::new(), links: Vec::new() })
+        Ok(Self { ebpf, buckets, ring_bytes, types: types.clone(), by_hand: BTreeMap::new(), links: Vec::new() })
     }
 
     /// Loads the TC programs, then does `meanwhile`, while those `by_hand` are loaded on other threads: the verifier takes most of
@@ -195,6 +197,14 @@ impl Kernel {
         let link = sys::open_raw_tracepoint(program.as_fd()).map_err(|error| format!("attaching {name}: {error}"))?;
         self.links.push(link);
         Ok(())
+    }
+
+    /// The ring buffer, which is then no longer in the object.
+    pub fn take_ring(&mut self) -> Result<Ring, ProbeError> {
+        match self.ebpf.take_map("EVENTS") {
+            Some(Map::RingBuf(map)) => Ring::of(map, self.ring_bytes),
+            _ => Err(missing_map("EVENTS")),
+        }
     }
 
     /// The table of watched connections.

@@ -1,15 +1,11 @@
 //! The kernel side's table of watched connections, written to from here.
 
+use super::mapping::Mapping;
 use super::{ProbeError, wire_tuple};
 use crate::core::model::flow::Tuple;
 use aya::maps::MapData;
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::mman::ProtFlags;
 use porttrace_ebpf::table::{Bucket, Place, WAYS};
-use std::ffi::c_void;
-use std::io;
-use std::num::NonZeroUsize;
-use std::os::fd::AsFd as _;
-use std::ptr::NonNull;
 
 /// Number of buckets for so many tuples: a power of two.
 pub const fn buckets_for(tuples: u32) -> u32 {
@@ -20,26 +16,20 @@ pub const fn buckets_for(tuples: u32) -> u32 {
 /// As [`Place::bucket`] says.
 const MOST_BUCKETS: u32 = 1 << 16;
 
-/// Map `TRACKED`, mapped into this process as long as it lives.
+/// Map `TRACKED`.
 pub struct Tracked {
-    buckets: NonNull<Bucket>,
+    buckets: Mapping,
     /// Their number.
     count: u32,
 }
 
-// SAFETY: the mapping belongs to the process, and whoever has it may write to it at any time.
-unsafe impl Send for Tracked {}
-
 impl Tracked {
+    /// Of so many buckets.
     pub fn of(map: &MapData, count: u32) -> Result<Self, ProbeError> {
-        let failed =
-            |error: nix::Error| ProbeError::Io { what: "mapping the table of connections", error: error.into() };
-        let length = NonZeroUsize::new(bytes_of(count)).ok_or_else(|| failed(nix::Error::EINVAL))?;
-        // SAFETY: a new mapping at a place of the kernel's choice.
-        let start = unsafe {
-            mmap(None, length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, map.fd().as_fd(), 0)
-        };
-        Ok(Self { buckets: start.map_err(failed)?.cast(), count })
+        let bytes = count as usize * size_of::<Bucket>();
+        let buckets = Mapping::of(map, bytes, 0, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)
+            .map_err(|error| ProbeError::Io { what: "mapping the table of connections", error })?;
+        Ok(Self { buckets, count })
     }
 
     /// Gives a tuple this role, and its inverse the other one. Keeps what was counted.
@@ -48,7 +38,7 @@ impl Tracked {
         let number = place.bucket(self.count - 1) as usize;
         // SAFETY: the bucket is one of those that are mapped, and stays so until this is dropped.
         unsafe {
-            let bucket = self.buckets.as_ptr().add(number);
+            let bucket = self.buckets.start::<Bucket>().as_ptr().add(number);
             match place.find(bucket) {
                 Some(known) => known.set_role(role),
                 None => {
@@ -57,18 +47,6 @@ impl Tracked {
             }
         }
     }
-}
-
-impl Drop for Tracked {
-    fn drop(&mut self) {
-        let start: NonNull<c_void> = self.buckets.cast();
-        // SAFETY: mapped by `of`, used by nobody else.
-        let _: io::Result<()> = unsafe { munmap(start, bytes_of(self.count)) }.map_err(io::Error::from);
-    }
-}
-
-const fn bytes_of(buckets: u32) -> usize {
-    buckets as usize * size_of::<Bucket>()
 }
 
 #[cfg(test)]

@@ -42,7 +42,7 @@ pub struct Event {
     pub ttl: u8,
     pub icmp_type: u8,
     pub icmp_code: u8,
-    /// Bytes so far, as [`wire::Event::orig_bytes`] says.
+    /// Bytes so far, as [`wire::Head::orig_bytes`] says.
     pub orig_bytes: u64,
     pub reply_bytes: u64,
 }
@@ -73,10 +73,8 @@ pub struct RouteTaken {
 /// Why bytes from the ring buffer (or a recording) are not an event.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum DecodeError {
-    #[error(
-        "event of {found} bytes, expected {expected}: the probe and this porttrace were built from different sources"
-    )]
-    Size { found: usize, expected: usize },
+    #[error("event of {found} bytes: the probe and this porttrace were built from different sources")]
+    Size { found: usize },
     #[error("event layout version {found}, this porttrace reads version {}", wire::WIRE_VERSION)]
     Version { found: u8 },
     #[error("event kind {found} is not known to this porttrace")]
@@ -87,47 +85,47 @@ impl TryFrom<&wire::Event> for Event {
     type Error = DecodeError;
 
     fn try_from(raw: &wire::Event) -> Result<Self, DecodeError> {
-        if raw.version != wire::WIRE_VERSION {
-            return Err(DecodeError::Version { found: raw.version });
+        if raw.head.version != wire::WIRE_VERSION {
+            return Err(DecodeError::Version { found: raw.head.version });
         }
-        let kind = Kind::from_u8(raw.kind).ok_or(DecodeError::Kind { found: raw.kind })?;
-        let conntrack = (raw.flags & wire::HAS_CONNTRACK != 0)
+        let kind = Kind::from_u8(raw.head.kind).ok_or(DecodeError::Kind { found: raw.head.kind })?;
+        let conntrack = (raw.head.flags & wire::HAS_CONNTRACK != 0)
             .then(|| {
                 Some(Conntrack {
                     original: tuple(&raw.original)?,
                     reply: tuple(&raw.reply)?,
-                    id: raw.ct_id,
-                    status: raw.ct_status,
-                    mark: raw.ct_mark,
-                    is_new: raw.flags & wire::CT_NEW != 0,
-                    is_reply: raw.flags & wire::CT_REPLY != 0,
+                    id: raw.head.ct_id,
+                    status: raw.head.ct_status,
+                    mark: raw.head.ct_mark,
+                    is_new: raw.head.flags & wire::CT_NEW != 0,
+                    is_reply: raw.head.flags & wire::CT_REPLY != 0,
                 })
             })
             .flatten();
         Ok(Self {
-            time_ns: raw.time_ns,
+            time_ns: raw.head.time_ns,
             kind,
-            packet: (raw.flags & wire::HAS_PACKET != 0).then(|| tuple(&raw.packet)).flatten(),
+            packet: (raw.head.flags & wire::HAS_PACKET != 0).then(|| tuple(&raw.head.packet)).flatten(),
             conntrack,
-            is_reply: raw.flags & wire::CT_REPLY != 0,
+            is_reply: raw.head.flags & wire::CT_REPLY != 0,
             icmp_sender: if kind == Kind::IcmpError { tuple(&raw.original).map(|outer| outer.src) } else { None },
-            netns: raw.netns,
-            ifindex: raw.ifindex,
-            out_ifindex: raw.out_ifindex,
+            netns: raw.head.netns,
+            ifindex: raw.head.ifindex,
+            out_ifindex: raw.head.out_ifindex,
             route: route(raw),
-            hook: raw.hook,
-            mark: raw.mark,
-            reason: raw.reason,
-            length: raw.length,
-            payload: raw.payload,
-            l4_flags: raw.l4_flags,
-            tcp_seq: raw.tcp_seq,
-            tcp_ack: raw.tcp_ack,
-            ttl: raw.ttl,
-            icmp_type: raw.icmp_type,
-            icmp_code: raw.icmp_code,
-            orig_bytes: raw.orig_bytes,
-            reply_bytes: raw.reply_bytes,
+            hook: raw.head.hook,
+            mark: raw.head.mark,
+            reason: raw.head.reason,
+            length: raw.head.length,
+            payload: raw.head.payload,
+            l4_flags: raw.head.l4_flags,
+            tcp_seq: raw.head.tcp_seq,
+            tcp_ack: raw.head.tcp_ack,
+            ttl: raw.head.ttl,
+            icmp_type: raw.head.icmp_type,
+            icmp_code: raw.head.icmp_code,
+            orig_bytes: raw.head.orig_bytes,
+            reply_bytes: raw.head.reply_bytes,
         })
     }
 }
@@ -152,7 +150,7 @@ fn address(family: u8, bytes: &[u8; 16]) -> Option<IpAddr> {
 
 /// The route of an event; `None` also for a type that ends no path (RTN_NAT, RTN_XRESOLVE).
 fn route(raw: &wire::Event) -> Option<RouteTaken> {
-    let kind = match raw.route_type {
+    let kind = match raw.head.route_type {
         1 => RouteKind::Unicast,
         2 => RouteKind::Local,
         3 => RouteKind::Broadcast,
@@ -163,5 +161,5 @@ fn route(raw: &wire::Event) -> Option<RouteTaken> {
         8 => RouteKind::Prohibit,
         _ => return None,
     };
-    Some(RouteTaken { kind, gateway: address(raw.next_hop_family, &raw.next_hop) })
+    Some(RouteTaken { kind, gateway: address(raw.head.next_hop_family, &raw.next_hop) })
 }
