@@ -2,7 +2,7 @@
 
 use crate::emit::{body, describe_packet, reserve, submit};
 use crate::flow::is_watched;
-use crate::maps::{Seen, find, look_again, netns, offset, pass_over, set_seen, track};
+use crate::maps::{Seen, find, forget, netns, offset, pass_over, set_seen, track};
 use crate::packet::{Packet, SCTP, TCP, UDP};
 use crate::route::describe_route;
 use crate::skb::{
@@ -43,23 +43,22 @@ pub fn hook(ctx: *mut c_void, kind: Kind) {
         return;
     }
     let id = id_of(ct);
-    let seen = Seen::of(id);
-    // Entries are used again and again: what was known of this one holds until it begins anew.
-    let begins = first_look && (info == NEW || info == RELATED);
-    if !begins && seen.is_passed_over() {
-        return;
-    }
-    if !first_look && seen.is_watched() {
-        let is_new = info == NEW && status_of::<Cast>(ct) & CONFIRMED == 0;
-        if !is_new && (seen == Seen::watched(true) || !may_open(skb)) {
+    // Entries are used again and again: what was known of this one holds until it begins anew. It is then not even asked for: that
+    // may have to come from afar, and takes longer than all the rest.
+    if !(first_look && (info == NEW || info == RELATED)) {
+        let seen = Seen::of(id);
+        if seen.is_passed_over() {
             return;
+        }
+        if !first_look && seen.is_watched() {
+            let is_new = info == NEW && status_of::<Cast>(ct) & CONFIRMED == 0;
+            if !is_new && (seen == Seen::watched(true) || !may_open(skb)) {
+                return;
+            }
         }
     }
     let ports = original_ports::<Cast>(ct);
     if is_watched(ports.dport, ports.proto) {
-        if begins {
-            look_again(id);
-        }
         watched(&NfContext { state, skb }, ct, info, ports.proto, kind);
         return;
     }
@@ -105,6 +104,9 @@ fn watched(at: &NfContext, ct: u64, info: u64, proto: u8, kind: Kind) {
     let status = status_of::<Cast>(ct);
     let is_new = status & CONFIRMED == 0;
     let id = id_of(ct);
+    if first_look && (is_new || info == NEW && Seen::of(id).is_passed_over()) {
+        forget(id);
+    }
     let opens_anew = |proto| proto == SCTP || proto == TCP && may_open(at.skb);
     if !is_new && (!first_look || Seen::of(id).is_watched()) && !opens_anew(proto) {
         return;

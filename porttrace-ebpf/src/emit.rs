@@ -1,12 +1,12 @@
 //! Ring-buffer records.
 
-use crate::maps::{EVENTS, count, netns, wake_bytes};
+use crate::maps::{EVENTS, count_lost, netns, wake_bytes};
 use crate::packet::Packet;
 use aya_ebpf::bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP};
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::maps::ring_buf::RingBufEntry;
 use porttrace_ebpf::machine::clear;
-use porttrace_ebpf::{Event, HAS_PACKET, Head, Kind, STAT_EMITTED, STAT_LOST_RING, WIRE_VERSION};
+use porttrace_ebpf::{Event, HAS_PACKET, Head, Kind, WIRE_VERSION};
 
 /// What a record consists of.
 pub trait Record: 'static {
@@ -31,7 +31,7 @@ impl Record for Head {
 #[inline(always)]
 pub fn reserve<R: Record>(kind: Kind) -> Option<RingBufEntry<R>> {
     let Some(mut entry) = EVENTS.reserve::<R>(0) else {
-        count(STAT_LOST_RING);
+        count_lost();
         return None;
     };
     // SAFETY: the record is of this size.
@@ -48,7 +48,6 @@ pub fn reserve<R: Record>(kind: Kind) -> Option<RingBufEntry<R>> {
 /// event: it is woken only when the buffer fills.
 #[inline(always)]
 pub fn submit<R: Record>(entry: RingBufEntry<R>) {
-    count(STAT_EMITTED);
     let waiting = EVENTS.query(u64::from(BPF_RB_AVAIL_DATA));
     // What the record takes, its own header included.
     let bytes = size_of::<R>() as u64 + 8;

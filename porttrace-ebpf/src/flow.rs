@@ -197,12 +197,9 @@ fn flow(ctx: &TcContext, packet: &Packet, side: Kind) {
             Some(known)
         }
         (None, Some(role)) => insert(&place, &packet.tuple, role, 0),
-        (known, None) => known,
+        (known, None) => known.filter(|known| !known.is_ignored()),
     };
     let Some(mut known) = known else { return };
-    if known.is_ignored() {
-        return;
-    }
     let ifindex = unsafe { (*ctx.skb.skb).ifindex };
     if opens || known.role() == ROLE_PREDICTED && packet.opens() {
         restart(&mut known, ifindex, side);

@@ -235,12 +235,6 @@ pub const PORT_TRACKED: u8 = 8;
 /// At port 0, which nobody uses: the map is filled in. Until then nothing is concluded from a port that has no bits.
 pub const PORTS_ARE_KNOWN: u8 = 16;
 
-/// Indices of the per-CPU counters in map `STATS`.
-pub const STAT_EMITTED: u32 = 0;
-/// Events lost because the ring buffer was full.
-pub const STAT_LOST_RING: u32 = 1;
-pub const STAT_COUNT: u32 = 2;
-
 /// Offsets of kernel structure members, found in BTF at start, in bytes. The global `OFFSETS` of the kernel side.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

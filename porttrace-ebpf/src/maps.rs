@@ -5,7 +5,7 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, RingBuf};
 use porttrace_ebpf::table::{Bucket, Known, Place};
-use porttrace_ebpf::{Offsets, PORT_TRACKED, PORTS_ARE_KNOWN, Predicted, ROLE_IGNORED, STAT_COUNT, WireTuple};
+use porttrace_ebpf::{Offsets, PORT_TRACKED, PORTS_ARE_KNOWN, Predicted, ROLE_IGNORED, WireTuple};
 
 /// Events to user space; the loader sets the size.
 #[map]
@@ -23,8 +23,9 @@ static TRACKED_MASK: u32 = 0;
 #[map]
 static PORTS: Array<[u8; 65_536]> = Array::with_max_entries(1, 0);
 
+/// Events for which the ring buffer had no room.
 #[map]
-static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(STAT_COUNT, 0);
+static LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
 /// Addresses that the rules may rewrite watched connections to, for conntrack backends that learn of a rewrite only later.
 #[map]
@@ -151,12 +152,10 @@ pub fn pass_over(ct_id: u64) {
     }
 }
 
-/// The entry is another connection's now, one that is watched.
+/// The entry is another connection's now.
 #[inline(always)]
-pub fn look_again(ct_id: u64) {
-    if Seen::of(ct_id).is_passed_over() {
-        write_seen(ct_id, 0);
-    }
+pub fn forget(ct_id: u64) {
+    write_seen(ct_id, 0);
 }
 
 #[inline(always)]
@@ -218,8 +217,8 @@ fn place(port: [u8; 2]) -> usize {
 }
 
 #[inline(always)]
-pub fn count(stat: u32) {
-    if let Some(counter) = STATS.get_ptr_mut(stat) {
+pub fn count_lost() {
+    if let Some(counter) = LOST.get_ptr_mut(0) {
         // The counter is this CPU's own, but a softirq may come between its reading and writing.
         add(unsafe { &mut *counter }, 1);
     }

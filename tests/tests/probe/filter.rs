@@ -1,6 +1,6 @@
 //! What must not be seen.
 
-use crate::world::{DEADLINE, POD_PORT, PORT, World, config, datagram, read_until, request, summary, v4};
+use crate::world::{DEADLINE, POD_PORT, PORT, World, config, datagram, nothing_came, read_until, request, summary, v4};
 use porttrace_tests::netns::Netns;
 use porttrace_tests::privilege;
 use porttrace_user::collect::probe::Probe;
@@ -40,7 +40,7 @@ fn other_ports_and_other_namespaces_emit_nothing() {
             datagram(&other.client, (at.node, PORT).into())?;
             other.node.exec("iptables -I FORWARD -p udp -j DROP".split(' '))?;
             send_only(&other.client, (at.node, PORT).into())?;
-            assert_eq!(probe.emitted()?, 0);
+            nothing_came(probe)?;
             until_marker(probe, &world).await
         })
         .unwrap();
@@ -62,7 +62,7 @@ fn a_watched_port_as_source_port_is_not_watched() {
             for from in [&world.node, &world.client] {
                 from_port(from, PORT, (at.pod, POD_PORT).into())?;
             }
-            assert_eq!(probe.emitted()?, 0);
+            nothing_came(probe)?;
             until_marker(probe, &world).await
         })
         .unwrap();

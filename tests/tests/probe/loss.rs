@@ -32,7 +32,6 @@ fn received_and_lost_make_all_that_was_sent() {
             let mut events = Vec::new();
             probe.read_now(&mut events)?;
             let lost = probe.lost()?;
-            assert_eq!(events.len() as u64, probe.emitted()?);
             assert!(lost.ring_full > 0, "64 KiB cannot hold {FLOWS} flows");
             assert_eq!(events.len() as u64 + lost.ring_full, u64::from(FLOWS) * EVENTS_PER_FLOW);
             // It goes on where there is room again.

@@ -1,6 +1,6 @@
 //! A node between a client and a pod: three namespaces, port 9088 rewritten to the pod's 8080, everything masqueraded.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use porttrace_ebpf::Kind;
 use porttrace_tests::netns::Netns;
 use porttrace_user::collect::probe::{Backend, Probe, ProbeConfig};
@@ -146,6 +146,15 @@ pub fn observed_entries(events: &[Event]) -> BTreeSet<(Tuple, Tuple)> {
 /// How many events of this kind show this packet.
 pub fn seen(events: &[Event], kind: Kind, packet: Tuple, flags: u8) -> usize {
     events.iter().filter(|event| event.kind == kind && event.packet == Some(packet) && event.l4_flags == flags).count()
+}
+
+/// An error when there was an event so far, or one that was lost.
+pub fn nothing_came(probe: &mut Probe) -> Result<()> {
+    let mut events = Vec::new();
+    probe.read_now(&mut events)?;
+    let lost = probe.lost()?;
+    ensure!(events.is_empty() && lost.total() == 0, "{lost:?} {:#?}", summary(&events));
+    Ok(())
 }
 
 /// Reads events until `enough` says so; an error tells what was there when the deadline passed.

@@ -65,7 +65,7 @@ pub struct Probe {
     looks: Interval,
     /// The last call of `read` left something.
     has_more: bool,
-    stats: PerCpuArray<MapData, u64>,
+    ring_lost: PerCpuArray<MapData, u64>,
     links: LinkWatcher,
     attachments: Attachments,
     changes: Vec<LinkChange>,
@@ -184,12 +184,8 @@ impl Probe {
     }
 
     pub fn lost(&self) -> Result<Lost, ProbeError> {
-        Ok(Lost { ring_full: self.stat(wire::STAT_LOST_RING)?, conntrack_full: self.conntrack_dropped()? })
-    }
-
-    /// Events that the kernel side put into the ring buffer since the start.
-    pub fn emitted(&self) -> Result<u64, ProbeError> {
-        self.stat(wire::STAT_EMITTED)
+        let ring_full = self.ring_lost.get(&0, 0).map_err(|error| map_error("LOST", &error))?.iter().sum();
+        Ok(Lost { ring_full, conntrack_full: self.conntrack_dropped()? })
     }
 
     /// Name of the `reason` of a [`Kind::Dropped`] (`NETFILTER_DROP`, `NO_SOCKET`, …) or [`Kind::ResetSent`] event, as the
@@ -226,7 +222,7 @@ impl Probe {
         // SAFETY: the map owns its descriptor, which stays the same until the ring is dropped.
         let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }
             .map_err(|error| ProbeError::Io { what: "polling the ring buffer", error: error.into() })?;
-        let stats = PerCpuArray::try_from(take(&mut kernel, "STATS")?).map_err(|error| map_error("STATS", &error))?;
+        let ring_lost = PerCpuArray::try_from(take(&mut kernel, "LOST")?).map_err(|error| map_error("LOST", &error))?;
         if let Some(late) = &mut late {
             late.adopt_older(&mut kernel)?;
         }
@@ -239,7 +235,7 @@ impl Probe {
             ring,
             looks,
             has_more,
-            stats,
+            ring_lost,
             links,
             attachments,
             changes: Vec::new(),
@@ -270,11 +266,6 @@ impl Probe {
             }
             self.changes.push(change);
         }
-    }
-
-    fn stat(&self, index: u32) -> Result<u64, ProbeError> {
-        let values = self.stats.get(&index, 0).map_err(|error| map_error("STATS", &error))?;
-        Ok(values.iter().sum())
     }
 }
 
