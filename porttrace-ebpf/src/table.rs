@@ -14,8 +14,6 @@ use core::ptr::{addr_of, addr_of_mut};
 
 /// Slots of a bucket.
 pub const WAYS: usize = 8;
-/// Slots that an insertion looks at.
-const TRIES: usize = 4;
 
 /// What the kernel side knows of a watched connection as it looks at one place.
 #[repr(C)]
@@ -151,13 +149,14 @@ impl Place {
         unsafe {
             let used = addr_of_mut!((*bucket).used);
             let hand = addr_of_mut!((*bucket).hand);
-            let mut index = 0;
-            for _ in 0..TRIES {
-                index = next(hand) & (WAYS as u64 - 1);
+            let mut index = next(hand) & (WAYS as u64 - 1);
+            // Once round: then the first one is free to be taken.
+            for _ in 0..WAYS {
                 if used.read() >> index & 1 == 0 {
                     break;
                 }
                 used.write(used.read() & !(1 << index));
+                index = next(hand) & (WAYS as u64 - 1);
             }
             let tag = addr_of_mut!((*bucket).tags[index as usize]);
             let slot = addr_of_mut!((*bucket).slots[index as usize]);

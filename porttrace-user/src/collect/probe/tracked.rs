@@ -126,6 +126,17 @@ mod tests {
     }
 
     #[test]
+    fn the_newest_stay_where_all_are_looked_up() {
+        let mut bucket = Bucket::default();
+        for number in 0..1000u32 {
+            insert(&raw mut bucket, number);
+            for newest in number.saturating_sub(4)..=number {
+                assert!(find(&raw mut bucket, &tuple(newest)).is_some(), "{newest} forgotten after {number}");
+            }
+        }
+    }
+
+    #[test]
     fn connections_are_spread_over_the_buckets() {
         let count = buckets_for(32_768);
         let mut full = vec![0u32; count as usize];
