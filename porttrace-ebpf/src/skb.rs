@@ -1,7 +1,7 @@
 //! Reading `sk_buff` and `nf_conn` through offsets, where no direct access exists.
 
 use crate::maps::{offset, port_bits};
-use crate::packet::{ACK, Bytes, PLAIN_TCP, Packet, SYN, TCP, parse, plain};
+use crate::packet::{ACK, Bytes, PLAIN_TCP, PLAIN_UDP, Packet, SYN, TCP, parse, plain};
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
 use porttrace_ebpf::{CALL_RDONLY_CAST, CT_NEW, CT_REPLY, Event, HAS_CONNTRACK, WireTuple};
 
@@ -116,11 +116,12 @@ fn head_of<const N: usize>(skb: u64) -> [u64; N] {
 #[inline(always)]
 pub fn packet_at_hook(skb: u64, packet: &mut Packet) -> bool {
     let linear = Linear::of::<Typed>(skb);
-    if linear.length >= PLAIN_TCP as u32 {
+    if linear.length >= PLAIN_UDP as u32 {
+        // What is behind the end of a short datagram is not looked at.
         let words: [u64; PLAIN_TCP / 8] = Cast::read(linear.start);
         // SAFETY: plain bytes of the same size.
         let header: [u8; PLAIN_TCP] = unsafe { core::mem::transmute(words) };
-        if plain(&header, packet) {
+        if (header[9] != TCP || linear.length >= PLAIN_TCP as u32) && plain(&header, packet) {
             return true;
         }
     }
