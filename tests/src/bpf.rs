@@ -12,6 +12,8 @@ const MAP_CREATE: i64 = 0;
 const PROGRAM_LOAD: i64 = 5;
 /// `BPF_LINK_CREATE`.
 const LINK_CREATE: i64 = 28;
+/// `BPF_LINK_DETACH`.
+const LINK_DETACH: i64 = 34;
 /// `BPF_PROG_GET_FD_BY_ID`.
 const PROGRAM_BY_ID: i64 = 13;
 /// `BPF_LINK_GET_FD_BY_ID`.
@@ -133,7 +135,16 @@ pub const TCX_EGRESS: u32 = 47;
 /// A TC program at one side of an interface; dropping it removes both.
 pub struct Attachment {
     program: OwnedFd,
-    _link: OwnedFd,
+    link: OwnedFd,
+}
+
+impl Drop for Attachment {
+    /// At once, although a process that another thread is just starting may hold copies of the descriptors a little longer.
+    fn drop(&mut self) {
+        let link = self.link.as_raw_fd().to_ne_bytes();
+        // SAFETY: the kernel reads `link` alone.
+        unsafe { libc::syscall(libc::SYS_bpf, LINK_DETACH, link.as_ptr(), size_of_val(&link)) };
+    }
 }
 
 impl Attachment {
@@ -158,7 +169,7 @@ impl Attachment {
         let link = [program.as_raw_fd().cast_unsigned(), index, side, 0].map(u32::to_ne_bytes).concat();
         // SAFETY: the kernel reads `link` alone.
         let link = unsafe { made(LINK_CREATE, &link) }.with_context(|| format!("attaching {name} to {interface}"))?;
-        Ok(Self { program, _link: link })
+        Ok(Self { program, link })
     }
 
     /// One that does nothing with packets that enter: what the kernel counts for it is what counting costs.
