@@ -2,8 +2,9 @@
 //! BPF array. An insertion takes the place of what was not looked up for longest, about so: each bucket has a hand that goes round
 //! its slots and passes over, once, those that were looked up since it came by.
 //!
-//! The kernel's own LRU hash takes some 500 ns for an insertion and calls for a look-up; this takes a few dozen instructions, and
-//! can neither refuse nor wait. In return it is per bucket that the oldest goes.
+//! The kernel's own LRU hash takes some 500 ns for an insertion, and a call for a look-up. Here both are some dozen instructions,
+//! which neither refuse nor wait; what they take is mostly the way of a bucket's memory to the CPU. In return it is in each bucket
+//! for itself that the oldest goes.
 //!
 //! Nobody locks. Two insertions never take one slot, since the hand moves atomically; a slot that is being written has no tag.
 //! Who still holds a slot that is given to another connection counts a packet for that one: as with the kernel's LRU hash.

@@ -102,9 +102,9 @@ fn interfaces(facts: &Facts) -> Check {
 
 fn netfilter(facts: &Facts, backend: Backend) -> Check {
     conntrack_hooks(&facts.trials.netfilter, "netfilter", "NETFILTER programs", backend, |check| {
-        check
-            .costs("NAT is not observed packet by packet at netfilter's hooks")
-            .advice("Linux 6.4 or later with CONFIG_NETFILTER_BPF_LINK has them")
+        check.costs("NAT is not observed packet by packet at netfilter's hooks").advice(
+            "Linux 6.4 or later has them, with CONFIG_NETFILTER_BPF_LINK and the BPF JIT (net.core.bpf_jit_enable)",
+        )
     })
 }
 
