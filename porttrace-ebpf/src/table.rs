@@ -150,14 +150,20 @@ impl Place {
         unsafe {
             let used = addr_of_mut!((*bucket).used);
             let hand = addr_of_mut!((*bucket).hand);
-            let mut index = next(hand) & (WAYS as u64 - 1);
-            // Once round: then the first one is free to be taken.
-            for _ in 0..WAYS {
+            let first = next(hand) & (WAYS as u64 - 1);
+            let mut index = first;
+            // Not quite once round: where the last insertion went, which nobody may have looked up yet, is left alone.
+            for left in (0..WAYS - 1).rev() {
                 if used.read() >> index & 1 == 0 {
                     break;
                 }
                 used.write(used.read() & !(1 << index));
                 index = next(hand) & (WAYS as u64 - 1);
+                if left == 0 {
+                    // All were: the first one, and the hand is behind it again.
+                    next(hand);
+                    index = first;
+                }
             }
             let tag = addr_of_mut!((*bucket).tags[index as usize]);
             let slot = addr_of_mut!((*bucket).slots[index as usize]);

@@ -137,6 +137,20 @@ mod tests {
     }
 
     #[test]
+    fn an_insertion_does_not_take_the_place_of_the_last_one() {
+        let mut bucket = Bucket::default();
+        for number in 0..1000u32 {
+            // All but the last one are looked up.
+            for older in number.saturating_sub(2 * WAYS as u32)..number.saturating_sub(1) {
+                find(&raw mut bucket, &tuple(older));
+            }
+            insert(&raw mut bucket, number);
+            let last = number.saturating_sub(1);
+            assert!(find(&raw mut bucket, &tuple(last)).is_some(), "{last} forgotten after {number}");
+        }
+    }
+
+    #[test]
     fn connections_are_spread_over_the_buckets() {
         let count = buckets_for(32_768);
         let mut full = vec![0u32; count as usize];
