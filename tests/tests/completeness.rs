@@ -113,7 +113,7 @@ fn watch<T: Send>(lab: &Lab, config: &ProbeConfig, clients: impl FnOnce() -> Res
                     probe.read(&mut events).await?;
                     told.take(&mut events);
                 }
-                probe.read_now(&mut events)?;
+                probe.read_rest(&mut events)?;
                 told.take(&mut events);
                 told.lost = probe.lost()?;
                 Ok(told)

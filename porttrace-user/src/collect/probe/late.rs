@@ -130,8 +130,13 @@ impl Probe {
             _ = self.looks.tick() => {}
         }
         self.follow_some();
-        let until = monotonic_ns()?;
-        self.gather(until.saturating_sub(MARGIN_NS), 0, out)
+        self.gather_due(out)
+    }
+
+    /// Hands out what happened until a moment ago.
+    pub(super) fn gather_due(&mut self, out: &mut Vec<Event>) -> Result<usize, ProbeError> {
+        let now = monotonic_ns()?;
+        self.gather(now.saturating_sub(MARGIN_NS), 0, out)
     }
 
     /// Reads both ways to their ends and hands out what happened until `until_ns`; `later_ns` is added to the time of now.
@@ -163,7 +168,7 @@ impl Probe {
     }
 
     /// Everything that is there, without waiting any longer for what might belong to it.
-    pub(super) fn read_rest(&mut self, out: &mut Vec<Event>) -> Result<usize, ProbeError> {
+    pub(super) fn gather_rest(&mut self, out: &mut Vec<Event>) -> Result<usize, ProbeError> {
         self.gather(u64::MAX - 1, END_NS, out)
     }
 

@@ -148,14 +148,19 @@ impl Probe {
         Ok(out.len() - before)
     }
 
-    /// What is in the ring buffer now, without waiting; for the last look before the end.
+    /// What there is now, without waiting. What is held back for something that might still come stays so.
     pub fn read_now(&mut self, out: &mut Vec<Event>) -> Result<usize, ProbeError> {
         if self.late.is_some() {
-            return self.read_rest(out);
+            return self.gather_due(out);
         }
         let before = out.len();
         while !drain(self.ring.get_mut(), out)? {}
         Ok(out.len() - before)
+    }
+
+    /// The last look before the end: everything that there is, whatever might still belong to it.
+    pub fn read_rest(&mut self, out: &mut Vec<Event>) -> Result<usize, ProbeError> {
+        if self.late.is_some() { self.gather_rest(out) } else { self.read_now(out) }
     }
 
     /// Interfaces that came, went or changed their name since the last call.

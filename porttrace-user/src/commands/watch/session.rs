@@ -368,7 +368,7 @@ impl Session<'_> {
 
     async fn end(mut self, started: Instant) -> anyhow::Result<bool> {
         let mut events = Vec::new();
-        self.probe.read_now(&mut events)?;
+        self.probe.read_rest(&mut events)?;
         self.take(&mut events);
         let mut updates = self.correlator.tick(Clock::now());
         // Connections that still wait for an answer are told as they stand.
