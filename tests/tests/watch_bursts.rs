@@ -28,9 +28,13 @@ impl Scene {
 
     /// One connection from each of these ports of the outside, as fast as can be.
     fn burst(&self, ports: Range<u16>) -> u64 {
+        self.connect(ports, Pace::AsFastAsPossible)
+    }
+
+    fn connect(&self, ports: Range<u16>, pace: Pace) -> u64 {
         let to = SocketAddrV4::new(NodeName::Worker3.v4(), HOST_PORT);
         let batch = Batch { proto: Proto::Tcp, from: OUTSIDE_V4, ports, to };
-        let made = make(&self.lab.outside, &[batch], Until::Rounds(1), Pace::AsFastAsPossible, &self.servers).unwrap();
+        let made = make(&self.lab.outside, &[batch], Until::Rounds(1), pace, &self.servers).unwrap();
         made.connections
     }
 
@@ -105,4 +109,20 @@ fn what_is_only_counted_is_counted_as_what_it_is() {
         expected += by_port - 50;
         assert_eq!(sum(watch), BTreeMap::from([(own, expected), (other, moved + 50)]), "{options:?}");
     }
+}
+
+/// Conntrack's events and packets come by different ways: what was read of one and not yet of the other is held back, also while many
+/// others are told.
+#[test]
+fn by_conntracks_events_each_of_many_is_told_once() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let lab = Lab::up(LabOptions { phase: Phase::Fixed, bare: true, ..LabOptions::default() }).unwrap();
+    let servers = Servers::in_pods(&lab, Mode::Count).unwrap();
+    let scene = Scene { servers, lab };
+    let own = SocketAddrV4::new(NodeName::Worker3.pod_v4(FRONTEND), 80);
+    let watch = scene.watch(&["--conntrack-backend", "ctnetlink"]);
+    let made = scene.connect(20_000..60_000, Pace::Rate(8_000.0));
+    assert_eq!(sum(watch), BTreeMap::from([(own, made)]));
 }
