@@ -68,10 +68,10 @@ pub fn kernel_types() -> Result<KernelTypes, OffsetsError> {
     let split = if module.exists() { Some(Btf::read(module, Some(&vmlinux), &WANTED)?) } else { None };
     let btf = split.as_ref().unwrap_or(&vmlinux);
     Ok(KernelTypes {
-        offsets: Offsets { words_type: vmlinux.structure("rtnl_link_stats64").unwrap_or(0), ..offsets(btf)? },
+        offsets: offsets(btf)?,
         kfree_skb: btf.typedef("btf_trace_kfree_skb"),
         tcp_send_reset: btf.typedef("btf_trace_tcp_send_reset"),
-        rdonly_cast: vmlinux.function("bpf_rdonly_cast"),
+        rdonly_cast: btf.function("bpf_rdonly_cast"),
         reset_has_reason: btf.tracepoint_arguments("btf_trace_tcp_send_reset").is_some_and(|count| count >= 3),
         drop_has_reason: btf.tracepoint_arguments("btf_trace_kfree_skb").is_some_and(|count| count >= 3),
         drop_reasons: names(btf, "skb_drop_reason", "SKB_DROP_REASON_"),
@@ -122,7 +122,7 @@ fn offsets(btf: &Btf<'_>) -> Result<Offsets, OffsetsError> {
         rt_gw,
         rt6_flags,
         rt6_gateway,
-        words_type: 0,
+        words_type: btf.structure("rtnl_link_stats64").unwrap_or(0),
     })
 }
 

@@ -37,6 +37,16 @@ pub struct Ring {
     position: usize,
 }
 
+/// A record in the window.
+struct Record {
+    start: *const u8,
+    bytes: usize,
+    /// The kernel side gave it up.
+    is_discarded: bool,
+    /// The position behind it.
+    end: usize,
+}
+
 /// A part of the data.
 struct Window {
     mapping: Mapping,
@@ -68,15 +78,12 @@ impl Ring {
         let mut done = Ok(false);
         for number in 1..=most {
             match self.next() {
-                Ok(Some((record, end))) => {
-                    if let Some((start, length)) = record {
-                        // SAFETY: the record lies in the window and is written; its room is not free before `free` is called.
-                        let taken = take(unsafe { slice::from_raw_parts(start, length) });
-                        if taken.is_err() {
-                            done = taken.map(|()| false);
-                        }
-                    }
+                Ok(Some(Record { start, bytes, is_discarded, end })) => {
                     self.position = end;
+                    if !is_discarded {
+                        // SAFETY: the record lies in the window and is written; its room is not free before `free` is called.
+                        done = take(unsafe { slice::from_raw_parts(start, bytes) }).map(|()| false);
+                    }
                 }
                 Ok(None) => done = Ok(true),
                 Err(error) => done = Err(ProbeError::Io { what: "mapping the ring buffer", error }.into()),
@@ -92,9 +99,8 @@ impl Ring {
         done
     }
 
-    /// The next record, if it is written, and the position behind it. Without bytes: the kernel side gave it up.
-    #[expect(clippy::type_complexity, reason = "used at one place")]
-    fn next(&mut self) -> io::Result<Option<(Option<(*const u8, usize)>, usize)>> {
+    /// The next record, if it is written.
+    fn next(&mut self) -> io::Result<Option<Record>> {
         if self.position >= position_at(&self.producer).load(Ordering::Acquire) {
             return Ok(None);
         }
@@ -110,10 +116,13 @@ impl Ring {
             return Ok(None);
         }
         let bytes = (length & !DISCARDED) as usize;
-        let end = self.position + (HEADER + bytes).next_multiple_of(HEADER);
-        // SAFETY: the data follows its header.
-        let data = unsafe { header.add(HEADER) }.as_ptr().cast_const();
-        Ok(Some(((length & DISCARDED == 0).then_some((data, bytes)), end)))
+        Ok(Some(Record {
+            // SAFETY: the data follows its header.
+            start: unsafe { header.add(HEADER) }.as_ptr(),
+            bytes,
+            is_discarded: length & DISCARDED != 0,
+            end: self.position + (HEADER + bytes).next_multiple_of(HEADER),
+        }))
     }
 
     /// Tells the kernel that the room of all that was read is free.
