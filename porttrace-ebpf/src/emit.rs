@@ -30,6 +30,12 @@ impl Record for Head {
 /// A zeroed record with kind, time and namespace set; what does not fit is counted.
 #[inline(always)]
 pub fn reserve<R: Record>(kind: Kind) -> Option<RingBufEntry<R>> {
+    reserve_at(kind, 0)
+}
+
+/// As [`reserve`], where the time may be known; else it is 0.
+#[inline(always)]
+pub fn reserve_at<R: Record>(kind: Kind, now: u64) -> Option<RingBufEntry<R>> {
     let Some(mut entry) = EVENTS.reserve::<R>(0) else {
         count_lost();
         return None;
@@ -37,7 +43,8 @@ pub fn reserve<R: Record>(kind: Kind) -> Option<RingBufEntry<R>> {
     // SAFETY: the record is of this size.
     unsafe { clear(entry.as_mut_ptr().cast(), size_of::<R>() / 8) };
     let head = body(&mut entry).head();
-    head.time_ns = unsafe { bpf_ktime_get_ns() };
+    // Here and not before: a look at the clock waits for what is read before it.
+    head.time_ns = if now == 0 { unsafe { bpf_ktime_get_ns() } } else { now };
     head.kind = kind as u8;
     head.version = WIRE_VERSION;
     head.netns = netns();

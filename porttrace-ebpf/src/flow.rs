@@ -1,6 +1,6 @@
 //! TC: which packets belong to a watched connection, and which of those are worth an event.
 
-use crate::emit::{body, describe_packet, reserve, submit};
+use crate::emit::{body, describe_packet, reserve, reserve_at, submit};
 use crate::maps::{SCRATCH, add, find, insert, is_predicted, port_bits, shows_data};
 use crate::packet::{Bytes, ICMP, ICMPV6, PLAIN_TCP, PLAIN_UDP, Packet, SCTP, TCP, UDP, parse, plain};
 use aya_ebpf::EbpfContext;
@@ -191,23 +191,43 @@ fn flow(ctx: &TcContext, packet: &Packet, side: Kind) {
     } else {
         None
     };
-    let known = match (known, role) {
+    let ifindex = unsafe { (*ctx.skb.skb).ifindex };
+    // Datagrams are told by how long ago the last one came.
+    let now = if packet.tuple.proto == UDP { unsafe { bpf_ktime_get_ns() } } else { 0 };
+    let mut known = match (known, role) {
+        (None, Some(role)) => {
+            let mut first =
+                Way { last_ns: now, packets: 1, bytes: packet.payload.into(), ifindex, side: side as u16, shown: 0 };
+            if is_shown(&mut first, packet) {
+                show(ctx, packet, side, now, &About { ct_id: 0, role, own: first.bytes, back: 0 });
+            }
+            // Last: what is written to comes from afar, and nobody waits for it any more.
+            return insert(&place, &packet.tuple, role, 0, Some(first));
+        }
+        (None, None) => return,
         (Some(known), Some(role)) => {
             known.set_role(role);
-            Some(known)
+            known
         }
-        (None, Some(role)) => insert(&place, &packet.tuple, role, 0),
-        (known, None) => known.filter(|known| !known.is_ignored()),
+        (Some(known), None) if known.is_ignored() => return,
+        (Some(known), None) => known,
     };
-    let Some(mut known) = known else { return };
-    let ifindex = unsafe { (*ctx.skb.skb).ifindex };
     if opens || known.role() == ROLE_PREDICTED && packet.opens() {
         restart(&mut known, ifindex, side);
     }
-    count_packet(known.way(), packet, ifindex, side);
+    count_packet(known.way(), packet, now, ifindex, side);
     if is_shown(known.way(), packet) {
-        show(ctx, packet, &mut known, side);
+        let (own, back) = (known.way().bytes, known.back().bytes);
+        show(ctx, packet, side, now, &About { ct_id: known.ct_id(), role: known.role(), own, back });
     }
+}
+
+/// What an event says of the connection beside the packet; `own` and `back`: bytes that went the packet's way and the other one.
+struct About {
+    ct_id: u64,
+    role: u64,
+    own: u64,
+    back: u64,
 }
 
 /// A packet that may open a connection to an address that the rules name, and whose connection is not known yet.
@@ -247,9 +267,8 @@ fn restart(known: &mut Known, ifindex: u32, side: Kind) {
 }
 
 #[inline(always)]
-fn count_packet(way: &mut Way, packet: &Packet, ifindex: u32, side: Kind) {
+fn count_packet(way: &mut Way, packet: &Packet, now: u64, ifindex: u32, side: Kind) {
     if packet.tuple.proto == UDP {
-        let now = unsafe { bpf_ktime_get_ns() };
         if now.wrapping_sub(way.last_ns) > IDLE_NS {
             way.shown = 0;
         }
@@ -279,22 +298,19 @@ fn is_shown(way: &mut Way, packet: &Packet) -> bool {
     true
 }
 
-#[inline(always)]
-fn show(ctx: &TcContext, packet: &Packet, known: &mut Known, side: Kind) {
-    let Some(mut entry) = reserve::<Head>(side) else { return };
+/// A function of its own: it is called in two places.
+#[inline(never)]
+fn show(ctx: &TcContext, packet: &Packet, side: Kind, now: u64, about: &About) {
+    let Some(mut entry) = reserve_at::<Head>(side, now) else { return };
     let head = body(&mut entry);
     describe_packet(head, packet);
     let skb = unsafe { &*ctx.skb.skb };
     head.ifindex = skb.ifindex;
     head.mark = skb.mark;
-    head.ct_id = known.ct_id();
-    head.flags |= flags_of(known.role());
-    let (own, back) = (known.way().bytes, known.back().bytes);
-    if head.flags & CT_REPLY != 0 {
-        (head.orig_bytes, head.reply_bytes) = (back, own);
-    } else {
-        (head.orig_bytes, head.reply_bytes) = (own, back);
-    }
+    head.ct_id = about.ct_id;
+    head.flags |= flags_of(about.role);
+    (head.orig_bytes, head.reply_bytes) =
+        if head.flags & CT_REPLY != 0 { (about.back, about.own) } else { (about.own, about.back) };
     submit(entry);
 }
 

@@ -4,7 +4,7 @@ use crate::packet::Packet;
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, RingBuf};
-use porttrace_ebpf::table::{Bucket, Known, Place};
+use porttrace_ebpf::table::{Bucket, Known, Place, Way};
 use porttrace_ebpf::{Offsets, PORT_TRACKED, PORTS_ARE_KNOWN, Predicted, ROLE_IGNORED, WireTuple};
 
 /// Events to user space; the loader sets the size.
@@ -245,14 +245,17 @@ pub fn find(place: &Place) -> Option<Known> {
 }
 
 /// Remembers that `tuple`, with `role`, and its inverse belong to a watched connection (or, with `ROLE_IGNORED`, do not).
+/// `first`: what TC saw of its way.
 #[inline(always)]
-pub fn insert(place: &Place, tuple: &WireTuple, role: u64, ct_id: u64) -> Option<Known> {
+pub fn insert(place: &Place, tuple: &WireTuple, role: u64, ct_id: u64, first: Option<Way>) {
     // Packets of an ignored connection have the watched port anyway.
     if role < ROLE_IGNORED {
         mark_port(if role & 1 == 0 { tuple.dport } else { tuple.sport });
     }
-    // SAFETY: as above.
-    Some(unsafe { place.insert(bucket_of(place)?, role, ct_id) })
+    if let Some(bucket) = bucket_of(place) {
+        // SAFETY: as above.
+        unsafe { place.insert(bucket, role, ct_id, first) };
+    }
 }
 
 /// Remembers it whether or not it was known; a function of its own: inlined, its copies would not fit on a program's 512 bytes of
@@ -261,8 +264,7 @@ pub fn insert(place: &Place, tuple: &WireTuple, role: u64, ct_id: u64) -> Option
 pub fn track(tuple: &WireTuple, role: u64, ct_id: u64) {
     let place = Place::of(tuple);
     let Some(known) = find(&place) else {
-        insert(&place, tuple, role, ct_id);
-        return;
+        return insert(&place, tuple, role, ct_id, None);
     };
     known.set_role(role);
     if ct_id != 0 {

@@ -141,17 +141,18 @@ impl Place {
     }
 
     /// Remembers that the tuple, with `role`, and its inverse belong to a watched connection (or, with `ROLE_IGNORED`, do not).
+    /// `first`: what TC saw of the tuple's way.
     ///
     /// # Safety
     /// As [`Self::find`].
     #[inline(always)]
-    pub unsafe fn insert(&self, bucket: *mut Bucket, role: u64, ct_id: u64) -> Known {
+    pub unsafe fn insert(&self, bucket: *mut Bucket, role: u64, ct_id: u64, first: Option<Way>) {
         // SAFETY: `bucket` points to a bucket, and an index below `WAYS` to one of its slots.
         unsafe {
             let used = addr_of_mut!((*bucket).used);
             let hand = addr_of_mut!((*bucket).hand);
-            let first = next(hand) & (WAYS as u64 - 1);
-            let mut index = first;
+            let begin = next(hand) & (WAYS as u64 - 1);
+            let mut index = begin;
             // Not quite once round: where the last insertion went, which nobody may have looked up yet, is left alone.
             for left in (0..WAYS - 1).rev() {
                 if used.read() >> index & 1 == 0 {
@@ -162,7 +163,7 @@ impl Place {
                 if left == 0 {
                     // All were: the first one, and the hand is behind it again.
                     next(hand);
-                    index = first;
+                    index = begin;
                 }
             }
             let tag = addr_of_mut!((*bucket).tags[index as usize]);
@@ -172,9 +173,12 @@ impl Place {
             addr_of_mut!((*slot).key).write(self.key);
             addr_of_mut!((*track).ct_id).write(ct_id);
             addr_of_mut!((*track).role).write(role ^ self.way);
-            clear(addr_of_mut!((*track).ways).cast(), size_of::<[Way; 2]>() / 8);
+            let ways = addr_of_mut!((*track).ways).cast::<Way>();
+            clear(ways.cast(), size_of::<[Way; 2]>() / 8);
+            if let Some(first) = first {
+                ways.add((self.way & 1) as usize).write(first);
+            }
             publish(tag, self.tag());
-            Known { track, way: self.way }
         }
     }
 }

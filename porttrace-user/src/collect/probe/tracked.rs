@@ -41,9 +41,7 @@ impl Tracked {
             let bucket = self.buckets.start::<Bucket>().as_ptr().add(number);
             match place.find(bucket) {
                 Some(known) => known.set_role(role),
-                None => {
-                    place.insert(bucket, role, 0);
-                }
+                None => place.insert(bucket, role, 0, None),
             }
         }
     }
@@ -73,7 +71,7 @@ mod tests {
 
     fn insert(bucket: *mut Bucket, number: u32) {
         // SAFETY: as above.
-        unsafe { Place::of(&tuple(number)).insert(bucket, ROLE_OPENING, number.into()) };
+        unsafe { Place::of(&tuple(number)).insert(bucket, ROLE_OPENING, number.into(), None) };
     }
 
     /// Few values, so that ends are often equal in part.
@@ -94,7 +92,7 @@ mod tests {
             let mut bucket = Bucket::default();
             let other = WireTuple { proto: 3, ..from };
             // SAFETY: the bucket outlives the call.
-            unsafe { Place::of(&from).insert(&raw mut bucket, ROLE_OPENING, 7) };
+            unsafe { Place::of(&from).insert(&raw mut bucket, ROLE_OPENING, 7, None) };
             prop_assert_eq!(find(&raw mut bucket, &from), Some((7, ROLE_OPENING)));
             let back = if here == there { ROLE_OPENING } else { ROLE_REPLY };
             prop_assert_eq!(find(&raw mut bucket, &inverse(from)), Some((7, back)));
