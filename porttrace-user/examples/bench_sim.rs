@@ -12,6 +12,7 @@ mod generator;
 
 use anyhow::{Context, Result, bail};
 use nix::time::{ClockId, clock_gettime};
+use porttrace_user::core::kube::owners::Owners;
 use porttrace_user::core::model::flow::{Family, Proto, Tuple};
 use porttrace_user::core::model::rules::Ruleset;
 use porttrace_user::core::model::state::{Address, NextHop, NodeState, RouteEntry};
@@ -44,9 +45,15 @@ fn main() -> Result<()> {
 fn measure(services: &[generator::Service], command: Option<&Path>) -> Result<()> {
     let dump = generator::dump(services);
     let state = node(measure_parse(&dump)?);
-    let begin = now()?;
+    let (begin, before) = (now()?, allocated());
     let simulator = Simulator::new(&state);
     report("compile", (now()? - begin) * 1e3, "ms");
+    report("compile_memory", allocated() - before, "MiB");
+    let (begin, before) = (now()?, allocated());
+    let owners = Owners::of(&state);
+    report("claims", (now()? - begin) * 1e3, "ms");
+    report("claims_memory", allocated() - before, "MiB");
+    drop(owners);
     measure_packets(&simulator, services)?;
     command.map_or(Ok(()), |command| batch::measure(command, &dump, |number| packet(services, number)))
 }
@@ -61,15 +68,15 @@ fn now() -> Result<f64> {
     Ok(time.tv_sec() as f64 + time.tv_nsec() as f64 / 1e9)
 }
 
-/// Resident memory of this process in MiB.
-fn resident() -> Result<f64> {
-    let status = fs::read_to_string("/proc/self/status").context("could not read /proc/self/status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-    Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
+/// What this process has allocated and not freed, in MiB.
+fn allocated() -> f64 {
+    // SAFETY: it takes nothing and returns numbers.
+    let info = unsafe { libc::mallinfo2() };
+    (info.uordblks + info.hblkhd) as f64 / f64::from(1 << 20)
 }
 
 fn measure_parse(text: &str) -> Result<Ruleset> {
-    let before = resident()?;
+    let before = allocated();
     let mut best = f64::MAX;
     let mut ruleset = None;
     for round in 0..5 {
@@ -78,7 +85,7 @@ fn measure_parse(text: &str) -> Result<Ruleset> {
         let (parsed, problems) = iptables::parse(text, "generated", Flavour::IptablesLegacy, Family::V4);
         best = best.min((now()? - begin) * 1e3);
         if round == 0 {
-            report("parse_memory", resident()? - before, "MiB");
+            report("parse_memory", allocated() - before, "MiB");
             report("diagnostics", problems.len() as f64, "lines");
         }
         ruleset = Some(parsed);

@@ -83,11 +83,11 @@ fn print(ruleset: &Ruleset) -> String {
         let _ = writeln!(out, "*{}", table.name);
         for chain in &table.chains {
             let policy = chain.policy.map_or("-", |policy| if policy == Policy::Drop { "DROP" } else { "ACCEPT" });
-            let _ = writeln!(out, ":{} {policy}", chain.name);
+            let _ = writeln!(out, ":{} {policy}", chain.name());
         }
         for rule in table.chains.iter().flat_map(|chain| &chain.rules) {
-            let counters = rule.counters.map_or(String::new(), |(packets, bytes)| format!("[{packets}:{bytes}] "));
-            let _ = writeln!(out, "{counters}{}", &*rule.text);
+            let counters = rule.counters().map_or(String::new(), |(packets, bytes)| format!("[{packets}:{bytes}] "));
+            let _ = writeln!(out, "{counters}{}", rule.text);
         }
         out.push_str("COMMIT\n");
     }
@@ -98,12 +98,12 @@ fn print(ruleset: &Ruleset) -> String {
 fn meaning(ruleset: &Ruleset) -> Vec<String> {
     let mut lines = Vec::new();
     for table in &ruleset.tables {
-        lines.push(table.name.clone());
+        lines.push(table.name.to_string());
         for chain in &table.chains {
-            lines.push(format!("{} {:?}", chain.name, chain.policy));
+            lines.push(format!("{} {:?}", chain.name(), chain.policy));
             let rules = chain.rules.iter();
             lines.extend(
-                rules.map(|rule| format!("{:?} {} {:?} {:?}", rule.counters, rule.text, rule.matches, rule.target)),
+                rules.map(|rule| format!("{:?} {} {:?} {:?}", rule.counters(), rule.text, rule.matches, rule.target)),
             );
         }
     }

@@ -320,7 +320,7 @@ fn a_fingerprint_changes_with_the_rules() -> Result<()> {
     assert_eq!(take()?, first);
     assert!(!first.has_legacy());
     // Looking registers no tables.
-    let (sets, problems, _) = netns.run_in(ruleset::read_all)?;
+    let (sets, problems) = netns.run_in(ruleset::read_all)?;
     assert!(sets.is_empty() && problems.is_empty(), "{problems:?}");
     assert_eq!(netns.exec(["cat", "/proc/net/ip_tables_names"])?, "");
     assert_eq!(netns.exec(["nft", "list", "tables"])?, "");
@@ -337,9 +337,8 @@ fn a_fingerprint_changes_with_the_rules() -> Result<()> {
     assert_eq!(take()?, third);
     netns.exec(["iptables-legacy", "-D", "INPUT", "1"])?;
     assert_ne!(take()?, third);
-    let (sets, problems, timings) = netns.run_in(ruleset::read_all)?;
+    let (sets, problems) = netns.run_in(ruleset::read_all)?;
     assert_eq!(sets.len(), 2);
     assert_eq!(problems, []);
-    assert!(!timings.of("read rules").is_zero());
     Ok(())
 }

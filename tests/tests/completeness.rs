@@ -98,7 +98,7 @@ fn watch<T: Send>(lab: &Lab, config: &ProbeConfig, clients: impl FnOnce() -> Res
                 let started = Probe::start(config);
                 ready.store(true, Ordering::Release);
                 let mut probe = started?;
-                let (rules, _, _) = ruleset::read_all();
+                let (rules, _) = ruleset::read_all();
                 probe.predict(&nat_targets(&rules, &config.ports))?;
                 let mut told = Told {
                     runs: probe.info().conntrack_backend,

@@ -253,7 +253,7 @@ impl Thread<'_> {
         let state = self.state.clone();
         (self.is_reading, self.is_stale) = (true, false);
         thread::spawn(move || {
-            let (mut read, _) = live::state(Options { processes: true, ..Options::default() });
+            let live::Node { state: mut read, .. } = live::node(Options { processes: true, ..Options::default() });
             // A watched connection is new to conntrack; entries of older ones would only stand in the way.
             read.conntrack = Some(Vec::new());
             // The receiver is gone when the pod is.

@@ -1,8 +1,11 @@
 //! The state of the node that porttrace runs on: the calling thread's network namespace.
 
+use super::ruleset::LegacyHash;
 use super::{Timings, conntrack, netlink, nftables, ruleset, sockets, sysctl, tool};
 use crate::core::model::state::{NodeState, Socket};
+use crate::core::parse::rulesets::{self, FileRules};
 use crate::core::parse::{self, FORMAT, Files, Metadata, iproute};
+use memchr::memmem;
 use nix::time::{ClockId, clock_gettime};
 use std::collections::BTreeSet;
 use std::fs;
@@ -27,11 +30,21 @@ pub struct Collected {
     pub timings: Timings,
 }
 
-/// Collects everything and turns it into a state. Never fails: what is missing is in the diagnostics.
-pub fn state(options: Options) -> (NodeState, Timings) {
-    let Collected { files, mut timings } = collect(options);
-    let state = timings.measure("parse", || parse::into_state(files));
-    (state, timings)
+/// A node's state, what to tell its legacy rules by, and how long each part took.
+#[derive(Debug)]
+pub struct Node {
+    pub state: NodeState,
+    pub legacy: LegacyHash,
+    pub timings: Timings,
+}
+
+/// Collects everything and turns it into a state, the rules while they are printed. Never fails: what is missing is in the
+/// diagnostics.
+pub fn node(options: Options) -> Node {
+    let (found, mut timings) = gather(options, read_rules);
+    let (rules, legacy) = found.rules.map_or_else(Default::default, |rules| (rules.files, rules.legacy));
+    let state = timings.measure("parse", || parse::state_of(&found.files, rules));
+    Node { state, legacy, timings }
 }
 
 /// The same node with its interfaces, addresses, routes and settings read again; rules and sockets are taken over.
@@ -57,8 +70,14 @@ pub fn reread_sockets(former: &NodeState) -> Option<NodeState> {
     Some(NodeState { sockets: Some(sockets::read(true).ok()?), ..former.clone() })
 }
 
-/// Collects everything as files, its parts side by side.
+/// Collects everything as files.
 pub fn collect(options: Options) -> Collected {
+    let (Found { files, .. }, timings) = gather(options, rule_texts);
+    Collected { files, timings }
+}
+
+/// Collects everything, its parts side by side.
+fn gather(options: Options, rules: fn(&mut Found)) -> (Found, Timings) {
     let parts: [(&'static str, Part); 7] = [
         ("rules", Box::new(rules)),
         ("netlink", Box::new(network)),
@@ -92,6 +111,7 @@ pub fn collect(options: Options) -> Collected {
                     Ok((name, found, took)) => {
                         all.files.extend(found.files);
                         all.missing.extend(found.missing);
+                        all.rules = all.rules.take().or(found.rules);
                         timings.add(name, took);
                     }
                     Err(_) => all.missing.push("one part of the collection broke off".to_owned()),
@@ -101,7 +121,7 @@ pub fn collect(options: Options) -> Collected {
     });
     let metadata = metadata(std::mem::take(&mut all.missing));
     all.text("snapshot.json", metadata);
-    Collected { files: all.files, timings }
+    (all, timings)
 }
 
 type Part = Box<dyn FnOnce(&mut Found) + Send>;
@@ -110,6 +130,8 @@ type Part = Box<dyn FnOnce(&mut Found) + Send>;
 #[derive(Default)]
 struct Found {
     files: Files,
+    /// Where they are wanted as values.
+    rules: Option<ruleset::Rules>,
     missing: Vec<String>,
 }
 
@@ -137,12 +159,28 @@ fn run(name: &'static str, part: Part) -> (&'static str, Found, std::time::Durat
     (name, found, start.elapsed())
 }
 
-/// Rules, and what rules refer to: ipsets and recent lists.
-fn rules(found: &mut Found) {
-    let rules = ruleset::read();
-    let mentions = |word: &str| rules.files.values().any(|text| String::from_utf8_lossy(text).contains(word));
+/// Rules as text, and what they refer to.
+fn rule_texts(found: &mut Found) {
+    let ruleset::Texts { files, missing } = ruleset::texts();
+    let mentions = |word: &str| files.values().any(|text| memmem::find(text, word.as_bytes()).is_some());
+    referred(found, mentions(rulesets::OF_SETS), mentions(rulesets::OF_RECENT));
+    found.files.extend(files);
+    found.missing.extend(missing);
+}
+
+/// Rules as values, and what they refer to.
+fn read_rules(found: &mut Found) {
+    let mut rules = ruleset::read();
+    let any = |asks: fn(&FileRules) -> bool| rules.files.iter().any(asks);
+    referred(found, any(|rules| rules.wants_sets), any(|rules| rules.wants_recent));
+    found.missing.append(&mut rules.missing);
+    found.rules = Some(rules);
+}
+
+/// What rules refer to: ipsets and recent lists.
+fn referred(found: &mut Found, wants_sets: bool, wants_recent: bool) {
     // Asking would load the kernel's ipset where nothing uses it.
-    if mentions("--match-set ") {
+    if wants_sets {
         match tool::run("ipset", &["save"]) {
             Ok(text) => drop(found.files.insert("ipset.txt".to_owned(), text)),
             Err(error) => found.missing.push(format!("rules that match a set stay undecided: {error}")),
@@ -150,11 +188,9 @@ fn rules(found: &mut Found) {
     } else {
         found.text("ipset.txt", String::new());
     }
-    if mentions("-m recent ") {
+    if wants_recent {
         recent(found);
     }
-    found.files.extend(rules.files);
-    found.missing.extend(rules.missing);
 }
 
 fn recent(found: &mut Found) {

@@ -1,6 +1,5 @@
 //! iptables rules, legacy and nft, whichever holds any, through the tools that only print them.
 
-use super::Timings;
 use super::nftables;
 use super::tool::{self, ToolError};
 use crate::core::model::flow::Family;
@@ -8,72 +7,138 @@ use crate::core::model::rules::Ruleset;
 use crate::core::model::state::Diagnostic;
 use crate::core::model::trace::Flavour;
 use crate::core::parse::Files;
-use crate::core::parse::rulesets::{header_flavour, rulesets};
-use std::collections::BTreeSet;
+use crate::core::parse::rulesets::{FileRules, Reader, header_flavour, together};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::{DefaultHasher, Hash as _, Hasher};
 use std::io;
 use std::thread;
 
 /// One dump to take.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Dump {
-    flavour: Flavour,
     family: Family,
+    flavour: Flavour,
 }
 
 /// Rules as text, and what of them could not be had.
 #[derive(Debug, Default)]
-pub struct Rules {
+pub struct Texts {
     pub files: Files,
     pub missing: Vec<String>,
 }
 
-/// Reads and parses all rules of the calling thread's network namespace.
+/// Rules as they were read, and what of them could not be had.
+#[derive(Debug)]
+pub struct Rules {
+    pub files: Vec<FileRules>,
+    pub missing: Vec<String>,
+    pub legacy: LegacyHash,
+}
+
+/// Hash of the legacy rules without counters; `None` where there are none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LegacyHash(Option<u64>);
+
+/// Reads all rules of the calling thread's network namespace.
 ///
 /// Never fails: what is missing is in the diagnostics.
-pub fn read_all() -> (Vec<Ruleset>, Vec<Diagnostic>, Timings) {
-    let mut timings = Timings::default();
-    let rules = timings.measure("read rules", read);
-    let (found, mut diagnostics) = timings.measure("parse rules", || rulesets(&rules.files));
-    let missing = |message| Diagnostic { source: "rules".to_owned(), line: 0, message };
-    diagnostics.extend(rules.missing.into_iter().map(missing));
-    (found, diagnostics, timings)
+pub fn read_all() -> (Vec<Ruleset>, Vec<Diagnostic>) {
+    let Rules { files, missing, .. } = read();
+    let (found, mut diagnostics) = together(files);
+    let missing = missing.into_iter().map(|message| Diagnostic { source: "rules".to_owned(), line: 0, message });
+    diagnostics.extend(missing);
+    (found, diagnostics)
+}
+
+/// Reads all rules, the dumps side by side, each while it is printed.
+pub fn read() -> Rules {
+    let (read, missing) = gather::<Reading>();
+    let mut files = Vec::new();
+    let mut legacy = Vec::new();
+    for (dump, Reading { reader, hash }) in read {
+        files.push(reader.finish());
+        if dump.flavour == Flavour::IptablesLegacy {
+            legacy.push(hash.finish());
+        }
+    }
+    Rules { files, missing, legacy: LegacyHash::of(&legacy) }
 }
 
 /// Reads all rules as text, the dumps side by side.
-pub fn read() -> Rules {
-    let mut rules = Rules::default();
-    let needed = needed(&mut rules.missing);
-    // A family that nothing speaks for has no rules, which is known and not missing; unless somebody may not look.
-    if needed.is_whole {
-        for family in [Family::V4, Family::V6] {
-            rules.files.insert(file_name(Dump { flavour: Flavour::IptablesNft, family }).to_owned(), Vec::new());
-        }
+pub fn texts() -> Texts {
+    let (read, missing) = gather::<Vec<u8>>();
+    Texts { files: read.into_iter().map(|(dump, text)| (file_name(dump).to_owned(), text)).collect(), missing }
+}
+
+/// What a dump becomes as it is printed.
+trait Sink: Send {
+    fn of(dump: Dump) -> Self;
+    fn feed(&mut self, bytes: &[u8]);
+}
+
+impl Sink for Vec<u8> {
+    fn of(_: Dump) -> Self {
+        Self::new()
     }
+
+    fn feed(&mut self, bytes: &[u8]) {
+        self.extend_from_slice(bytes);
+    }
+}
+
+struct Reading {
+    reader: Reader,
+    hash: Hash,
+}
+
+impl Sink for Reading {
+    fn of(dump: Dump) -> Self {
+        Self { reader: Reader::new(file_name(dump)), hash: Hash::default() }
+    }
+
+    fn feed(&mut self, bytes: &[u8]) {
+        self.reader.feed(bytes);
+        self.hash.feed(bytes);
+    }
+}
+
+/// All dumps, and what could not be had. A family without rules has an empty one of nft's flavour.
+fn gather<S: Sink>() -> (BTreeMap<Dump, S>, Vec<String>) {
+    let mut missing = Vec::new();
+    let needed = needed(&mut missing);
     let answers: Vec<_> = thread::scope(|scope| {
-        let threads: Vec<_> = needed.dumps.iter().map(|dump| (*dump, scope.spawn(|| save(*dump, true)))).collect();
+        let save = |dump| {
+            let mut sink = S::of(dump);
+            save(dump, true, |bytes| sink.feed(bytes)).map(|()| sink)
+        };
+        let threads: Vec<_> = needed.dumps.iter().map(|dump| (*dump, scope.spawn(move || save(*dump)))).collect();
         threads.into_iter().map(|(dump, thread)| (dump, thread.join())).collect()
     });
+    let mut read = BTreeMap::new();
+    // A family that nothing speaks for has no rules, which is known and not missing; unless somebody may not look.
+    let mut known = if needed.is_whole { BTreeSet::from([Family::V4, Family::V6]) } else { BTreeSet::new() };
     for (dump, answer) in answers {
         match answer {
-            Ok(Ok(text)) => drop(rules.files.insert(file_name(dump).to_owned(), text)),
+            Ok(Ok(sink)) => drop(read.insert(dump, sink)),
             Ok(Err(error)) => {
-                rules.files.remove(file_name(dump));
-                // Whether the family has rules is no longer known.
-                let nft = file_name(Dump { flavour: Flavour::IptablesNft, ..dump });
-                if rules.files.get(nft).is_some_and(Vec::is_empty) {
-                    rules.files.remove(nft);
-                }
-                rules.missing.push(format!("{} rules of {} are unknown: {error}", words(dump).0, words(dump).1));
+                known.remove(&dump.family);
+                missing.push(format!("{} rules of {} are unknown: {error}", words(dump).0, words(dump).1));
             }
-            Err(_) => rules.missing.push(format!("reading {} rules broke off", words(dump).0)),
+            Err(_) => {
+                known.remove(&dump.family);
+                missing.push(format!("reading {} rules broke off", words(dump).0));
+            }
         }
     }
-    rules.missing.extend(needed.native.iter().map(|(family, name)| {
+    for family in known {
+        let dump = Dump { flavour: Flavour::IptablesNft, family };
+        read.entry(dump).or_insert_with(|| S::of(dump));
+    }
+    missing.extend(needed.native.iter().map(|(family, name)| {
         format!("nftables table {family} {name} holds native rules, which are not followed yet")
     }));
-    rules
+    (read, missing)
 }
 
 /// Which dumps hold rules, and what is beside them.
@@ -131,12 +196,12 @@ fn legacy_tables(family: Family) -> io::Result<Vec<String>> {
 }
 
 /// Runs the save tool of a flavour: the one named after it, or the plain one if its header says that it is that one.
-fn save(dump: Dump, counters: bool) -> Result<Vec<u8>, ToolError> {
+fn save(dump: Dump, counters: bool, mut take: impl FnMut(&[u8])) -> Result<(), ToolError> {
     let (flavour, _) = words(dump);
     let family = if dump.family == Family::V4 { "iptables" } else { "ip6tables" };
     let arguments: &[&str] = if counters { &["-c"] } else { &[] };
     let named = format!("{family}-{flavour}-save");
-    match tool::run(&named, arguments) {
+    match tool::stream(&named, arguments, &mut take) {
         Err(ToolError::Missing(_)) => {}
         answer => return answer,
     }
@@ -147,7 +212,10 @@ fn save(dump: Dump, counters: bool) -> Result<Vec<u8>, ToolError> {
     };
     match header_flavour(&String::from_utf8_lossy(&text)) {
         Some(found) if found != dump.flavour => Err(ToolError::Missing(named)),
-        _ => Ok(text),
+        _ => {
+            take(&text);
+            Ok(())
+        }
     }
 }
 
@@ -168,64 +236,99 @@ fn words(dump: Dump) -> (&'static str, &'static str) {
 /// A mark of the rules at one moment: two that differ mean that rules changed in between.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Fingerprint {
-    /// nftables' generation; `None` where the kernel would not say.
+    /// nftables' generation, 0 where the kernel has no nftables; `None` where it would not say.
     nft: Option<u32>,
-    /// Hash of the legacy rules without counters; `None` where there are none.
-    legacy: Option<u64>,
+    legacy: LegacyHash,
 }
 
 impl Fingerprint {
     /// Takes one: a netlink round trip (tens of microseconds), and a dump of the legacy rules where there are any, which
     /// costs as much as `iptables-legacy-save` does; so better not more than every few seconds.
     pub fn take() -> Self {
-        let dump = |family| save(Dump { flavour: Flavour::IptablesLegacy, family }, false).unwrap_or_default();
-        Self { legacy: legacy_hash(dump), ..Self::take_cheap(&Self::default()) }
+        let in_use = |family: &Family| legacy_tables(*family).is_ok_and(|tables| !tables.is_empty());
+        let hash = |family| {
+            let mut hash = Hash::default();
+            // One that fails differs from what it was before.
+            let _ = save(Dump { flavour: Flavour::IptablesLegacy, family }, false, |bytes| hash.feed(bytes));
+            hash.finish()
+        };
+        let hashes: Vec<u64> = [Family::V4, Family::V6].into_iter().filter(in_use).map(hash).collect();
+        Self { legacy: LegacyHash::of(&hashes), ..Self::take_cheap(&Self::default()) }
     }
 
     /// Takes one with the legacy half of an earlier one: cheap enough for every tick of a clock.
     pub fn take_cheap(earlier: &Self) -> Self {
-        Self { nft: nftables::generation().ok(), legacy: earlier.legacy }
+        let nft = match nftables::generation() {
+            Ok(generation) => Some(generation),
+            Err(_) => nf_tables_is_absent().then_some(0),
+        };
+        Self { nft, legacy: earlier.legacy }
     }
 
-    /// With the legacy half of the rules as these files hold them: what was read need not be dumped again.
-    pub fn with_legacy_of(self, files: &Files) -> Self {
-        let dump = |family| {
-            let name = file_name(Dump { flavour: Flavour::IptablesLegacy, family });
-            files.get(name).map_or(&[][..], Vec::as_slice)
-        };
-        Self { legacy: legacy_hash(dump), ..self }
+    /// Whether the kernel said all that there is to it: one that does not (no descriptor is free, say) tells nothing of changes.
+    pub const fn is_known(&self) -> bool {
+        self.nft.is_some()
+    }
+
+    /// With the legacy half of what was read: it need not be dumped again.
+    pub const fn with_legacy(self, legacy: LegacyHash) -> Self {
+        Self { legacy, ..self }
     }
 
     /// Whether legacy rules exist, so that [`Fingerprint::take_cheap`] alone is not enough.
-    pub fn has_legacy(&self) -> bool {
-        self.legacy.is_some()
+    pub const fn has_legacy(&self) -> bool {
+        self.legacy.0.is_some()
     }
 }
 
-/// `None`: there are no legacy rules. A dump that failed is empty.
-fn legacy_hash<T: AsRef<[u8]>>(dump: impl Fn(Family) -> T) -> Option<u64> {
-    let in_use = |family: &Family| legacy_tables(*family).is_ok_and(|tables| !tables.is_empty());
-    hash_of([Family::V4, Family::V6].into_iter().filter(in_use).map(dump))
+impl LegacyHash {
+    /// Of those of all dumps.
+    fn of(dumps: &[u64]) -> Self {
+        let mut hasher = DefaultHasher::new();
+        dumps.hash(&mut hasher);
+        Self((!dumps.is_empty()).then(|| hasher.finish()))
+    }
 }
 
-/// Hash of dumps without comments and counters, which chains (`:INPUT ACCEPT [12:3456]`) carry always and rules
-/// (`[12:3456] -A …`) by `-c`; `None` for none.
-fn hash_of<T: AsRef<[u8]>>(dumps: impl Iterator<Item = T>) -> Option<u64> {
-    let mut hasher = DefaultHasher::new();
-    let mut any = false;
-    for text in dumps {
-        any = true;
-        for line in text.as_ref().split(|byte| *byte == b'\n') {
-            let told = match line.first() {
-                Some(b'#') => continue,
-                Some(b':') => line.rsplitn(2, |byte| *byte == b'[').last().unwrap_or(line),
-                Some(b'[') => line.splitn(2, |byte| *byte == b']').last().unwrap_or(line).trim_ascii_start(),
-                _ => line,
-            };
-            told.hash(&mut hasher);
+/// Of a dump as it comes, without comments and counters, which chains (`:INPUT ACCEPT [12:3456]`) carry always and rules
+/// (`[12:3456] -A …`) by `-c`.
+#[derive(Default)]
+struct Hash {
+    hasher: DefaultHasher,
+    /// What came of a line that is not whole.
+    rest: Vec<u8>,
+}
+
+impl Hash {
+    fn feed(&mut self, bytes: &[u8]) {
+        let mut lines = bytes.split(|byte| *byte == b'\n');
+        // Behind the last line break.
+        let last = lines.next_back().unwrap_or_default();
+        for line in lines {
+            self.rest.extend_from_slice(line);
+            self.line();
         }
+        self.rest.extend_from_slice(last);
     }
-    any.then(|| hasher.finish())
+
+    fn line(&mut self) {
+        let line = &self.rest[..];
+        let told = match line.first() {
+            Some(b'#') => None,
+            Some(b':') => line.rsplitn(2, |byte| *byte == b'[').last(),
+            Some(b'[') => line.splitn(2, |byte| *byte == b']').last().map(<[u8]>::trim_ascii_start),
+            _ => Some(line),
+        };
+        if let Some(told) = told {
+            told.hash(&mut self.hasher);
+        }
+        self.rest.clear();
+    }
+
+    fn finish(mut self) -> u64 {
+        self.line();
+        self.hasher.finish()
+    }
 }
 
 #[cfg(test)]
@@ -235,7 +338,9 @@ mod tests {
     const PLAIN: &str = "# by iptables-save\n*nat\n:A - [0:0]\n-A A -s 10.0.0.1/32 -j RETURN\nCOMMIT\n";
 
     fn hash(text: &str) -> u64 {
-        hash_of([text].into_iter()).expect("there is one")
+        let mut hash = Hash::default();
+        hash.feed(text.as_bytes());
+        hash.finish()
     }
 
     #[test]
@@ -245,11 +350,22 @@ mod tests {
     }
 
     #[test]
+    fn nor_is_where_it_breaks_while_it_comes() {
+        for at in 0..PLAIN.len() {
+            let mut pieces = Hash::default();
+            pieces.feed(&PLAIN.as_bytes()[..at]);
+            pieces.feed(&PLAIN.as_bytes()[at..]);
+            assert_eq!(pieces.finish(), hash(PLAIN), "at {at}");
+        }
+    }
+
+    #[test]
     fn a_policy_a_rule_and_an_order_are() {
         let with = |from: &str, to: &str| hash(&PLAIN.replace(from, to));
         assert_ne!(hash(PLAIN), with(":A -", ":A DROP"));
         assert_ne!(hash(PLAIN), with("10.0.0.1", "10.0.0.2"));
         assert_ne!(hash(PLAIN), with("COMMIT", "-A A -j DROP\nCOMMIT"));
-        assert_eq!(hash_of(std::iter::empty::<&str>()), None, "no dump is not an empty one");
+        assert_ne!(LegacyHash::of(&[1, 2]), LegacyHash::of(&[2, 1]));
+        assert_eq!(LegacyHash::of(&[]), LegacyHash(None), "no dump is not an empty one");
     }
 }

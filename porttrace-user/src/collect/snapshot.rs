@@ -82,7 +82,7 @@ pub enum SnapshotError {
 /// When it cannot be read, is damaged, or holds what no snapshot holds (links, paths that climb out, endless files).
 /// What is wrong *inside* a file is no error but a diagnostic of the state.
 pub fn read(path: &Path) -> Result<NodeState, SnapshotError> {
-    read_files(path).map(parse::into_state)
+    read_files(path).map(|files| parse::state(&files))
 }
 
 /// As [`read`], without turning the files into a state.

@@ -184,7 +184,8 @@ fn is_interface(pattern: &str, name: &str) -> bool {
 /// The condition's own words in the rule's text.
 fn option(rule: &Rule, part: &Match) -> String {
     let (start, len) = (usize::from(part.at.0), usize::from(part.at.1));
-    let text = rule.text.get(start..start + len).filter(|text| !text.is_empty()).unwrap_or("a condition");
+    let text = rule.text.read();
+    let text = text.get(start..start + len).filter(|text| !text.is_empty()).unwrap_or("a condition");
     if part.negated && !text.starts_with('!') { format!("! {text}") } else { text.to_owned() }
 }
 

@@ -79,12 +79,12 @@ pub enum Wins {
 /// All claims of a node, by port, for clients from outside. Listeners on loopback addresses alone are left out: nobody else can
 /// reach them.
 pub fn ports(world: &World<'_>) -> Vec<Port> {
-    of_claims(world, world.owners.all().iter(), None)
+    of_claims(world, world.owners.all(), None)
 }
 
 /// The same for one client: who wins, and what `outside` says, is what this client meets in its family.
 pub fn ports_for(world: &World<'_>, client: Option<IpAddr>) -> Vec<Port> {
-    of_claims(world, world.owners.all().iter(), client)
+    of_claims(world, world.owners.all(), client)
 }
 
 /// The claims to one port, whatever the protocol or address.
@@ -270,11 +270,11 @@ fn shown(world: &World<'_>, claim: &Claim) -> PortClaim {
             PortClaim { only: *host_ip, to: Some(*to), ..plain(Kind::HostPort, who) }
         }
         ClaimKind::NodePort { service, endpoints } => {
-            PortClaim { endpoints: Some(*endpoints), ..plain(Kind::NodePort, service.clone()) }
+            PortClaim { endpoints: Some(*endpoints), ..plain(Kind::NodePort, service.to_string()) }
         }
         ClaimKind::ServicePort { service, address, endpoints } => {
             let kind = external(world, claim, *address).unwrap_or(Kind::ExternalIp);
-            PortClaim { endpoints: Some(*endpoints), ..plain(kind, service.clone()) }
+            PortClaim { endpoints: Some(*endpoints), ..plain(kind, service.to_string()) }
         }
         ClaimKind::Refused { why } => plain(Kind::Refused, why.clone()),
         ClaimKind::Listener { address, process } => {

@@ -296,7 +296,6 @@ fn left_behind(world: &World<'_>, to: &Tuple, interface: &str) -> Option<String>
     let is_host_port = world
         .owners
         .all()
-        .iter()
         .any(|claim| matches!(&claim.kind, ClaimKind::HostPort { to: at, .. } if *at == to.destination()));
     (is_host_port && world.route(to.dst).is_some() && world.behind(to.dst).is_none()).then(|| {
         format!("no pod of this node has {} any more: the packet leaves by {interface}, where nobody answers", to.dst)

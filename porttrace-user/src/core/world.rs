@@ -85,7 +85,7 @@ impl<'a> World<'a> {
     }
 
     fn uplink_or(&self, otherwise: &'static str, towards: IpAddr) -> Name {
-        self.uplink(Family::of(towards)).map_or(Name::Static(otherwise), Name::from)
+        self.uplink(Family::of(towards)).map_or_else(|| Name::from(otherwise), Name::from)
     }
 
     /// The rule at a place.

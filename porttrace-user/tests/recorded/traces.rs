@@ -57,7 +57,7 @@ pub fn xt_texts(lines: &[String]) -> Vec<String> {
 /// Texts of the rules of a branch.
 pub fn branch_texts(branch: &Branch) -> Vec<String> {
     let text = |hop: &Hop| match hop {
-        Hop::Rule { rule, .. } if rule.number().is_some() => Some(plain(rule.text())),
+        Hop::Rule { rule, .. } if rule.number().is_some() => Some(plain(&rule.text())),
         _ => None,
     };
     branch.hops.iter().filter_map(text).collect()
@@ -78,7 +78,7 @@ pub fn branch_numbers(branch: &Branch) -> Vec<String> {
     let step = |hop: &Hop| {
         let Hop::Rule { rule, action, .. } = hop else { return None };
         match rule.number() {
-            _ if *action == Action::Return && conditions(rule.text()).is_empty() => None,
+            _ if *action == Action::Return && conditions(&rule.text()).is_empty() => None,
             Some(number) => Some(service(&format!("{}:{}:rule:{number}", rule.table, pod(&rule.chain)))),
             None => Some(format!("{}:{}:policy", rule.table, rule.chain)),
         }

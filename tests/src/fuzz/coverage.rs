@@ -32,14 +32,14 @@ impl Coverage {
                         && let Some(rule) =
                             rule(round, (family, Flavour::IptablesNft), &segment.table, &step.chain, number)
                     {
-                        self.hit(&rule.text);
+                        self.hit(&rule.text.read());
                     }
                 }
             }
             for step in &path.legacy {
                 let flavour = (family, Flavour::IptablesLegacy);
                 if let Some(rule) = rule(round, flavour, &step.table, &step.chain, step.number) {
-                    self.hit(&rule.text);
+                    self.hit(&rule.text.read());
                     *self.chains.entry(format!("rules of legacy {}", step.table)).or_default() += 1;
                 }
             }

@@ -55,7 +55,7 @@ pub fn balance(endpoints: u8, count: u16) -> Result<Odds> {
 pub fn node_port(count: usize) -> Result<Odds> {
     let lab = Lab::up(LabOptions::default())?;
     let node = lab.node(NodeName::Worker3);
-    let (state, _) = node.run_in(|| live::state(live::Options::default()))?;
+    let live::Node { state, .. } = node.run_in(|| live::node(live::Options::default()))?;
     let to = SocketAddr::new(NodeName::Worker3.v4().into(), service::FRONTEND_NODE_PORT);
     let tuple = Tuple::new(Proto::Tcp, SocketAddr::new(OUTSIDE_V4.into(), 40_000), to);
     let trace = Simulator::new(&state).trace(&Packet::first_of(tuple, Some("eth0".into())));

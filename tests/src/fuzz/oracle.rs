@@ -6,6 +6,7 @@ use super::run::{Outcome, Round, run};
 use super::scenario::{Probe, Scenario};
 use super::shrink::shrink;
 use anyhow::Result;
+use porttrace_user::core::model::name::Name;
 use porttrace_user::core::model::trace::{Flavour, Hop, Trace};
 use porttrace_user::core::simulate::Simulator;
 use std::collections::BTreeMap;
@@ -199,9 +200,11 @@ fn same_beginning(view: &View, kernel: &View) -> usize {
         .unwrap_or_default()
 }
 
-fn text_of<'a>(round: &'a Round, probe: &Probe, step: &Step, flavour: Flavour) -> &'a str {
-    let Step::Rule { table, chain, number, .. } = step else { return "" };
-    rule(round, (probe.packet.tuple.family(), flavour), table, chain, *number).map_or("", |rule| &rule.text)
+fn text_of(round: &Round, probe: &Probe, step: &Step, flavour: Flavour) -> Name {
+    let Step::Rule { table, chain, number, .. } = step else { return Name::default() };
+    rule(round, (probe.packet.tuple.family(), flavour), table, chain, *number)
+        .map(|rule| rule.text.read())
+        .unwrap_or_default()
 }
 
 impl fmt::Display for Report {

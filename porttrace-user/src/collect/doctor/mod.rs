@@ -84,7 +84,7 @@ fn conntrack() -> Conntrack {
 }
 
 fn rules() -> Rules {
-    let (sets, diagnostics, _) = ruleset::read_all();
+    let (sets, diagnostics) = ruleset::read_all();
     let mut sets: Vec<RuleSet> = sets.iter().map(summary).filter(|set| set.rules > 0).collect();
     sets.sort_by_key(|set| (set.family, set.flavour.clone()));
     let native = nftables::tables().unwrap_or_default();
@@ -117,12 +117,13 @@ fn version(name: &str) -> Option<Option<String>> {
 fn summary(set: &Ruleset) -> RuleSet {
     let chains = || set.tables.iter().flat_map(|table| &table.chains);
     let nat = || set.tables.iter().filter(|table| table.name == "nat").flat_map(|table| &table.chains);
-    let begins = |prefix: &str| nat().filter(|chain| chain.name.starts_with(prefix) && !chain.rules.is_empty()).count();
+    let begins =
+        |prefix: &str| nat().filter(|chain| chain.name().starts_with(prefix) && !chain.rules.is_empty()).count();
     let jumps = set.tables.iter().filter(|table| table.name == "nat").any(|table| {
         let base = table.chains.iter().filter(|chain| chain.policy.is_some());
         base.flat_map(|chain| &chain.rules).any(|rule| match rule.target {
             Target::Jump(to) | Target::Goto(to) => {
-                table.chains.get(to as usize).is_some_and(|chain| &*chain.name == "KUBE-SERVICES")
+                table.chains.get(to as usize).is_some_and(|chain| &*chain.name() == "KUBE-SERVICES")
             }
             _ => false,
         })

@@ -59,7 +59,7 @@ impl Source {
             Some(path) => Facts { state: snapshot::read(path)?, ..Facts::default() },
             None if !self.rules.is_empty() => nothing(),
             None if pods => facts::read(&self.sources.options(LIVE)).0,
-            None => Facts { state: live::state(LIVE).0, ..Facts::default() },
+            None => Facts { state: live::node(LIVE).state, ..Facts::default() },
         };
         let name = facts.state.name.clone();
         let state = std::mem::replace(&mut facts.state, NodeState { name, ..NodeState::default() });
@@ -91,7 +91,7 @@ impl Loaded {
         state.rulesets.retain(|old| paste.rulesets.iter().all(|new| new.family != old.family));
         for ruleset in paste.rulesets {
             if paste.partial {
-                let tables = ruleset.tables.iter().map(|table| table.name.clone()).collect();
+                let tables = ruleset.tables.iter().map(|table| table.name.to_string()).collect();
                 self.partial.push((ruleset.family, tables));
             }
             state.rulesets.push(ruleset.into());

@@ -75,9 +75,8 @@ impl Rules {
     pub fn read() -> Self {
         // Taken first: what changes while reading is then seen as a change.
         let fingerprint = Fingerprint::take_cheap(&Fingerprint::default());
-        let live::Collected { files, mut timings } = live::collect(Options { processes: true, ..Options::default() });
-        let fingerprint = fingerprint.with_legacy_of(&files);
-        let mut state = timings.measure("parse", || parse::into_state(files));
+        let live::Node { mut state, legacy, timings } = live::node(Options { processes: true, ..Options::default() });
+        let fingerprint = fingerprint.with_legacy(legacy);
         // A watched connection is new to conntrack; entries of older ones would only stand in the way.
         state.conntrack = Some(Vec::new());
         Self {
@@ -152,10 +151,10 @@ impl Rules {
             return false;
         }
         self.sockets_at = Instant::now();
-        let former = self.state.clone();
+        let (former, owners) = (self.state.clone(), Arc::clone(&self.owners));
         let reading = tokio::task::spawn_blocking(move || {
             let state = live::reread_sockets(&former)?;
-            Some((Arc::new(Owners::of(&state)), Arc::new(Simulator::new(&state)), state))
+            Some((Arc::new(owners.renewed(&state)), Arc::new(Simulator::new(&state)), state))
         });
         let Some((owners, simulator, state)) = reading.await.ok().flatten() else { return false };
         (self.owners, self.simulator, self.state) = (owners, simulator, state);
@@ -192,10 +191,10 @@ impl Rules {
 
     /// Reads the network again; the rules, which can be many, are as they were.
     async fn follow_network(&mut self) {
-        let former = self.state.clone();
+        let (former, owners) = (self.state.clone(), Arc::clone(&self.owners));
         let reading = tokio::task::spawn_blocking(move || {
             let state = live::reread_network(&former);
-            (Arc::new(Owners::of(&state)), Arc::new(Simulator::new(&state)), state)
+            (Arc::new(owners.renewed(&state)), Arc::new(Simulator::new(&state)), state)
         });
         // Where it broke off, the next change has it read again.
         let Ok((owners, simulator, state)) = reading.await else { return };

@@ -4,7 +4,7 @@ use super::flow::{Flow, Way};
 use super::story::{Certainty, Line, What};
 use crate::core::model::event::Event;
 use crate::core::model::interfaces::Interfaces;
-use crate::core::model::name::Name;
+use crate::core::model::name::{Name, name};
 use crate::core::model::trace::{Branch, Hop, Route, RouteKind};
 use porttrace_ebpf::Kind;
 use std::net::IpAddr;
@@ -63,8 +63,8 @@ impl Taken {
             kind: self.kind,
             interface: self.interface.clone(),
             gateway: self.gateway,
-            table: Name::Static(""),
-            route: Name::Static(""),
+            table: name!(""),
+            route: name!(""),
         };
         Line {
             offset_ns: Some(self.offset_ns),

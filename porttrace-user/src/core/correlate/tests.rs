@@ -6,7 +6,7 @@ use super::story::{Certainty, What, tell};
 use super::*;
 use crate::core::model::event::{Conntrack, RouteTaken};
 use crate::core::model::interfaces::Interfaces;
-use crate::core::model::name::Name;
+use crate::core::model::name::{Name, name};
 use crate::core::model::trace::{Branch, Decisions, Fraction, Hop, Packet, Route, RouteKind, Trace, Verdict};
 
 pub(super) const ETH0: u32 = 2;
@@ -187,8 +187,8 @@ fn routes_told(taken: Option<&str>, predicted: &[Option<&str>]) -> Vec<(Certaint
             kind: RouteKind::Unicast,
             interface: Some(Name::from("veth1")),
             gateway: gateway.as_ref().map(address),
-            table: Name::Static("main"),
-            route: Name::Static("10.244.1.9 dev veth1"),
+            table: name!("main"),
+            route: name!("10.244.1.9 dev veth1"),
         };
         Branch { hops: vec![Hop::Route { decision }].into(), ..branch.clone() }
     }));

@@ -42,7 +42,7 @@ fn who_wins(first: &PortClaim, second: &PortClaim) -> String {
 fn jump_place(world: &World<'_>, chain: &str) -> Option<u32> {
     let nat = world.facts.state.rulesets.iter().filter(|set| set.family == Family::V4).flat_map(|set| &set.tables);
     let prerouting = nat.filter(|table| table.name == "nat").find_map(|table| table.chain("PREROUTING"))?;
-    let at = prerouting.rules.iter().position(|rule| super::stale::jumps_to(&rule.text, chain))?;
+    let at = prerouting.rules.iter().position(|rule| super::stale::jumps_to(&rule.text.read(), chain))?;
     u32::try_from(at + 1).ok()
 }
 

@@ -69,7 +69,7 @@ fn without_local(scene: &Scene<'_, '_>, policy: &str, wanted: impl Fn(&Service) 
 /// The rule that drops for want of local endpoints.
 fn dropping(world: &World<'_>, service: &Service, port: &ServicePort) -> Option<Evidence> {
     let wanted = format!("{} has no local endpoints", port_name(service, port));
-    let mut claims = world.owners.all().iter();
+    let mut claims = world.owners.all();
     let claim = claims.find(|claim| matches!(&claim.kind, ClaimKind::Refused { why } if *why == wanted))?;
     claim.rule.as_ref().map(|rule| Evidence::rule(world, rule))
 }
@@ -190,7 +190,7 @@ fn jumps(world: &World<'_>) -> (Vec<IpAddr>, Vec<Evidence>) {
         let Some(table) = set.tables.iter().find(|table| table.name == "nat") else { continue };
         let Some(chain) = table.chain("KUBE-SERVICES") else { continue };
         for (number, rule) in (1u32..).zip(&chain.rules) {
-            let leads = matches!(rule.target, Target::Jump(to) if table.chains.get(to as usize).is_some_and(|to| &*to.name == "KUBE-NODEPORTS"));
+            let leads = matches!(rule.target, Target::Jump(to) if table.chains.get(to as usize).is_some_and(|to| &*to.name() == "KUBE-NODEPORTS"));
             let local = rule.matches.iter().any(|one| matches!(one.kind, MatchKind::AddrType { .. }));
             if leads
                 && !local

@@ -237,8 +237,8 @@ impl Evidence {
     /// A rule's line, with its counter where the dump has one.
     pub(crate) fn rule(world: &World<'_>, at: &RuleRef) -> Self {
         let text = match world.rule(at) {
-            Some(rule) => match rule.counters {
-                Some((packets, _)) => format!("{} ({})", &*rule.text, count(packets, "packet")),
+            Some(rule) => match rule.counters() {
+                Some((packets, _)) => format!("{} ({})", rule.text, count(packets, "packet")),
                 None => rule.text.to_string(),
             },
             None if at.number().is_none() => "the chain's policy".to_owned(),

@@ -128,7 +128,7 @@ pub(super) fn hairpin(scene: &Scene<'_, '_>) -> Checked {
 
 /// The Service or hostPort that leads to a pod.
 fn leads_to(world: &World<'_>, pod: IpAddr) -> Option<String> {
-    let by_host_port = world.owners.all().iter().find_map(|claim| match &claim.kind {
+    let by_host_port = world.owners.all().find_map(|claim| match &claim.kind {
         ClaimKind::HostPort { to, .. } if to.ip() == pod => Some(format!("hostPort {}", claim.port)),
         _ => None,
     });

@@ -18,7 +18,7 @@ pub(super) fn ip_forward(scene: &Scene<'_, '_>) -> Checked {
     let mut found = Vec::new();
     for (family, key) in [(Family::V4, "net.ipv4.ip_forward"), (Family::V6, "net.ipv6.conf.all.forwarding")] {
         let pods = world.local_pods(family);
-        let claims = world.owners.all().iter().any(|claim| claim.family == family && claim.rule.is_some());
+        let claims = world.owners.all().any(|claim| claim.family == family && claim.rule.is_some());
         // Without pods and Services of a family nothing has to be forwarded.
         if !off(key) || pods.is_empty() && !claims || family == Family::V6 && pods.is_empty() {
             continue;

@@ -76,7 +76,7 @@ pub(super) fn of_service(severity: Severity, service: &Service, sentence: String
 /// Rules by which kube-proxy refuses a Service's port for want of endpoints.
 fn refusals(world: &World<'_>, service: &Service) -> Vec<Evidence> {
     let prefix = format!("{}:", service.name);
-    let mut rules = world.owners.all().iter().filter_map(|claim| match &claim.kind {
+    let mut rules = world.owners.all().filter_map(|claim| match &claim.kind {
         ClaimKind::Refused { why } if why.starts_with(&prefix) || why.starts_with(&format!("{} ", service.name)) => {
             claim.rule.as_ref()
         }
@@ -341,8 +341,8 @@ fn differs(world: &World<'_>, service: &Service, port: &ServicePort, family: Fam
     let sentence =
         format!("kube-proxy's rules for Service {name} are not those of its EndpointSlices: {}", parts.join(", and "));
     let change = "see whether kube-proxy runs on this node and reaches the API (`kubectl -n kube-system logs` of its pod); restarting it writes all rules anew";
-    let rule = world.owners.all().iter().find_map(|claim| match &claim.kind {
-        ClaimKind::ServicePort { service: of, .. } | ClaimKind::NodePort { service: of, .. } if *of == name => {
+    let rule = world.owners.all().find_map(|claim| match &claim.kind {
+        ClaimKind::ServicePort { service: of, .. } | ClaimKind::NodePort { service: of, .. } if **of == *name => {
             claim.rule.as_ref()
         }
         _ => None,
@@ -361,7 +361,7 @@ fn list(all: &[&SocketAddr]) -> String {
 
 /// How many endpoints the rules of a Service's port have.
 fn chains(world: &World<'_>, proto: Proto, name: &str, family: Family) -> usize {
-    let claims = world.owners.all().iter().filter(|claim| claim.family == family && claim.proto == proto);
+    let claims = world.owners.all().filter(|claim| claim.family == family && claim.proto == proto);
     let counts = claims.filter_map(|claim| match &claim.kind {
         ClaimKind::ServicePort { service, endpoints, .. } | ClaimKind::NodePort { service, endpoints }
             if service == name =>

@@ -4,6 +4,7 @@ use super::{Checked, Evidence, Finding, Scene, Severity};
 use crate::core::kube::hash;
 use crate::core::kube::owners::{Claim, ClaimKind};
 use crate::core::model::flow::{Family, Proto};
+use crate::core::model::name::Name;
 use crate::core::ports::{Kind, Port, Wins};
 use crate::core::world::World;
 use std::collections::BTreeMap;
@@ -16,7 +17,7 @@ pub(super) fn stale(scene: &Scene<'_, '_>) -> Checked {
     if facts.sandboxes.known().is_none() && facts.cluster.pods.known().is_none() && facts.listeners.known().is_none() {
         return Err("neither pods nor sandboxes nor the pods' network namespaces are known".to_owned());
     }
-    let mut found: BTreeMap<(String, Proto, u16, SocketAddr), Finding> = BTreeMap::new();
+    let mut found: BTreeMap<(Name, Proto, u16, SocketAddr), Finding> = BTreeMap::new();
     for claim in world.owners.all() {
         let ClaimKind::HostPort { to, network, sandbox, chain, .. } = &claim.kind else { continue };
         let by = Maker::of(claim, chain, network.as_deref());
@@ -90,8 +91,8 @@ fn removal(world: &World<'_>, family: Family, entries: &str, chain: &str) -> Str
     let sets = world.facts.state.rulesets.iter().filter(|set| set.family == family);
     let tables = sets.flat_map(|set| &set.tables).filter(|table| table.name == "nat");
     let entries = tables.filter_map(|table| table.chain(entries)).flat_map(|entries| &entries.rules);
-    let jumps = entries.filter_map(|rule| rule.text.strip_prefix("-A ").filter(|text| jumps_to(text, chain)));
-    let deletions = jumps.map(|text| format!("`{tool} -t nat -D {text}`"));
+    let jumps = entries.map(|rule| rule.text.read()).filter(|text| jumps_to(text, chain));
+    let deletions = jumps.filter_map(|text| Some(format!("`{tool} -t nat -D {}`", text.as_str().strip_prefix("-A ")?)));
     let lines: Vec<String> =
         deletions.chain(["-F", "-X"].map(|what| format!("`{tool} -t nat {what} {chain}`"))).collect();
     lines.join(", ")
@@ -104,7 +105,7 @@ pub(super) fn jumps_to(text: &str, chain: &str) -> bool {
 
 /// Whether a hostPort's endpoint is a gone pod's.
 pub(super) fn is_stale(world: &World<'_>, at: SocketAddr) -> bool {
-    world.owners.all().iter().any(|claim| match &claim.kind {
+    world.owners.all().any(|claim| match &claim.kind {
         ClaimKind::HostPort { to, network, sandbox, chain, .. } if *to == at => {
             gone(world, at, &Maker::of(claim, chain, network.as_deref()), sandbox.as_deref(), chain).is_some()
         }

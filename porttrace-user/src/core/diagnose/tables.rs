@@ -44,14 +44,14 @@ pub(super) fn stale_udp(scene: &Scene<'_, '_>) -> Checked {
     let Some(entries) = &world.facts.state.conntrack else {
         return Err("conntrack's entries are not known".to_owned());
     };
-    let claims: BTreeMap<u16, Vec<&Claim>> =
-        world.owners.all().iter().filter(|claim| claim.proto == Proto::Udp && claim.rule.is_some()).fold(
-            BTreeMap::new(),
-            |mut by_port: BTreeMap<u16, Vec<&Claim>>, claim| {
-                by_port.entry(claim.port).or_default().push(claim);
-                by_port
-            },
-        );
+    let claims: BTreeMap<u16, Vec<&Claim>> = world
+        .owners
+        .all()
+        .filter(|claim| claim.proto == Proto::Udp && claim.rule.is_some())
+        .fold(BTreeMap::new(), |mut by_port: BTreeMap<u16, Vec<&Claim>>, claim| {
+            by_port.entry(claim.port).or_default().push(claim);
+            by_port
+        });
     let mut found: BTreeMap<(SocketAddr, SocketAddr), (usize, &ConntrackEntry, String, &Claim)> = BTreeMap::new();
     for entry in entries.iter().filter(|entry| entry.original.proto == Proto::Udp) {
         let at = entry.original.destination();
@@ -119,7 +119,7 @@ fn leads(world: &World<'_>, claim: &Claim, to: SocketAddr) -> bool {
 
 fn name(world: &World<'_>, claim: &Claim) -> String {
     match &claim.kind {
-        ClaimKind::ServicePort { service, .. } | ClaimKind::NodePort { service, .. } => service.clone(),
+        ClaimKind::ServicePort { service, .. } | ClaimKind::NodePort { service, .. } => service.to_string(),
         ClaimKind::HostPort { to, .. } => {
             format!("hostPort of {}", world.facts.name_at(to.ip()).unwrap_or_else(|| to.ip().to_string()))
         }
@@ -137,7 +137,7 @@ pub(super) fn both_flavours(scene: &Scene<'_, '_>) -> Checked {
             for chain in chains {
                 entry.0 += chain.rules.len();
                 // Docker and firewalls may hold a few rules of the other flavour; kube-proxy and portmap in both is worse.
-                if chain.name.starts_with("KUBE-") || chain.name.starts_with("CNI-") {
+                if chain.name().starts_with("KUBE-") || chain.name().starts_with("CNI-") {
                     entry.1.insert(&table.name);
                 }
             }

@@ -2,6 +2,7 @@
 
 use crate::core::diagnose::place;
 use crate::core::model::flow::Proto;
+use crate::core::model::rules::Rule;
 use crate::core::model::state::DropCounts;
 use crate::core::ports::{Kind, Port};
 use crate::core::quantity::count;
@@ -22,7 +23,7 @@ pub(super) fn live(world: &World<'_>, ports: &[Port], pods: &BTreeSet<IpAddr>) -
     }
     for claim in ports.iter().flat_map(|port| &port.claims).filter(|claim| claim.kind != Kind::Listener) {
         let Some(at) = &claim.rule else { continue };
-        if let Some((packets, bytes)) = world.rule(at).and_then(|rule| rule.counters) {
+        if let Some((packets, bytes)) = world.rule(at).and_then(Rule::counters) {
             let connections = count(packets, "connection");
             said.push(format!("{connections} ({bytes} bytes) met {} since its rules were written", place(at)));
         }

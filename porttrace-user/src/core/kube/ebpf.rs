@@ -66,5 +66,5 @@ pub fn writes_iptables(state: &NodeState) -> bool {
     let tables = state.rulesets.iter().flat_map(|set| &set.tables).filter(|table| table.name == "nat");
     tables
         .flat_map(|table| &table.chains)
-        .any(|chain| chain.name.starts_with("KUBE-SVC-") || chain.name.starts_with("KUBE-SEP-"))
+        .any(|chain| chain.name().starts_with("KUBE-SVC-") || chain.name().starts_with("KUBE-SEP-"))
 }

@@ -1,6 +1,7 @@
 //! The words everything else speaks: packets and tuples, traces, events.
 
 pub mod cluster;
+pub mod dump;
 pub mod event;
 pub mod facts;
 pub mod flow;

@@ -1,7 +1,7 @@
 //! Where a rule stands: enough to find it again with `iptables -t TABLE -L CHAIN --line-numbers`, and to read it.
 
 use super::flow::Family;
-use super::name::Name;
+use super::name::{Name, name};
 use super::rules::{Chain, Rule, Ruleset, conditions};
 use super::trace::Flavour;
 use serde::ser::{Serialize, SerializeStruct, Serializer};
@@ -21,46 +21,34 @@ pub struct ChainRef {
     pub chain: Name,
 }
 
-/// The chains of one table. Whatever points to one of them or to its rules shares this list and counts only the list, so that
-/// a path through a thousand chains touches none of their names.
+/// Stands for a chain that is not there, of which nobody can make a [`Place`].
+static NOWHERE: ChainRef =
+    ChainRef { flavour: Flavour::IptablesNft, family: Family::V4, table: name!(""), chain: name!("") };
+
+/// The chains of one table. Whatever points to one of them or to its rules shares this and counts nothing else, so that a path
+/// through a thousand chains touches none of their names.
 #[derive(Debug)]
-pub struct Chains {
-    table: Name,
-    names: Vec<ChainRef>,
-    /// The ruleset, and which of its tables this is.
-    source: Option<(Arc<Ruleset>, usize)>,
+pub enum Chains {
+    /// Table number so many of a ruleset.
+    Of(Arc<Ruleset>, usize),
+    /// One chain, of which only the name is known.
+    Named(ChainRef),
 }
 
 impl Chains {
-    /// Those of table number `table` of a ruleset, in its order.
-    pub fn of(ruleset: &Arc<Ruleset>, table: usize) -> Arc<Self> {
-        let source = ruleset.tables.get(table);
-        let name = match source.map_or("", |source| &source.name) {
-            "raw" => Name::Static("raw"),
-            "mangle" => Name::Static("mangle"),
-            "nat" => Name::Static("nat"),
-            "filter" => Name::Static("filter"),
-            "security" => Name::Static("security"),
-            other => Name::from(other),
-        };
-        let (flavour, family) = (ruleset.flavour, ruleset.family);
-        let named = |chain: &Chain| ChainRef { flavour, family, table: name.clone(), chain: (*chain.name).into() };
-        let names = source.iter().flat_map(|source| &source.chains).map(named).collect();
-        Arc::new(Self { table: name, names, source: Some((Arc::clone(ruleset), table)) })
-    }
-
-    /// The table's name.
-    pub fn table(&self) -> &Name {
-        &self.table
-    }
-
-    pub fn names(&self) -> &[ChainRef] {
-        &self.names
-    }
-
+    /// The chain at index `at` of the table; `None` where only a name is known, or no such chain is.
     pub fn chain(&self, at: u32) -> Option<&Chain> {
-        let (ruleset, table) = self.source.as_ref()?;
-        ruleset.tables.get(*table)?.chains.get(at as usize)
+        match self {
+            Self::Of(ruleset, table) => ruleset.tables.get(*table)?.chains.get(at as usize),
+            Self::Named(_) => None,
+        }
+    }
+
+    fn id(&self, at: u32) -> Option<&ChainRef> {
+        match self {
+            Self::Of(..) => self.chain(at).map(|chain| &chain.id),
+            Self::Named(id) => Some(id),
+        }
     }
 }
 
@@ -74,15 +62,14 @@ pub struct Place {
 impl Place {
     /// The chain at index `at` of its table; `None` where the table has no such chain.
     pub fn new(chains: &Arc<Chains>, at: u32) -> Option<Self> {
-        (chains.names.len() > at as usize).then(|| Self { chains: Arc::clone(chains), at })
+        chains.id(at).map(|_| Self { chains: Arc::clone(chains), at })
     }
 }
 
 impl From<ChainRef> for Place {
     /// A chain of which only the name is known.
     fn from(name: ChainRef) -> Self {
-        let chains = Chains { table: name.table.clone(), names: vec![name], source: None };
-        Self { chains: Arc::new(chains), at: 0 }
+        Self { chains: Arc::new(Chains::Named(name)), at: 0 }
     }
 }
 
@@ -90,8 +77,7 @@ impl Deref for Place {
     type Target = ChainRef;
 
     fn deref(&self) -> &ChainRef {
-        // Both ways of making a place see to it that the chain is there.
-        &self.chains.names[self.at as usize]
+        self.chains.id(self.at).unwrap_or(&NOWHERE)
     }
 }
 
@@ -127,7 +113,7 @@ impl RuleRef {
 
     /// Whether its table has this name.
     pub fn in_table(&self, name: &str) -> bool {
-        *self.chains.table == *name
+        *self.table == *name
     }
 
     /// The chain's rules; `None` where only its name is known.
@@ -141,13 +127,13 @@ impl RuleRef {
     }
 
     /// The rule as its dump has it, from `-A` on; empty where there is none.
-    pub fn text(&self) -> &str {
-        self.rule().map_or("", |rule| &rule.text)
+    pub fn text(&self) -> Name {
+        self.rule().map(|rule| rule.text.read()).unwrap_or_default()
     }
 
     /// The matches that decided, as iptables writes them, without the comment.
     pub fn because(&self) -> String {
-        conditions(self.text())
+        conditions(&self.text())
     }
 
     /// Tells rules apart that live at the same time, cheaper than their names do.
@@ -160,7 +146,7 @@ impl Deref for RuleRef {
     type Target = ChainRef;
 
     fn deref(&self) -> &ChainRef {
-        &self.chains.names[self.at as usize]
+        self.chains.id(self.at).unwrap_or(&NOWHERE)
     }
 }
 
@@ -225,7 +211,12 @@ impl fmt::Debug for RuleRef {
 
 /// Chains are the same where their names are; mostly both point into the same list.
 fn same(one: &Arc<Chains>, other: &Arc<Chains>, at: u32, other_at: u32) -> bool {
-    if Arc::ptr_eq(one, other) { at == other_at } else { one.names[at as usize] == other.names[other_at as usize] }
+    match (&**one, &**other) {
+        (Chains::Of(ruleset, table), Chains::Of(other, other_table)) if Arc::ptr_eq(ruleset, other) => {
+            (table, at) == (other_table, other_at)
+        }
+        _ => one.id(at) == other.id(other_at),
+    }
 }
 
 impl Serialize for RuleRef {

@@ -1,9 +1,12 @@
 //! iptables rules as values: tables of chains of rules, each a list of matches and a target.
 
+use super::dump::Text;
 use super::flow::Family;
-use super::name::{Name, Text};
+use super::name::Name;
+use super::place::ChainRef;
 use super::trace::Flavour;
 use smallvec::SmallVec;
+use std::fmt;
 use std::net::IpAddr;
 
 /// What one `iptables-save` printed.
@@ -12,31 +15,35 @@ pub struct Ruleset {
     pub flavour: Flavour,
     pub family: Family,
     pub tables: Vec<Table>,
-    /// The whole dump; each rule's `text` is a piece of it.
-    pub text: Name,
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Table {
     /// `raw`, `mangle`, `nat`, `filter`, `security`.
-    pub name: String,
+    pub name: Name,
     pub chains: Vec<Chain>,
 }
 
 impl Table {
     pub fn chain(&self, name: &str) -> Option<&Chain> {
-        self.chains.iter().find(|chain| *chain.name == *name)
+        self.chains.iter().find(|chain| chain.name() == name)
     }
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Chain {
-    pub name: Box<str>,
+    pub id: ChainRef,
     /// Built-in chains only.
     pub policy: Option<Policy>,
     pub rules: Vec<Rule>,
     /// The rules stand at their numbers; false where they were pasted without the rest of the chain.
     pub numbered: bool,
+}
+
+impl Chain {
+    pub fn name(&self) -> &str {
+        &self.id.chain
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,8 +57,6 @@ pub enum Policy {
 pub struct Rule {
     /// 1-based line of the dump.
     pub line: u32,
-    /// Packets and bytes, where the dump has them.
-    pub counters: Option<(u64, u64)>,
     /// The line as it was read, from `-A` on.
     pub text: Text,
     pub matches: Matches,
@@ -59,9 +64,15 @@ pub struct Rule {
 }
 
 impl Rule {
+    /// Packets and bytes, where the dump has them.
+    pub fn counters(&self) -> Option<(u64, u64)> {
+        crate::core::parse::iptables::counters(&self.text.before())?.0
+    }
+
     /// The text of `-m comment --comment`, unquoted.
     pub fn comment(&self) -> Option<String> {
-        let mut words = crate::core::parse::words::Words::new(&self.text);
+        let text = self.text.read();
+        let mut words = crate::core::parse::words::Words::new(&text);
         words.by_ref().find(|word| *word == "--comment")?;
         words.next().map(|word| crate::core::parse::words::unquote(word).into_owned())
     }
@@ -308,12 +319,12 @@ pub enum Target {
     Jump(u32),
     Goto(u32),
     /// The kind of answer, as iptables writes it.
-    Reject(Box<str>),
+    Reject(Name),
     Dnat(Box<NatRange>),
     Snat(Box<NatRange>),
     Masquerade(Box<NatRange>),
     Redirect(Box<NatRange>),
-    Netmap(Net),
+    Netmap(Box<Net>),
     Mark(MarkOp),
     ConnMark(ConnMarkOp),
     /// `-j NOTRACK`, `-j CT --notrack`.
@@ -327,25 +338,51 @@ pub enum Target {
     },
     Tproxy(Box<Tproxy>),
     /// Leaves the model: NFQUEUE, QUEUE, SYNPROXY, …
-    Stop(Box<str>),
+    Stop(Name),
     /// Named, without effect on the path: LOG, TRACE, CT --zone, …
-    Other(Box<str>),
+    Other(Name),
     /// Neither a chain of the table nor a target that porttrace knows.
-    Missing(Box<str>),
+    Missing(Name),
 }
+
+// A node may have 100,000 rules.
+const _: () = assert!(size_of::<Target>() == 16);
+const _: () = assert!(size_of::<Rule>() == 80);
 
 /// `--to-destination`, `--to-source`, `--to-ports` with their options.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NatRange {
     pub addresses: Option<(Net, Net)>,
     pub ports: Option<(u16, u16)>,
+    /// They came by `--to-ports`.
+    pub of_ports: bool,
     /// `--to-destination 10.0.0.1:1000-2000/1000`: ports are shifted by their distance to this one.
     pub base_port: Option<u16>,
     /// `--random` or `--random-fully`.
     pub random: bool,
     pub persistent: bool,
-    /// The option's value as iptables writes it.
-    pub text: Name,
+}
+
+/// As iptables writes it behind `--to-destination` and `--to-source` (`print_range` in libxt_NAT.c), or behind `--to-ports`, which
+/// has no addresses and no colon.
+impl fmt::Display for NatRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some((low, high)) = self.addresses.as_ref().map(|(low, high)| (low.address(), high.address())) {
+            let brackets = if low.is_ipv6() && self.ports.is_some() { ("[", "]") } else { ("", "") };
+            write!(f, "{}{low}", brackets.0)?;
+            if low != high {
+                write!(f, "-{high}")?;
+            }
+            write!(f, "{}", brackets.1)?;
+        }
+        if let Some((low, high)) = self.ports {
+            write!(f, "{}{low}", if self.of_ports { "" } else { ":" })?;
+            if low != high {
+                write!(f, "-{high}")?;
+            }
+        }
+        self.base_port.map_or(Ok(()), |base| write!(f, "/{base}"))
+    }
 }
 
 /// `mark = (mark & !mask) ^ value` (`xt_mark.c`).

@@ -2,7 +2,7 @@
 //! far more often than they are read, so names are looked up and counted only when a path is told as [`Hop`]s.
 
 use super::flow::Tuple;
-use super::name::Name;
+use super::name::{Name, name};
 use super::rules::{Policy, Rule, Target};
 use super::trace::{Action, Chains, Hook, Hop, Manip, Place, Route, RouteKind, RuleRef};
 use std::borrow::Cow;
@@ -181,7 +181,7 @@ impl Lists {
     fn route(&self, kind: RouteKind, route: Option<&RouteWords>, taken: Taken, dst: IpAddr) -> Route {
         let (interface, gateway) = match taken {
             Taken::None => (None, None),
-            Taken::Loopback => (Some(Name::Static("lo")), None),
+            Taken::Loopback => (Some(name!("lo")), None),
             Taken::Way(at) => route.and_then(|route| route.ways.get(usize::from(at))).cloned().unwrap_or_default(),
         };
         let (table, route) = route.map(|route| (route.table.clone(), route.text.clone())).unwrap_or_default();
@@ -198,13 +198,13 @@ fn of_target(rule: &Rule, chains: &Arc<Chains>) -> Action {
         Target::Accept => Action::Accept,
         Target::Drop => Action::Drop,
         Target::Return => Action::Return,
-        Target::Reject(with) => Action::Reject { with: (&**with).into() },
-        Target::Dnat(range) => Action::Dnat { to: range.text.clone() },
-        Target::Snat(range) => Action::Snat { to: range.text.clone() },
-        Target::Redirect(range) => Action::Redirect { to: range.text.clone() },
+        Target::Reject(with) => Action::Reject { with: with.clone() },
+        Target::Dnat(range) => Action::Dnat { to: range.to_string().into() },
+        Target::Snat(range) => Action::Snat { to: range.to_string().into() },
+        Target::Redirect(range) => Action::Redirect { to: range.to_string().into() },
         Target::Masquerade(_) => Action::Masquerade,
         Target::Notrack => Action::Notrack,
-        Target::Other(text) | Target::Stop(text) | Target::Missing(text) => Action::Other { target: (&**text).into() },
+        Target::Other(text) | Target::Stop(text) | Target::Missing(text) => Action::Other { target: text.clone() },
         Target::None
         | Target::Mark(_)
         | Target::ConnMark(_)

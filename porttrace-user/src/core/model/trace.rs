@@ -138,7 +138,7 @@ fn rule_hop<S: Serializer>(hook: &Hook, rule: &RuleRef, action: &Action, seriali
     hop.serialize_field("rule", rule)?;
     hop.serialize_field("action", action)?;
     hop.serialize_field("because", &rule.because())?;
-    hop.serialize_field("text", rule.text())?;
+    hop.serialize_field("text", &rule.text())?;
     hop.end()
 }
 

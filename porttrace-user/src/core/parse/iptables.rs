@@ -3,13 +3,13 @@
 use super::iptables_matches::Conditions;
 use super::iptables_targets;
 use super::words::Words;
+use crate::core::model::dump::{self, Text};
 use crate::core::model::flow::Family;
-use crate::core::model::name::{Name, Text};
+use crate::core::model::name::{Name, name};
 use crate::core::model::rules::{Chain, Policy, Rule, Ruleset, Table, Target};
 use crate::core::model::state::Diagnostic;
-use crate::core::model::trace::Flavour;
+use crate::core::model::trace::{ChainRef, Flavour};
 use foldhash::HashMap;
-use memchr::memchr_iter;
 
 /// Diagnostics of one dump are listed up to this number; the rest is counted.
 const MAX_DIAGNOSTICS: usize = 1000;
@@ -17,44 +17,35 @@ const MAX_DIAGNOSTICS: usize = 1000;
 /// Reads a dump. `source` names it in diagnostics. Never fails: what is not understood is reported with its line, an option
 /// that is not known stays in its rule as an unknown match, and the rest is kept.
 pub fn parse(text: &str, source: &str, flavour: Flavour, family: Family) -> (Ruleset, Vec<Diagnostic>) {
-    parse_whole(Name::from(text), source, flavour, family)
+    let mut reader = Reader::new(source, 0, flavour, family);
+    dump::blocks(text).for_each(|block| reader.block(block));
+    reader.finish()
 }
 
-/// As [`parse`], of a text that the rules may keep: large dumps are not copied.
-pub fn parse_whole(text: Name, source: &str, flavour: Flavour, family: Family) -> (Ruleset, Vec<Diagnostic>) {
-    let mut problems = Problems { source, list: Vec::new(), more: 0 };
-    let whole = if u32::try_from(text.len()).is_ok() {
-        text
-    } else {
-        problems.add(0, "larger than 4 GiB: not read".into());
-        Name::default()
-    };
-    let conditions = Conditions::new(family);
-    let mut dump = Dump { text: &whole, conditions, problems: &mut problems, tables: Vec::new(), open: None };
-    let mut start = 0;
-    let ends = memchr_iter(b'\n', whole.as_bytes()).map(|end| end + 1).chain([whole.len()]);
-    for (number, end) in ends.enumerate() {
-        if let Some(line) = whole.get(start..end) {
-            dump.line(number + 1, start, line);
-        }
-        start = end;
-    }
-    dump.close(false);
-    let tables = dump.tables;
-    (Ruleset { flavour, family, tables, text: whole.clone() }, problems.finish())
+/// Reads a dump as it comes, block by block.
+pub struct Reader {
+    flavour: Flavour,
+    family: Family,
+    /// Lines so far.
+    lines: usize,
+    text: dump::Writer,
+    problems: Problems,
+    tables: Vec<Table>,
+    open: Option<OpenTable>,
+    is_too_large: bool,
 }
 
 /// Diagnostics with a ceiling.
-pub(super) struct Problems<'a> {
-    source: &'a str,
+pub(super) struct Problems {
+    source: String,
     list: Vec<Diagnostic>,
     more: usize,
 }
 
-impl Problems<'_> {
+impl Problems {
     pub(super) fn add(&mut self, line: usize, message: String) {
         if self.list.len() < MAX_DIAGNOSTICS {
-            self.list.push(Diagnostic { source: self.source.into(), line, message });
+            self.list.push(Diagnostic { source: self.source.clone(), line, message });
         } else {
             self.more += 1;
         }
@@ -63,41 +54,83 @@ impl Problems<'_> {
     fn finish(mut self) -> Vec<Diagnostic> {
         if self.more > 0 {
             let message = format!("{} more lines were not understood", self.more);
-            self.list.push(Diagnostic { source: self.source.into(), line: 0, message });
+            self.list.push(Diagnostic { source: self.source.clone(), line: 0, message });
         }
         self.list
     }
 }
 
-struct Dump<'t, 'p, 's> {
-    text: &'t Name,
-    conditions: Conditions<'t>,
-    problems: &'p mut Problems<'s>,
-    tables: Vec<Table>,
-    open: Option<OpenTable<'t>>,
-}
-
 /// A table whose `COMMIT` was not seen yet.
-struct OpenTable<'t> {
+struct OpenTable {
     table: Table,
-    index: HashMap<&'t str, u32>,
-    /// The chain of the last rule and its rules so far: rules of one chain stand together.
-    last: Option<(&'t str, u32)>,
+    /// What its chains' places have in common.
+    id: ChainRef,
+    index: HashMap<Name, u32>,
+    /// The chain of the last rule; rules of one chain stand together.
+    last: Option<(Name, u32)>,
+    /// The rules of that chain so far.
     pending: Vec<Rule>,
-    /// Jumps to names that were not declared when they were read: chain, rule, line.
-    dangling: Vec<(u32, u32, usize)>,
+    /// Jumps to names that were not declared when they were read.
+    dangling: Vec<Dangling>,
     implicit: bool,
 }
 
-impl<'t> Dump<'t, '_, '_> {
-    fn line(&mut self, number: usize, start: usize, line: &'t str) {
+struct Dangling {
+    chain: u32,
+    rule: u32,
+    line: usize,
+    /// By `-g`.
+    goes: bool,
+}
+
+impl Reader {
+    /// `source` names the dump in diagnostics, in which so many lines come `before`.
+    pub fn new(source: &str, before: usize, flavour: Flavour, family: Family) -> Self {
+        Self {
+            flavour,
+            family,
+            lines: before,
+            text: dump::Writer::default(),
+            problems: Problems { source: source.to_owned(), list: Vec::new(), more: 0 },
+            tables: Vec::new(),
+            open: None,
+            is_too_large: false,
+        }
+    }
+
+    /// The next block of whole lines.
+    pub fn block(&mut self, block: &str) {
+        if self.is_too_large {
+            return;
+        }
+        let Some(mut start) = self.text.push(block) else {
+            self.is_too_large = true;
+            return self.problems.add(self.lines, "larger than 4 GiB: what follows is not read".into());
+        };
+        let mut conditions = Conditions::new(self.family);
+        for line in block.split_inclusive('\n') {
+            self.lines += 1;
+            self.line(&mut conditions, start, line);
+            start += line.len() as u32;
+        }
+    }
+
+    /// What was read.
+    pub fn finish(mut self) -> (Ruleset, Vec<Diagnostic>) {
+        self.close(false);
+        self.text.finish();
+        (Ruleset { flavour: self.flavour, family: self.family, tables: self.tables }, self.problems.finish())
+    }
+
+    fn line<'b>(&mut self, conditions: &mut Conditions<'b>, start: u32, line: &'b str) {
+        let number = self.lines;
         let content = line.trim_ascii();
-        let offset = start + line.len() - line.trim_ascii_start().len();
+        let offset = start + (line.len() - line.trim_ascii_start().len()) as u32;
         match content.as_bytes().first() {
             None | Some(b'#') => {}
             Some(b'*') => self.open_table(number, content[1..].trim_ascii(), false),
             Some(b':') => self.declare(number, &content[1..]),
-            Some(b'[' | b'-') => self.rule_line(number, offset, content),
+            Some(b'[' | b'-') => self.rule_line(conditions, offset, content),
             _ if content == "COMMIT" => self.close(true),
             _ => self.problems.add(number, format!("not a line of iptables-save: {:?}", clip(content))),
         }
@@ -114,18 +147,10 @@ impl<'t> Dump<'t, '_, '_> {
             self.problems
                 .add(number, format!("table {name} appears a second time: both are kept, the first runs first"));
         }
-        let table = Table { name: name.into(), chains: Vec::new() };
-        self.open = Some(OpenTable {
-            table,
-            index: HashMap::default(),
-            last: None,
-            pending: Vec::new(),
-            dangling: Vec::new(),
-            implicit,
-        });
+        self.open = Some(OpenTable::new(name, self.flavour, self.family, implicit));
     }
 
-    fn declare(&mut self, number: usize, content: &'t str) {
+    fn declare(&mut self, number: usize, content: &str) {
         let mut words = content.split_ascii_whitespace();
         let (Some(name), policy) = (words.next(), words.next().unwrap_or("-")) else {
             return self.problems.add(number, "a chain without a name".into());
@@ -148,33 +173,26 @@ impl<'t> Dump<'t, '_, '_> {
     }
 
     /// The open table; a rule or chain before any `*table` line opens `filter`, as iptables does without `-t`.
-    fn table_for(&mut self, number: usize) -> &mut OpenTable<'t> {
+    fn table_for(&mut self, number: usize) -> &mut OpenTable {
         if self.open.is_none() {
             self.problems.add(number, "no *table line before this: taken as table filter".into());
             self.open_table(number, "filter", true);
         }
-        let filter = || Table { name: "filter".into(), chains: Vec::new() };
-        self.open.get_or_insert_with(|| OpenTable {
-            table: filter(),
-            index: HashMap::default(),
-            last: None,
-            pending: Vec::new(),
-            dangling: Vec::new(),
-            implicit: true,
-        })
+        self.open.get_or_insert_with(|| OpenTable::new("filter", self.flavour, self.family, true))
     }
 
-    fn rule_line(&mut self, number: usize, offset: usize, content: &'t str) {
-        let (counters, skipped) = match counters(content) {
-            Some(read) => read,
+    fn rule_line<'b>(&mut self, conditions: &mut Conditions<'b>, offset: u32, content: &'b str) {
+        let number = self.lines;
+        let skipped = match counters(content) {
+            Some((_, skipped)) => skipped,
             None => return self.problems.add(number, format!("counters without an end: {:?}", clip(content))),
         };
         let rule = &content[skipped..];
         let mut words = Words::new(rule);
         match (words.next(), words.next().filter(|chain| may_be_chain(chain))) {
             (Some("-A" | "--append"), Some(chain)) => {
-                let text = Text::of(self.text, offset + skipped, rule.len());
-                self.rule(number, chain, words, rule, counters, text);
+                let text = self.text.text(offset + skipped as u32, rule.len());
+                self.rule(conditions, chain, words, rule, text);
             }
             (Some("-N" | "--new-chain"), Some(chain)) => drop(self.table_for(number).chain(chain)),
             (Some("-P" | "--policy"), Some(chain)) => {
@@ -185,16 +203,10 @@ impl<'t> Dump<'t, '_, '_> {
         }
     }
 
-    fn rule(
-        &mut self,
-        number: usize,
-        chain: &'t str,
-        words: Words<'t>,
-        line: &'t str,
-        counters: Option<(u64, u64)>,
-        text: Text,
-    ) {
-        let rest = self.conditions.read(line, words);
+    fn rule<'b>(&mut self, conditions: &mut Conditions<'b>, chain: &str, words: Words<'b>, line: &'b str, text: Text) {
+        let number = self.lines;
+        let rest = conditions.read(line, words);
+        let goes = matches!(rest, Some(("-g" | "--goto", _)));
         let target = match rest {
             Some(rest) => {
                 let open = self.table_for(number);
@@ -202,7 +214,7 @@ impl<'t> Dump<'t, '_, '_> {
             }
             None => Ok(Target::None),
         };
-        let (matches, complaints) = self.conditions.take();
+        let (matches, complaints) = conditions.take();
         for complaint in complaints {
             self.problems.add(number, complaint);
         }
@@ -210,8 +222,8 @@ impl<'t> Dump<'t, '_, '_> {
             self.problems.add(number, complaint);
             Target::Stop("a target that could not be read".into())
         });
-        let rule = Rule { line: u32::try_from(number).unwrap_or(u32::MAX), counters, text, matches, target };
-        let undeclared = self.table_for(number).push(number, chain, rule);
+        let rule = Rule { line: u32::try_from(number).unwrap_or(u32::MAX), text, matches, target };
+        let undeclared = self.table_for(number).push(number, chain, rule, goes);
         if undeclared {
             self.problems.add(number, format!("rule of chain {:?}, which is not declared", clip(chain)));
         }
@@ -225,29 +237,46 @@ impl<'t> Dump<'t, '_, '_> {
                 format!("table {} has no COMMIT: the dump is torn or mixed, what was read is kept", open.table.name);
             self.problems.add(0, message);
         }
-        for (chain, rule, line) in std::mem::take(&mut open.dangling) {
-            if let Some(name) = open.settle(chain, rule) {
+        for dangling in std::mem::take(&mut open.dangling) {
+            if let Some(name) = open.settle(&dangling) {
                 let table = &open.table.name;
                 let message =
                     format!("-j {name:?}: neither a chain of table {table} nor a target that porttrace knows");
-                self.problems.add(line, message);
+                self.problems.add(dangling.line, message);
             }
         }
         open.table.chains.iter_mut().for_each(|chain| chain.rules.shrink_to_fit());
+        open.table.chains.shrink_to_fit();
         self.tables.push(open.table);
     }
 }
 
-impl<'t> OpenTable<'t> {
-    fn chain(&mut self, name: &'t str) -> (bool, &mut Chain) {
+impl OpenTable {
+    fn new(name: &str, flavour: Flavour, family: Family, implicit: bool) -> Self {
+        let name = table_name(name);
+        Self {
+            table: Table { name: name.clone(), chains: Vec::new() },
+            id: ChainRef { flavour, family, table: name, chain: Name::default() },
+            index: HashMap::default(),
+            last: None,
+            pending: Vec::new(),
+            dangling: Vec::new(),
+            implicit,
+        }
+    }
+
+    /// The chain, and whether it is new.
+    fn chain(&mut self, name: &str) -> (bool, &mut Chain) {
         self.flush();
         let next = self.table.chains.len() as u32;
-        let (index, fresh) = match self.index.get(name) {
-            Some(&index) => (index, false),
+        let (name, index, fresh) = match self.index.get_key_value(name) {
+            Some((name, &index)) => (name.clone(), index, false),
             None => {
-                self.index.insert(name, next);
-                self.table.chains.push(Chain { name: name.into(), policy: None, rules: Vec::new(), numbered: true });
-                (next, true)
+                let name = Name::from(name);
+                self.index.insert(name.clone(), next);
+                let id = ChainRef { chain: name.clone(), ..self.id.clone() };
+                self.table.chains.push(Chain { id, policy: None, rules: Vec::new(), numbered: true });
+                (name, next, true)
             }
         };
         self.last = Some((name, index));
@@ -255,17 +284,18 @@ impl<'t> OpenTable<'t> {
     }
 
     /// Appends the rule; true when its chain was not declared.
-    fn push(&mut self, number: usize, name: &'t str, rule: Rule) -> bool {
-        let (index, fresh) = match self.last {
-            Some((last, index)) if last == name => (index, false),
+    fn push(&mut self, line: usize, name: &str, rule: Rule, goes: bool) -> bool {
+        let (index, fresh) = match &self.last {
+            Some((last, index)) if *last == name => (*index, false),
             _ => {
                 let (fresh, _) = self.chain(name);
-                (self.last.map_or(0, |(_, index)| index), fresh)
+                (self.last.as_ref().map_or(0, |(_, index)| *index), fresh)
             }
         };
         if matches!(rule.target, Target::Missing(_)) {
             let before = self.table.chains.get(index as usize).map_or(0, |chain| chain.rules.len());
-            self.dangling.push((index, (before + self.pending.len()) as u32, number));
+            let rule = (before + self.pending.len()) as u32;
+            self.dangling.push(Dangling { chain: index, rule, line, goes });
         }
         self.pending.push(rule);
         fresh
@@ -273,8 +303,8 @@ impl<'t> OpenTable<'t> {
 
     /// Hands the pending rules to their chain, which then holds no more memory than they need.
     fn flush(&mut self) {
-        let Some((_, index)) = self.last else { return };
-        if let Some(chain) = self.table.chains.get_mut(index as usize) {
+        let Some((_, index)) = &self.last else { return };
+        if let Some(chain) = self.table.chains.get_mut(*index as usize) {
             if chain.rules.is_empty() {
                 chain.rules.reserve_exact(self.pending.len());
             }
@@ -283,18 +313,29 @@ impl<'t> OpenTable<'t> {
     }
 
     /// A jump to a chain that was declared later finds it now; otherwise its name is returned.
-    fn settle(&mut self, chain: u32, rule: u32) -> Option<String> {
-        let rule = self.table.chains.get_mut(chain as usize)?.rules.get_mut(rule as usize)?;
+    fn settle(&mut self, at: &Dangling) -> Option<String> {
+        let rule = self.table.chains.get_mut(at.chain as usize)?.rules.get_mut(at.rule as usize)?;
         let Target::Missing(name) = &rule.target else { return None };
         let Some(&found) = self.index.get(&**name) else { return Some(clip(name).to_owned()) };
-        let goes = Words::new(&rule.text).any(|word| matches!(word, "-g" | "--goto"));
-        rule.target = if goes { Target::Goto(found) } else { Target::Jump(found) };
+        rule.target = if at.goes { Target::Goto(found) } else { Target::Jump(found) };
         None
     }
 }
 
+/// The names that all nodes have are not counted.
+fn table_name(name: &str) -> Name {
+    match name {
+        "raw" => name!("raw"),
+        "mangle" => name!("mangle"),
+        "nat" => name!("nat"),
+        "filter" => name!("filter"),
+        "security" => name!("security"),
+        other => Name::from(other),
+    }
+}
+
 /// `[packets:bytes]` at the start of a line and how many bytes it takes; `None` when it is torn.
-fn counters(content: &str) -> Option<(Option<(u64, u64)>, usize)> {
+pub(in crate::core) fn counters(content: &str) -> Option<(Option<(u64, u64)>, usize)> {
     if content.starts_with("[0:0] -") {
         return Some((Some((0, 0)), 6));
     }

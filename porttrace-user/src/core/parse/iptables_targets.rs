@@ -3,6 +3,7 @@
 use super::iptables_options::{masked, net, number, range};
 use super::words::{Words, unquote};
 use crate::core::model::flow::Family;
+use crate::core::model::name::{Name, name};
 use crate::core::model::rules::{ConnMarkOp, MarkOp, NatRange, Net, Target, Tproxy, TtlOp};
 use foldhash::HashMap;
 use std::borrow::Cow;
@@ -12,7 +13,7 @@ use std::net::IpAddr;
 pub(super) fn read(
     (jump, mut words): (&str, Words<'_>),
     line: &str,
-    chains: &HashMap<&str, u32>,
+    chains: &HashMap<Name, u32>,
 ) -> Result<Target, String> {
     let Some(name) = words.next() else { return Err(format!("{jump} without a target")) };
     if let Some(&chain) = chains.get(name) {
@@ -29,19 +30,19 @@ pub(super) fn is_target(name: &str) -> bool {
 
 /// `rest` is what follows the name, `options` its words.
 fn named(name: &str, rest: &str, options: &[&str]) -> Result<Target, String> {
-    let all = || if rest.is_empty() { name.into() } else { format!("{name} {rest}").into_boxed_str() };
+    let all = || if rest.is_empty() { name.into() } else { Name::from(format!("{name} {rest}")) };
     match name {
         "ACCEPT" => Ok(Target::Accept),
         "DROP" => Ok(Target::Drop),
         "RETURN" => Ok(Target::Return),
-        "REJECT" => Ok(Target::Reject(value(options, "--reject-with").unwrap_or("icmp-port-unreachable").into())),
+        "REJECT" => Ok(Target::Reject(reject(value(options, "--reject-with")))),
         "NOTRACK" => Ok(Target::Notrack),
         "CT" if options.contains(&"--notrack") => Ok(Target::Notrack),
         "DNAT" => nat(value(options, "--to-destination"), options).map(|range| Target::Dnat(Box::new(range))),
         "SNAT" => nat(value(options, "--to-source"), options).map(|range| Target::Snat(Box::new(range))),
         "MASQUERADE" => ports_only(options).map(|range| Target::Masquerade(Box::new(range))),
         "REDIRECT" => ports_only(options).map(|range| Target::Redirect(Box::new(range))),
-        "NETMAP" => netmap(options).map(Target::Netmap),
+        "NETMAP" => netmap(options).map(|net| Target::Netmap(Box::new(net))),
         "MARK" => mark(options).map(Target::Mark),
         "CONNMARK" => connmark(options).map(Target::ConnMark),
         "TTL" | "HL" => ttl(options).map(Target::Ttl),
@@ -52,6 +53,15 @@ fn named(name: &str, rest: &str, options: &[&str]) -> Result<Target, String> {
         "LOG" | "NFLOG" | "ULOG" | "TRACE" | "CT" | "TCPMSS" | "CLASSIFY" | "CHECKSUM" | "SECMARK" | "CONNSECMARK"
         | "TCPOPTSTRIP" | "SET" | "AUDIT" | "LED" | "RATEEST" | "IDLETIMER" | "ECN" | "TEE" => Ok(Target::Other(all())),
         _ => Ok(Target::Missing(name.into())),
+    }
+}
+
+/// The answers that kube-proxy has sent are not counted.
+fn reject(with: Option<&str>) -> Name {
+    match with {
+        None | Some("icmp-port-unreachable") => name!("icmp-port-unreachable"),
+        Some("icmp6-port-unreachable") => name!("icmp6-port-unreachable"),
+        Some(other) => other.into(),
     }
 }
 
@@ -88,7 +98,7 @@ fn nat(to: Option<&str>, options: &[&str]) -> Result<NatRange, String> {
     });
     let ports = ports.map(|ports| range(ports, '-').ok_or_else(bad)).transpose()?;
     let base_port = base.map(|base| base.parse().map_err(|_| bad())).transpose()?;
-    Ok(NatRange { addresses, ports, base_port, text: text.into(), ..flags(options) })
+    Ok(NatRange { addresses, ports, base_port, ..flags(options) })
 }
 
 fn flags(options: &[&str]) -> NatRange {
@@ -110,7 +120,7 @@ fn ports_only(options: &[&str]) -> Result<NatRange, String> {
         "" => None,
         text => Some(range(text, '-').ok_or_else(|| format!("--to-ports {text:?} is not a range of ports"))?),
     };
-    Ok(NatRange { ports, text: text.into(), ..flags(options) })
+    Ok(NatRange { ports, of_ports: true, ..flags(options) })
 }
 
 fn netmap(options: &[&str]) -> Result<Net, String> {

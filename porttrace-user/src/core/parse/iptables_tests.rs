@@ -25,11 +25,11 @@ const ANY: u32 = u32::MAX;
 fn a_service_rule_reads_as_it_says() {
     let line = r#"[7:420] -A X ! -s 10.244.0.0/16 -d 10.96.0.1/32 -p tcp -m comment --comment "default/kubernetes:https cluster IP" -m tcp --dport 443 -j X"#;
     let rule = rule(line);
-    assert_eq!(rule.counters, Some((7, 420)));
-    assert_eq!((rule.line, &*rule.text), (4, &line[8..]));
+    assert_eq!(rule.counters(), Some((7, 420)));
+    assert_eq!((rule.line, rule.text.read().as_str()), (4, &line[8..]));
     assert_eq!(rule.target, Target::Jump(1));
     assert_eq!(rule.comment().as_deref(), Some("default/kubernetes:https cluster IP"));
-    assert_eq!(conditions(&rule.text), "! -s 10.244.0.0/16 -d 10.96.0.1/32 -p tcp -m tcp --dport 443");
+    assert_eq!(conditions(&rule.text.read()), "! -s 10.244.0.0/16 -d 10.96.0.1/32 -p tcp -m tcp --dport 443");
     let net = |addr: u32, mask| Net::V4 { addr, mask };
     assert_eq!(
         kinds(&rule),
@@ -41,7 +41,7 @@ fn a_service_rule_reads_as_it_says() {
         ]
     );
     let (start, len) = rule.matches[0].at;
-    assert_eq!(&rule.text[usize::from(start)..usize::from(start + len)], "! -s 10.244.0.0/16");
+    assert_eq!(&rule.text.read()[usize::from(start)..usize::from(start + len)], "! -s 10.244.0.0/16");
 }
 
 #[test]
@@ -95,6 +95,11 @@ fn nat_targets_read_their_ranges() {
     assert_eq!(range("-A X -j DNAT --to-destination :8080").addresses, None);
     assert!(range("-A X -j MASQUERADE --random-fully").random);
     assert_eq!(range("-A X -p tcp -j REDIRECT --to-ports 8080").ports, Some((8080, 8080)));
+    for to in ["10.0.0.1", "10.0.0.1-10.0.0.3:80-90/85", ":8080", "fd00::1", "[fd00::1]:80", "[fd00::1-fd00::9]:80-81"]
+    {
+        assert_eq!(range(&format!("-A X -p tcp -j SNAT --to-source {to}")).to_string(), to);
+    }
+    assert_eq!(range("-A X -p tcp -j REDIRECT --to-ports 80-81").to_string(), "80-81");
 }
 
 #[test]
@@ -114,7 +119,7 @@ fn what_is_not_understood_is_kept_and_reported() {
 fn a_torn_quote_makes_no_chain() {
     let (ruleset, problems) =
         read("*nat\n:X - [0:0]\n-A dual:http\" -j X\n-N a\"b c\n-P a\"b DROP\n-A X -j X\nCOMMIT\n");
-    let names: Vec<&str> = ruleset.tables[0].chains.iter().map(|chain| &*chain.name).collect();
+    let names: Vec<&str> = ruleset.tables[0].chains.iter().map(|chain| &*chain.name()).collect();
     assert_eq!(names, ["X"]);
     assert_eq!(ruleset.tables[0].chains[0].rules.len(), 1);
     let expected = [

@@ -26,4 +26,4 @@ pub mod sysctl;
 pub mod words;
 
 pub use facts::{facts, native_tables};
-pub use state::{FORMAT, Files, Metadata, into_state, state, with_network};
+pub use state::{FORMAT, Files, Metadata, state, state_of, with_network};

@@ -2,12 +2,12 @@
 
 use super::notes::Notes;
 use super::{Files, iptables};
+use crate::core::model::dump::BLOCK;
 use crate::core::model::flow::Family;
-use crate::core::model::name::Name;
 use crate::core::model::rules::Ruleset;
 use crate::core::model::state::Diagnostic;
 use crate::core::model::trace::Flavour;
-use std::collections::BTreeMap;
+use memchr::{memchr_iter, memrchr};
 
 /// The files of rules. A node that uses both flavours has the legacy one beside the other.
 pub const RULES: [(&str, Family); 4] = [
@@ -16,6 +16,10 @@ pub const RULES: [(&str, Family); 4] = [
     ("ip6tables-save.txt", Family::V6),
     ("ip6tables-legacy-save.txt", Family::V6),
 ];
+
+/// In a rule that asks for an ipset, and in one of `-m recent`.
+pub const OF_SETS: &str = "--match-set ";
+pub const OF_RECENT: &str = "-m recent ";
 
 /// Begins the diagnostic of a family whose rules are in none of the files.
 const NOT_THERE: &str = "not there";
@@ -28,40 +32,118 @@ pub fn unread_family(diagnostic: &Diagnostic) -> Option<Family> {
 
 /// Reads all rules. No more than one set comes out for a flavour and family; a family without a file is said.
 pub fn rulesets(files: &Files) -> (Vec<Ruleset>, Vec<Diagnostic>) {
-    read(RULES.iter().filter_map(|(name, _)| Some((*name, files.get(*name)?.clone()))).collect())
+    let read = |name| {
+        let mut reader = Reader::new(name);
+        reader.feed(files.get(name)?);
+        Some(reader.finish())
+    };
+    together(RULES.iter().filter_map(|(name, _)| read(name)).collect())
 }
 
-/// As [`rulesets`], taking the contents of the files of rules out of `files`: a large dump is then held once.
-pub fn take_rulesets(files: &mut Files) -> (Vec<Ruleset>, Vec<Diagnostic>) {
-    read(RULES.iter().filter_map(|(name, _)| Some((*name, std::mem::take(files.get_mut(*name)?)))).collect())
+/// The rules of one file.
+#[derive(Debug)]
+pub struct FileRules {
+    /// One of [`RULES`].
+    name: &'static str,
+    /// `None`: the file is empty.
+    rules: Option<(Ruleset, Vec<Diagnostic>)>,
+    notes: Notes,
+    /// Rules ask for ipsets, or for lists of `-m recent`.
+    pub wants_sets: bool,
+    pub wants_recent: bool,
 }
 
-fn read(mut files: BTreeMap<&str, Vec<u8>>) -> (Vec<Ruleset>, Vec<Diagnostic>) {
-    let there: Vec<&str> = files.keys().copied().collect();
+/// Reads a file of rules as it comes, so that it need not be held: rules keep their text packed.
+pub struct Reader {
+    name: &'static str,
+    /// What came of a block that is not whole.
+    rest: Vec<u8>,
+    rules: Option<iptables::Reader>,
+    notes: Notes,
+    /// Lines so far.
+    lines: usize,
+    wants_sets: bool,
+    wants_recent: bool,
+}
+
+impl Reader {
+    /// Of the file of this name, one of [`RULES`].
+    pub fn new(name: &'static str) -> Self {
+        Self {
+            name,
+            rest: Vec::new(),
+            rules: None,
+            notes: Notes::new(name),
+            lines: 0,
+            wants_sets: false,
+            wants_recent: false,
+        }
+    }
+
+    /// The next bytes.
+    pub fn feed(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            // As many as make a block; a line that is longer than one goes on.
+            let room = BLOCK.saturating_sub(self.rest.len()).max(BLOCK / 8).min(bytes.len());
+            let looked_at = if self.rest.len() >= BLOCK { self.rest.len() } else { 0 };
+            self.rest.extend_from_slice(&bytes[..room]);
+            bytes = &bytes[room..];
+            if self.rest.len() >= BLOCK
+                && let Some(end) = memrchr(b'\n', &self.rest[looked_at..])
+            {
+                let behind = self.rest.split_off(looked_at + end + 1);
+                let block = std::mem::replace(&mut self.rest, behind);
+                self.block(&String::from_utf8_lossy(&block));
+            }
+        }
+    }
+
+    /// What was read.
+    pub fn finish(mut self) -> FileRules {
+        let last = std::mem::take(&mut self.rest);
+        self.block(&String::from_utf8_lossy(&last));
+        let Self { name, notes, wants_sets, wants_recent, .. } = self;
+        FileRules { name, rules: self.rules.map(iptables::Reader::finish), notes, wants_sets, wants_recent }
+    }
+
+    fn block(&mut self, text: &str) {
+        let before = self.lines;
+        self.lines += memchr_iter(b'\n', text.as_bytes()).count();
+        if self.rules.is_none() && text.trim().is_empty() {
+            return;
+        }
+        self.wants_sets |= text.contains(OF_SETS);
+        self.wants_recent |= text.contains(OF_RECENT);
+        note_native_tables(text, before, &mut self.notes);
+        // The header is the first line.
+        let rules = self.rules.get_or_insert_with(|| {
+            let of_name = RULES.iter().find(|(name, _)| *name == self.name).map_or(Family::V4, |(_, family)| *family);
+            let family = header_family(text).unwrap_or(of_name);
+            let flavour = flavour(text, self.name, &mut self.notes);
+            if family != of_name {
+                let (said, version) = if family == Family::V4 { ("iptables-save", 4) } else { ("ip6tables-save", 6) };
+                self.notes.add(0, format!("its header says that {said} wrote it: taken as the rules of IPv{version}"));
+            }
+            iptables::Reader::new(self.name, before, flavour, family)
+        });
+        rules.block(text);
+    }
+}
+
+/// All rules of a node. No more than one set comes out for a flavour and family; a family without a file is said.
+pub fn together(files: Vec<FileRules>) -> (Vec<Ruleset>, Vec<Diagnostic>) {
+    let there: Vec<&str> = files.iter().map(|file| file.name).collect();
     let mut found = Vec::<Ruleset>::new();
     let mut diagnostics = Vec::new();
-    for (name, family) in RULES {
-        let Some(bytes) = files.remove(name) else { continue };
-        let text = String::from_utf8(bytes).unwrap_or_else(|bad| String::from_utf8_lossy(bad.as_bytes()).into_owned());
-        let mut notes = Notes::new(name);
-        if text.trim().is_empty() {
-            continue;
-        }
-        let flavour = flavour(&text, name, &mut notes);
-        let family = header_family(&text).unwrap_or(family);
-        if !RULES.contains(&(name, family)) {
-            let (said, version) = if family == Family::V4 { ("iptables-save", 4) } else { ("ip6tables-save", 6) };
-            notes.add(0, format!("its header says that {said} wrote it: taken as the rules of IPv{version}"));
-        }
-        note_native_tables(&text, &mut notes);
-        if found.iter().any(|set| set.flavour == flavour && set.family == family) {
-            notes.add(0, "holds rules of the same flavour as the file before it; left out");
+    for mut file in files {
+        let Some((ruleset, problems)) = file.rules else { continue };
+        if found.iter().any(|set| set.flavour == ruleset.flavour && set.family == ruleset.family) {
+            file.notes.add(0, "holds rules of the same flavour as the file before it; left out");
         } else {
-            let (ruleset, problems) = iptables::parse_whole(Name::whole(text), name, flavour, family);
             diagnostics.extend(problems);
             found.push(ruleset);
         }
-        diagnostics.extend(notes.finish());
+        diagnostics.extend(file.notes.finish());
     }
     for (version, family) in [("4", Family::V4), ("6", Family::V6)] {
         let mut of_family = RULES.iter().filter(|(_, of)| *of == family).map(|(name, _)| *name);
@@ -99,15 +181,15 @@ fn flavour(text: &str, name: &str, notes: &mut Notes) -> Flavour {
     })
 }
 
-/// iptables-nft-save says of a table with native rules that it is incompatible, and leaves it out.
-fn note_native_tables(text: &str, notes: &mut Notes) {
-    // Rarely so, and lines are counted only then.
+/// iptables-nft-save says of a table with native rules that it is incompatible, and leaves it out. `before`: lines before the text.
+fn note_native_tables(text: &str, before: usize, notes: &mut Notes) {
+    // Rarely so, and lines are looked at only then.
     if !text.contains("is incompatible") {
         return;
     }
     for (index, line) in text.lines().enumerate() {
         if line.starts_with("# Table ") && line.contains("is incompatible") {
-            notes.add(index + 1, format!("{}; its rules are not followed", line.trim_start_matches("# ")));
+            notes.add(before + index + 1, format!("{}; its rules are not followed", line.trim_start_matches("# ")));
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The files of a node, as a snapshot holds them and as live collection makes them, turned into its state.
 
 use super::notes::Notes;
+use super::rulesets::FileRules;
 use super::{conntrack, drops, iproute, ipset, ipvs, recent, rulesets, sockets, sysctl};
 use crate::core::model::flow::Family;
 use crate::core::model::rules::Ruleset;
@@ -40,10 +41,9 @@ pub fn state(files: &Files) -> NodeState {
     with_rules(files, rulesets::rulesets(files))
 }
 
-/// As [`state`], consuming the files: a large dump of rules is then held once.
-pub fn into_state(mut files: Files) -> NodeState {
-    let rules = rulesets::take_rulesets(&mut files);
-    with_rules(&files, rules)
+/// As [`state`], of a node whose rules were read already; those that may be among the files are left alone.
+pub fn state_of(files: &Files, rules: Vec<FileRules>) -> NodeState {
+    with_rules(files, rulesets::together(rules))
 }
 
 /// A node with the network of these files, and all else as it was.

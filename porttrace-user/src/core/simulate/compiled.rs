@@ -13,7 +13,7 @@ use crate::core::model::name::Name;
 use crate::core::model::rules::{Chain, Ruleset};
 use crate::core::model::state::{NodeState, RecentEntry};
 use crate::core::model::steps::{Lists, RuleAt};
-use crate::core::model::trace::{ChainRef, Chains, Flavour, Hook, RuleRef};
+use crate::core::model::trace::{Chains, Flavour, Hook, RuleRef};
 use foldhash::HashMap;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -82,6 +82,13 @@ pub(super) struct TableData {
 }
 
 impl TableData {
+    /// Its chain at a hook.
+    fn base(&self, hook: Hook) -> Option<u32> {
+        (0..)
+            .map_while(|at| Some((at, self.chain(at)?)))
+            .find_map(|(at, chain)| (chain.name() == hook.name()).then_some(at))
+    }
+
     pub(super) fn chain(&self, chain: u32) -> Option<&Chain> {
         self.chains.chain(chain)
     }
@@ -91,7 +98,7 @@ impl TableData {
     }
 
     pub(super) fn chain_name(&self, chain: u32) -> &str {
-        self.chains.names().get(chain as usize).map_or("", |name| &name.chain)
+        self.chain(chain).map_or("", Chain::name)
     }
 
     /// Where a rule is; `None` for the chain's policy.
@@ -160,14 +167,13 @@ impl Simulator {
 fn table(number: u16, ruleset: &Arc<Ruleset>, at: usize) -> TableData {
     let source = &ruleset.tables[at];
     let long = source.chains.iter().enumerate().filter(|(_, chain)| chain.rules.len() >= LONG);
-    let chains = Chains::of(ruleset, at);
     TableData {
         number,
         flavour: ruleset.flavour,
         family: ruleset.family,
-        name: chains.table().clone(),
+        name: source.name.clone(),
         indices: long.filter_map(|(at, chain)| Some((at as u32, Index::new(&chain.rules)?))).collect(),
-        chains,
+        chains: Arc::new(Chains::Of(Arc::clone(ruleset), at)),
     }
 }
 
@@ -193,10 +199,9 @@ pub(super) fn base_chains(tables: &[TableData], family: Family, hook: Hook) -> V
     let mut found = Vec::new();
     for (at, table) in tables.iter().enumerate().filter(|(_, table)| table.family == family) {
         let Some(priority) = priority(&table.name, table.flavour, hook) else { continue };
-        let named = |place: &ChainRef| *place.chain == *hook.name();
-        if let Some(chain) = table.chains.names().iter().position(named) {
+        if let Some(chain) = table.base(hook) {
             let reroutes = hook == Hook::Output && *table.name == *"mangle";
-            found.push((priority, BaseChain { table: at as u16, chain: chain as u32, reroutes }));
+            found.push((priority, BaseChain { table: at as u16, chain, reroutes }));
         }
     }
     found

@@ -246,6 +246,7 @@ fn network(net: IpNet) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::model::name::name;
     use crate::core::parse::iproute;
     use crate::core::parse::notes::Notes;
     use proptest::collection::vec;
@@ -307,7 +308,7 @@ mod tests {
             };
             let dump = format!("[{}]", nets.iter().map(route).collect::<Vec<_>>().join(","));
             let routes = iproute::routes(&dump, Family::V4, &mut Notes::new("routes")).expect("routes");
-            let table = Table::new(Family::V4, Name::Static("main"), (0..).zip(&routes));
+            let table = Table::new(Family::V4, name!("main"), (0..).zip(&routes));
             for byte in asked {
                 let dst = IpAddr::V4(spread(byte));
                 let found = table.find(&Asked { dst, src: None, tos: 0 }, |_| true).map(|entry| entry.prefix);
@@ -320,7 +321,7 @@ mod tests {
     fn way(routes: &str, family: Family, dst: &str, src: Option<&str>, tos: u8) -> String {
         let mut notes = Notes::new("routes");
         let routes = iproute::routes(routes, family, &mut notes).expect("routes");
-        let table = Table::new(family, Name::Static("main"), (0..).zip(&routes));
+        let table = Table::new(family, name!("main"), (0..).zip(&routes));
         assert_eq!(notes.finish(), []);
         let address = |text: &str| text.parse().expect("an address");
         let asked = Asked { dst: address(dst), src: src.map(address), tos };

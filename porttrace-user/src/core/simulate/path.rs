@@ -3,20 +3,20 @@
 use super::run::{Next, Run};
 use super::walk::Walk;
 use crate::core::model::flow::Family;
-use crate::core::model::name::Name;
+use crate::core::model::name::{Name, name};
 use crate::core::model::steps::Step;
 use crate::core::model::trace::{Decision, DropReason, Hook, RouteKind, Verdict};
 
-pub(super) static LOOPBACK: Name = Name::Static("lo");
+pub(super) static LOOPBACK: Name = name!("lo");
 /// Stands where the output interface is not known.
-static UNKNOWN: Name = Name::Static("?");
+static UNKNOWN: Name = name!("?");
 
 pub(super) fn dropped(reason: DropReason) -> Next {
     Next::end(Verdict::Dropped { reason, by: None })
 }
 
 pub(super) fn rejected(with: &'static str) -> Next {
-    Next::end(Verdict::Rejected { with: Name::Static(with), by: None })
+    Next::end(Verdict::Rejected { with: Name::from(with), by: None })
 }
 
 /// `ip6_rcv_core`: loopback addresses never come from outside.

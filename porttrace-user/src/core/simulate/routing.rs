@@ -3,7 +3,7 @@
 use super::fib::{Asked, Entry, TOS_BITS, Table, describe};
 use super::walk::Walk;
 use crate::core::model::flow::{Family, Proto};
-use crate::core::model::name::Name;
+use crate::core::model::name::{Name, name};
 use crate::core::model::state::{Address, NextHop, NodeState, PolicyAction, PolicyRule, RouteEntry};
 use crate::core::model::steps::RouteWords;
 use crate::core::model::trace::RouteKind;
@@ -86,7 +86,7 @@ impl Routing {
         let given = state.routes.as_deref().unwrap_or_default();
         let mut routes: Vec<Cow<'_, RouteEntry>> = given.iter().map(Cow::Borrowed).collect();
         for family in [Family::V4, Family::V6] {
-            let is_local = |route: &RouteEntry| table_of(route) == (family, Name::Static("local"));
+            let is_local = |route: &RouteEntry| table_of(route) == (family, name!("local"));
             if !given.iter().any(is_local) {
                 routes.extend(routing.local_routes(family, state.addresses.as_deref()).into_iter().map(Cow::Owned));
             }
@@ -101,7 +101,7 @@ impl Routing {
         }
         routing.words = routes.iter().map(|route| words(route)).collect();
         routing.tables = tables.into_iter().map(|((family, name), routes)| Table::new(family, name, routes)).collect();
-        routing.local = [Family::V4, Family::V6].map(|family| routing.table(family, &Name::Static("local")));
+        routing.local = [Family::V4, Family::V6].map(|family| routing.table(family, &name!("local")));
         let policy = match &state.policy {
             Some(policy) => policy.clone(),
             None => {
@@ -295,9 +295,9 @@ fn table_of(route: &RouteEntry) -> (Family, Name) {
 
 fn table_name(name: &str) -> Name {
     match name {
-        "local" | "255" => Name::Static("local"),
-        "main" | "254" | "" => Name::Static("main"),
-        "default" | "253" => Name::Static("default"),
+        "local" | "255" => name!("local"),
+        "main" | "254" | "" => name!("main"),
+        "default" | "253" => name!("default"),
         other => Name::from(other),
     }
 }

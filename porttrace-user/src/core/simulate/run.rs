@@ -4,7 +4,6 @@ use super::compiled::{BaseChain, Entry, Simulator, TableData};
 use super::path::dropped;
 use super::source::{Reverse, WayBack};
 use super::walk::{Again, Frame, Walk};
-use crate::core::model::name::Name;
 use crate::core::model::rules::{Policy, Rule, Target};
 use crate::core::model::steps::{Act, RuleAt, Step};
 use crate::core::model::trace::{Action, Branch, Decision, DropReason, Fraction, Hook, RuleRef, Verdict};
@@ -345,7 +344,7 @@ fn record(walk: &mut Walk<'_>, at: RuleAt, act: Act) {
 /// Targets after which nothing more happens to the packet in this model.
 fn last_word(target: &Target, by: Option<RuleRef>) -> Verdict {
     match target {
-        Target::Reject(with) => Verdict::Rejected { with: Name::from(&**with), by },
+        Target::Reject(with) => Verdict::Rejected { with: with.clone(), by },
         Target::Stop(text) => {
             Verdict::Unknown { because: format!("{text} hands the packet to something outside the rules"), by }
         }

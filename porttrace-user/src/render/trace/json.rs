@@ -274,7 +274,7 @@ mod tests {
         let dump = "*nat\n:A - [0:0]\n:B - [0:0]\n:C - [0:0]\n-A A -j B\n-A A -j C\nCOMMIT\n";
         let (ruleset, problems) = iptables::parse(dump, "a test", Flavour::IptablesNft, Family::V4);
         assert_eq!(problems, []);
-        Chains::of(&Arc::new(ruleset), 0)
+        Arc::new(Chains::Of(Arc::new(ruleset), 0))
     }
 
     /// Rule `number` of chain A, jumping to the chain at `to`.

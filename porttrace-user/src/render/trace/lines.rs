@@ -218,7 +218,8 @@ impl Printer<'_, '_> {
             },
             (None, None) => format!("{} policy", rule.chain),
         };
-        let line = RuleLine { hook: *hook, table: &rule.table, place: clean(&place), done, text: rule.text() };
+        let text = rule.text();
+        let line = RuleLine { hook: *hook, table: &rule.table, place: clean(&place), done, text: &text };
         if dead_end {
             self.passed(&line);
         } else {

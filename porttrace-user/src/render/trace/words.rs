@@ -136,9 +136,9 @@ fn behind(branch: &Branch, to: &Tuple, context: &Context<'_>) -> Option<String> 
     });
     let (rule, _) = rules.by_ref().find(|(_, action)| matches!(action, Action::Dnat { .. }))?;
     let entry = rules.next();
-    match (comment(rule.text()), entry) {
+    match (comment(&rule.text()), entry) {
         (Some(service), _) => Some(clean(service)),
-        (None, Some((entry, _))) => comment(entry.text()).map(|comment| said(&clean(comment))),
+        (None, Some((entry, _))) => comment(&entry.text()).map(|comment| said(&clean(comment))),
         (None, None) => None,
     }
     .or_else(|| context.name_of(to.proto, to.destination()).map(|name| clean(&name)))
@@ -168,8 +168,8 @@ fn by_rule(rule: Option<&RuleRef>, branch: &Branch) -> String {
         Hop::Rule { rule: of, .. } if of == rule => Some(of.text()),
         _ => None,
     });
-    let comment =
-        text.next_back().and_then(comment).map_or_else(String::new, |comment| format!(" (\"{}\")", clean(comment)));
+    let text = text.next_back().unwrap_or_default();
+    let comment = comment(&text).map_or_else(String::new, |comment| format!(" (\"{}\")", clean(comment)));
     format!("{}{comment}", clean(&place(rule)))
 }
 

@@ -263,8 +263,9 @@ fn wrap_path(path: &RulePath, previous: Option<&RulePath>, room: usize) -> Vec<S
 
 /// The text of each rule on the path, once a block: what the lines above quoted is left out. A policy has no text.
 fn quote<'p>(path: &'p RulePath, quoted: &mut BTreeSet<&'p RuleRef>, room: usize) -> Vec<String> {
-    let fresh = path.steps.iter().filter(|step| !step.rule.text().is_empty() && quoted.insert(&step.rule));
-    fresh.flat_map(|step| wrap(step.rule.text(), room.saturating_sub(4))).map(|line| format!("    {line}")).collect()
+    let texts = path.steps.iter().map(|step| (step.rule.text(), &step.rule));
+    let fresh = texts.filter(|(text, rule)| !text.is_empty() && quoted.insert(rule));
+    fresh.flat_map(|(text, _)| wrap(&text, room.saturating_sub(4))).map(|line| format!("    {line}")).collect()
 }
 
 /// Adds a piece to the last line, or to a new one when it does not fit.

@@ -227,7 +227,8 @@ pub fn comment_of(report: &Report, rule: &RuleRef) -> String {
         Hop::Rule { rule: of, .. } if of == rule => Some(of.text()),
         _ => None,
     });
-    text.last().and_then(comment).map_or_else(String::new, |comment| format!(" (\"{comment}\")"))
+    let text = text.last().unwrap_or_default();
+    comment(&text).map_or_else(String::new, |comment| format!(" (\"{comment}\")"))
 }
 
 /// The comment in a rule's text.

@@ -83,7 +83,7 @@ struct Step<'a> {
     chain: &'a str,
     number: Option<u32>,
     because: String,
-    text: &'a str,
+    text: Name,
 }
 
 #[derive(Serialize)]
