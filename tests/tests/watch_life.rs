@@ -331,4 +331,10 @@ fn an_interface_that_cannot_be_attached_is_named() {
         line["type"] == "note" && line["warning"] == true && text.starts_with("packets at late0 are not seen: ")
     };
     assert!(watch.read_until(WAIT, |watch| watch.others.iter().any(says)).unwrap(), "{:#?}", watch.others);
+    // Nor is one left to ask whether the rules changed, which is no reason to forget them.
+    let (_, tuple) = tcp(&lab, Origin::Outside);
+    let told = watch.connection(tuple, WAIT).unwrap();
+    assert!(told.hops.iter().any(|hop| hop["kind"] == "rules"), "{}", told.report());
+    let changed = |line: &serde_json::Value| line["text"].as_str().is_some_and(|text| text.contains("rules changed"));
+    assert!(!watch.others.iter().any(changed), "{:#?}", watch.others);
 }

@@ -171,7 +171,7 @@ impl Rules {
         if whole {
             self.checked_at = Instant::now();
         }
-        let rules_changed = now != self.fingerprint;
+        let rules_changed = now != self.fingerprint && (now.is_known() || !self.fingerprint.is_known());
         if !rules_changed {
             if std::mem::take(&mut self.stale) {
                 self.follow_network().await;
@@ -182,7 +182,9 @@ impl Rules {
         let read = tokio::task::spawn_blocking(Self::read).await.ok()?;
         *self = Self { generation: self.generation + 1, ..read };
         let after = self.rule_counts();
-        Some(if before == after {
+        Some(if !self.unread.is_empty() {
+            format!("the rules changed ({before} before), and not all can be read: {}", self.warnings.join("; "))
+        } else if before == after {
             format!("the rules changed ({after})")
         } else {
             format!("the rules changed: {before} before, {after} now")
