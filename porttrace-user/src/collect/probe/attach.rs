@@ -2,13 +2,12 @@
 
 use super::config::{Backend, ConntrackBackend, ProbeConfig, ProbeError, RING_BYTES, TcMode};
 use super::late;
+use super::map_error;
 use super::object::{Kernel, NETFILTER_PROGRAMS, ProgramType};
 use super::offsets::KernelTypes;
 use super::tc::Attachments;
-use super::{map_error, missing_map};
 use crate::collect::ctnetlink::{Listener, RECEIVE_BYTES};
 use crate::collect::links::LinkWatcher;
-use aya::EbpfLoader;
 use aya::maps::Array;
 use porttrace_ebpf::PORTS_ARE_KNOWN;
 
@@ -19,7 +18,7 @@ pub fn attach_interface(
     index: u32,
     name: &str,
 ) -> Result<(), ProbeError> {
-    let programs = [kernel.classifier("tc_ingress")?, kernel.classifier("tc_egress")?];
+    let programs = kernel.classifiers()?;
     match attachments.attach(index, programs) {
         Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
         Err(error) => Err(ProbeError::Attach { name: name.to_owned(), error }),
@@ -38,7 +37,7 @@ pub struct OnInterfaces {
 /// Attaches to all interfaces that are there.
 fn attach_interfaces(kernel: &Kernel, mode: Option<TcMode>) -> Result<OnInterfaces, ProbeError> {
     let links = LinkWatcher::new()?;
-    let programs = [kernel.classifier("tc_ingress")?, kernel.classifier("tc_egress")?];
+    let programs = kernel.classifiers()?;
     let mut attachments = Attachments::new(mode, programs)
         .map_err(|error| ProbeError::Io { what: "preparing to attach to interfaces", error })?;
     let mut refusals = Vec::new();
@@ -64,32 +63,29 @@ pub struct Observed {
 
 /// Loads the object, attaches it to the interfaces, and takes the backend that is wanted, or the best that this kernel allows;
 /// what that costs is said. Until [`watch_ports`], nothing is watched.
-///
-/// `loader` is the one that was made beforehand.
 pub fn observe_conntrack(
-    loader: EbpfLoader<'static>,
     config: &ProbeConfig,
     types: &KernelTypes,
     netns: u32,
     without_types: Option<&str>,
     degradations: &mut Vec<String>,
 ) -> Result<Observed, ProbeError> {
-    let loaded = |loader, backend, predicts| {
-        let mut kernel = Kernel::load(loader, types, netns, config, predicts)?;
-        let by_hand = if without_types.is_none() { programs_by_hand(types, backend) } else { Vec::new() };
+    let loaded = |backend, predicts| {
+        let mut kernel = Kernel::load(types, netns, config, predicts)?;
+        let others = if without_types.is_none() { other_programs(types, backend) } else { Vec::new() };
         // Most of this is waiting for the kernel, which then has time for its verifier.
-        let interfaces = kernel.load_programs(&by_hand, |kernel| attach_interfaces(kernel, config.tc))??;
+        let interfaces = kernel.load_programs(&others, |kernel| attach_interfaces(kernel, config.tc))??;
         Ok::<_, ProbeError>((kernel, interfaces))
     };
-    let by_events = |loader, listener, why: Option<&str>, degradations: &mut Vec<String>| {
+    let by_events = |listener, why: Option<&str>, degradations: &mut Vec<String>| {
         degradations.push(late::costs(why));
-        let (kernel, interfaces) = loaded(loader, Backend::Ctnetlink, true)?;
+        let (kernel, interfaces) = loaded(Backend::Ctnetlink, true)?;
         Ok(Observed { kernel, interfaces, backend: ConntrackBackend::Ctnetlink, listener: Some(listener) })
     };
     if config.backend == Backend::Ctnetlink {
-        return by_events(loader, Listener::open(&config.ports, events_room(config))?, None, degradations);
+        return by_events(Listener::open(&config.ports, events_room(config))?, None, degradations);
     }
-    let (mut kernel, interfaces) = loaded(loader, config.backend, false)?;
+    let (mut kernel, interfaces) = loaded(config.backend, false)?;
     let mut why = match attach_conntrack(&mut kernel, config.backend, without_types)? {
         Ok(backend) => return Ok(Observed { kernel, interfaces, backend, listener: None }),
         Err(why) => why,
@@ -98,7 +94,7 @@ pub fn observe_conntrack(
         match Listener::open(&config.ports, events_room(config)) {
             Ok(listener) => {
                 drop((kernel, interfaces));
-                return by_events(EbpfLoader::new(), listener, Some(&why), degradations);
+                return by_events(listener, Some(&why), degradations);
             }
             Err(error) => why = format!("{why}; {error}"),
         }
@@ -173,8 +169,8 @@ fn tracepoints(types: &KernelTypes) -> [(&'static str, Option<u32>); 2] {
     [("tp_drop", types.kfree_skb.filter(|_| types.drop_has_reason)), ("tp_reset", types.tcp_send_reset)]
 }
 
-/// The programs that aya has no type for and that are wanted here.
-pub fn programs_by_hand(types: &KernelTypes, wanted: Backend) -> Vec<(&'static str, ProgramType)> {
+/// The programs that are wanted here beside those of TC, but for kprobes.
+pub fn other_programs(types: &KernelTypes, wanted: Backend) -> Vec<(&'static str, ProgramType)> {
     let netfilter = if matches!(wanted, Backend::Auto | Backend::Netfilter) { &NETFILTER_PROGRAMS[..] } else { &[] };
     let tracepoints = tracepoints(types)
         .into_iter()
@@ -190,7 +186,7 @@ pub fn watch_ports(kernel: &mut Kernel, config: &ProbeConfig) -> Result<(), Prob
         bits[usize::from(*port)] = config.protos.bits();
     }
     let table: [u8; 65_536] = bits.try_into().unwrap_or([0; 65_536]);
-    let map = kernel.ebpf.map_mut("PORTS").ok_or_else(|| missing_map("PORTS"))?;
-    let mut ports: Array<_, [u8; 65_536]> = Array::try_from(map).map_err(|error| map_error("PORTS", &error))?;
+    let mut ports: Array<_, [u8; 65_536]> =
+        Array::try_from(kernel.map_mut("PORTS")?).map_err(|error| map_error("PORTS", &error))?;
     ports.set(0, table, 0).map_err(|error| map_error("PORTS", &error))
 }

@@ -2,9 +2,10 @@
 
 use super::config::ProbeError;
 use super::object::chain;
-use aya::Ebpf;
+use super::sys;
 use aya_log::EbpfLogger;
 use log::{Log, Metadata, Record};
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Reads the lines when asked; nothing happens in between.
@@ -17,11 +18,12 @@ pub struct KernelLog {
 struct Lines(Arc<Mutex<Vec<String>>>);
 
 impl KernelLog {
-    /// Takes the log's ring buffer out of the loaded object.
-    pub fn of(ebpf: &mut Ebpf) -> Result<Self, ProbeError> {
+    /// That of a loaded program, and of all others of the same object.
+    pub fn of(program: BorrowedFd<'_>) -> Result<Self, ProbeError> {
+        let failed = |why| ProbeError::Load { what: "the kernel side's log".into(), why };
         let lines = Lines::default();
-        let logger = EbpfLogger::init_with_logger(ebpf, lines.clone())
-            .map_err(|error| ProbeError::Load { what: "the kernel side's log".into(), why: chain(&error) })?;
+        let id = sys::program_id(program).map_err(|error| failed(error.to_string()))?;
+        let logger = EbpfLogger::init_from_id_with_logger(id, lines.clone()).map_err(|error| failed(chain(&error)))?;
         Ok(Self { logger, lines })
     }
 

@@ -4,7 +4,7 @@
 use super::config::{ConntrackBackend, ProbeError};
 use super::object::Kernel;
 use super::tracked::Tracked;
-use super::{Probe, drain_all, map_error, missing_map, monotonic_ns, wire_bytes};
+use super::{Probe, drain_all, map_error, monotonic_ns, wire_bytes};
 use crate::collect::ctnetlink::hold::{Hold, Released};
 use crate::collect::ctnetlink::{self, CtnetlinkError, Listener, Told};
 use crate::core::model::event::{Conntrack, Event};
@@ -13,9 +13,10 @@ use aya::maps::{Array, HashMap, MapData};
 use porttrace_ebpf::{PORT_TRACKED, Predicted, ROLE_IGNORED, ROLE_OPENING};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 /// A record may be reserved (and have its time) a moment before it can be read.
-const MARGIN_NS: u64 = 200_000;
+pub(super) const MARGIN: Duration = Duration::from_micros(200);
 /// After a loss of conntrack's events, so long nothing is taken for sure that an event would tell.
 const DOUBT_NS: u64 = 2_000_000_000;
 /// Long after everything: nothing is held any more.
@@ -103,7 +104,7 @@ impl Probe {
     /// that observe rewrites themselves.
     pub fn predict(&mut self, targets: &BTreeSet<(Proto, SocketAddr)>) -> Result<(), ProbeError> {
         let Some(late) = &mut self.late else { return Ok(()) };
-        let map = self.kernel.ebpf.map_mut("PREDICTED").ok_or_else(|| missing_map("PREDICTED"))?;
+        let map = self.kernel.map_mut("PREDICTED")?;
         let mut map: HashMap<&mut MapData, PredictedKey, u8> =
             HashMap::try_from(map).map_err(|error| map_error("PREDICTED", &error))?;
         for gone in late.predicted.difference(targets) {
@@ -136,7 +137,7 @@ impl Probe {
     /// Hands out what happened until a moment ago.
     pub(super) fn gather_due(&mut self, out: &mut Vec<Event>) -> Result<usize, ProbeError> {
         let now = monotonic_ns()?;
-        self.gather(now.saturating_sub(MARGIN_NS), 0, out)
+        self.gather(now.saturating_sub(MARGIN.as_nanos() as u64), 0, out)
     }
 
     /// Reads both ways to their ends and hands out what happened until `until_ns`; `later_ns` is added to the time of now.
@@ -212,7 +213,7 @@ fn watch_servers(
     if known.len() == before {
         return Ok(());
     }
-    let map = kernel.ebpf.map_mut("PORTS").ok_or_else(|| missing_map("PORTS"))?;
+    let map = kernel.map_mut("PORTS")?;
     let mut map: Array<_, [u8; 65_536]> = Array::try_from(map).map_err(|error| map_error("PORTS", &error))?;
     let mut bits = map.get(&0, 0).map_err(|error| map_error("PORTS", &error))?;
     for port in known.iter() {

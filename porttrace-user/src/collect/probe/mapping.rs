@@ -2,6 +2,7 @@
 
 use aya::maps::MapData;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::unistd::{SysconfVar, sysconf};
 use std::ffi::c_void;
 use std::io;
 use std::num::NonZeroUsize;
@@ -12,6 +13,11 @@ use std::ptr::NonNull;
 pub struct Mapping {
     start: NonNull<c_void>,
     bytes: usize,
+}
+
+/// The kernel's page, in bytes.
+pub fn page() -> usize {
+    sysconf(SysconfVar::PAGE_SIZE).ok().flatten().and_then(|size| usize::try_from(size).ok()).unwrap_or(4096)
 }
 
 // SAFETY: a mapping belongs to the process, whichever thread uses it.

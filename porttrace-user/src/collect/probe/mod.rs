@@ -30,7 +30,6 @@ use super::links::{LinkChange, LinkWatcher};
 use crate::core::model::event::{DecodeError, Event};
 use crate::core::model::flow::{Proto, Tuple};
 use attach::{Observed, OnInterfaces, attach_interface, attach_tracepoints, observe_conntrack, watch_ports};
-use aya::EbpfLoader;
 use aya::maps::{MapData, PerCpuArray};
 use kernel_log::KernelLog;
 use late::Late;
@@ -43,7 +42,6 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
-use std::thread;
 use std::time::{Duration, Instant};
 use tc::Attachments;
 use tokio::io::Interest;
@@ -90,17 +88,13 @@ impl Probe {
         }
         rights::check()?;
         let mut degradations = Vec::new();
-        // aya reads all of the kernel's BTF for itself when a loader is made.
-        let (types, loader) = thread::scope(|scope| {
-            let loader = scope.spawn(EbpfLoader::new);
-            (kernel_types().map_err(|error| chain(&error)), loader.join().unwrap_or_default())
-        });
+        let types = kernel_types().map_err(|error| chain(&error));
         let netns = own_netns()?;
         let empty = KernelTypes::default();
         let known = types.as_ref().unwrap_or(&empty);
         let without_types = types.as_ref().err().map(String::as_str);
         let Observed { mut kernel, interfaces, backend: conntrack_backend, listener } =
-            observe_conntrack(loader, config, known, netns, without_types, &mut degradations)?;
+            observe_conntrack(config, known, netns, without_types, &mut degradations)?;
         let OnInterfaces { links, attachments, refusals } = interfaces;
         let late = match listener {
             Some(listener) => Some(Late::new(listener, kernel.tracked()?, &config.ports, netns, &mut degradations)),
@@ -119,7 +113,7 @@ impl Probe {
             start_time: began.elapsed(),
             degradations,
         };
-        let log = if config.kernel_log { Some(KernelLog::of(&mut kernel.ebpf)?) } else { None };
+        let log = if config.kernel_log { Some(KernelLog::of(kernel.classifiers()?[0])?) } else { None };
         Self::assemble(kernel, info, links, attachments, log, late)
     }
 
@@ -156,6 +150,11 @@ impl Probe {
         let before = out.len();
         while !drain(self.ring.get_mut(), out)? {}
         Ok(out.len() - before)
+    }
+
+    /// How long after something happened [`Probe::read_now`] is sure to have it.
+    pub const fn held_back(&self) -> Duration {
+        if self.late.is_some() { late::MARGIN } else { Duration::ZERO }
     }
 
     /// The last look before the end: everything that there is, whatever might still belong to it.
@@ -227,7 +226,7 @@ impl Probe {
         // SAFETY: the map owns its descriptor, which stays the same until the ring is dropped.
         let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }
             .map_err(|error| ProbeError::Io { what: "polling the ring buffer", error: error.into() })?;
-        let ring_lost = PerCpuArray::try_from(take(&mut kernel, "LOST")?).map_err(|error| map_error("LOST", &error))?;
+        let ring_lost = PerCpuArray::try_from(kernel.take_map("LOST")?).map_err(|error| map_error("LOST", &error))?;
         if let Some(late) = &mut late {
             late.adopt_older(&mut kernel)?;
         }
@@ -291,10 +290,6 @@ fn drain_some(ring: &mut Ring, mut take: impl FnMut(Event, bool)) -> Result<bool
         take(Event::try_from(&raw)?, raw.head.flags & wire::PREDICTED != 0);
         Ok(())
     })
-}
-
-fn take(kernel: &mut Kernel, name: &'static str) -> Result<aya::maps::Map, ProbeError> {
-    kernel.ebpf.take_map(name).ok_or_else(|| missing_map(name))
 }
 
 fn missing_map(name: &str) -> ProbeError {

@@ -1,5 +1,6 @@
-//! The compiled kernel side: loading it with aya, and the programs that aya has no type for by hand.
+//! The compiled kernel side: read and put together with aya, which has no types for some of its programs: all are loaded alike here.
 
+use super::mapping::page;
 use super::offsets::KernelTypes;
 use super::ring::Ring;
 pub use super::sys::ProgramType;
@@ -7,19 +8,21 @@ use super::sys::{self, NetfilterHook};
 use super::tracked::{Tracked, buckets_for};
 use super::{ProbeConfig, ProbeError, missing_map};
 use aya::maps::{Map, MapData};
-use aya::programs::{KProbe, SchedClassifier};
-use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
-use aya_obj::Object;
+use aya::programs::{KProbe, ProbeKind, loaded_programs};
 use aya_obj::generated::{BPF_CALL, BPF_JMP, BPF_PSEUDO_KFUNC_CALL, bpf_insn};
+use aya_obj::{EbpfSectionKind, Object};
 use porttrace_ebpf::CALL_RDONLY_CAST;
 use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 static BYTES: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/porttrace.bpf.o"));
 
+/// Which of its lines the kernel side logs (aya-log).
+const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
 /// How often the reader is woken while the ring buffer fills.
 const WAKE_UPS: u32 = 4;
 
@@ -39,6 +42,8 @@ const NETFILTER: [(&str, u32, i32); 7] = [
     ("nf_after_snat", LOCAL_IN, 101),
     ("nf_after_snat", POST_ROUTING, 101),
 ];
+/// The TC programs.
+const CLASSIFIERS: [&str; 2] = ["tc_ingress", "tc_egress"];
 /// The programs of [`NETFILTER`], the one that takes the verifier longest first.
 pub const NETFILTER_PROGRAMS: [&str; 4] = ["nf_after_conntrack", "nf_after_dnat", "nf_after_snat", "nf_local_in"];
 
@@ -50,103 +55,109 @@ const FAMILIES: [u32; 2] = [libc::NFPROTO_IPV4 as u32, libc::NFPROTO_IPV6 as u32
 const KPROBES: [(&str, &str); 3] =
     [("kp_nat_setup", "nf_nat_setup_info"), ("kp_confirm", "__nf_conntrack_confirm"), ("kp_destroy", "nf_ct_delete")];
 
-/// The loaded object, and links that hold as long as it lives.
+/// The kernel side: its maps, its programs as far as they are loaded, and links that hold as long as it lives.
 pub struct Kernel {
-    pub ebpf: Ebpf,
+    /// References to maps and functions are filled in.
+    object: Object,
+    maps: BTreeMap<String, Map>,
     /// Those of map `TRACKED`.
     buckets: u32,
     ring_bytes: u32,
     types: KernelTypes,
-    /// What [`Self::load_programs`] made of the programs that aya has no type for.
-    by_hand: BTreeMap<&'static str, Result<OwnedFd, String>>,
+    classifiers: OnceLock<[OwnedFd; 2]>,
+    /// What [`Self::load_programs`] made of all others; one that could not be loaded is an error only when it is attached.
+    loaded: BTreeMap<&'static str, Result<OwnedFd, String>>,
     links: Vec<OwnedFd>,
+    kprobes: Vec<KProbe>,
 }
 
 impl Kernel {
     /// Creates the maps, with `netns` (inode number) as the one namespace that counts.
     ///
     /// `predicts`: [`super::Probe::predict`] will be used.
-    pub fn load(
-        loader: EbpfLoader<'static>,
-        types: &KernelTypes,
-        netns: u32,
-        config: &ProbeConfig,
-        predicts: bool,
-    ) -> Result<Self, ProbeError> {
-        let predicts = u32::from(predicts);
-        let offsets = types.offsets.words();
-        let reset_has_reason = u32::from(types.reset_has_reason);
+    ///
+    /// aya's own loader would first read all of the kernel's BTF, for which nothing here asks: some 30 ms, and 13 MiB.
+    pub fn load(types: &KernelTypes, netns: u32, config: &ProbeConfig, predicts: bool) -> Result<Self, ProbeError> {
+        let failed = |why| ProbeError::Load { what: "the maps".into(), why };
+        // The kernel wants a power of two of pages.
+        let ring_bytes = config.ring_bytes.next_power_of_two().max(u32::try_from(page()).unwrap_or(4096));
+        let buckets = buckets_for(config.tracked);
         let mut reasons = types.drop_reasons.iter();
         let queue_purge = reasons.find(|(_, name)| *name == "QUEUE_PURGE").map_or(u32::MAX, |(reason, _)| *reason);
-        let log_level = if config.kernel_log { u8::MAX } else { 0 };
-        // The kernel wants a power of two of pages; aya makes it one in the same way.
-        let ring_bytes = config.ring_bytes.next_power_of_two().max(4096);
-        let wake_bytes = ring_bytes / WAKE_UPS;
-        let show_data = u32::from(config.data);
-        let buckets = buckets_for(config.tracked);
-        // It borrows the values above for a shorter time than it could.
-        let mut loader: EbpfLoader<'_> = loader;
-        let ebpf = loader
-            .verifier_log_level(VerifierLogLevel::STATS)
-            .override_global("OFFSETS", &offsets[..], true)
-            .override_global("NETNS", &netns, true)
-            .override_global("RESET_HAS_REASON", &reset_has_reason, true)
-            .override_global("QUEUE_PURGE", &queue_purge, true)
-            .override_global("WAKE_BYTES", &wake_bytes, true)
-            .override_global("SHOW_DATA", &show_data, true)
-            .override_global("PREDICTS", &predicts, true)
-            .override_global("AYA_LOG_LEVEL", &log_level, false)
-            .map_max_entries("EVENTS", ring_bytes)
-            .override_global("TRACKED_MASK", &(buckets - 1), true)
-            .map_max_entries("TRACKED", buckets)
-            .load(BYTES)
-            .map_err(|error| ProbeError::Load { what: "the maps".into(), why: chain(&error) })?;
-        Ok(Self { ebpf, buckets, ring_bytes, types: types.clone(), by_hand: BTreeMap::new(), links: Vec::new() })
-    }
-
-    /// Loads the TC programs, then does `meanwhile`, while those `by_hand` are loaded on other threads: the verifier takes most of
-    /// the start. A program that cannot be loaded by hand is an error only when it is attached.
-    pub fn load_programs<T>(
-        &mut self,
-        by_hand: &[(&'static str, ProgramType)],
-        meanwhile: impl FnOnce(&Self) -> T,
-    ) -> Result<T, ProbeError> {
-        let object = if by_hand.is_empty() { None } else { Some(relocate(&self.ebpf, self.types.rdonly_cast)) };
-        let next = AtomicUsize::new(0);
-        let work = || {
-            let mut done = Vec::new();
-            while let (Some(object), Some((name, kind))) = (&object, by_hand.get(next.fetch_add(1, Ordering::Relaxed)))
-            {
-                let loaded = object.as_ref().map_err(String::clone).and_then(|object| load(object, name, *kind));
-                done.push((*name, loaded));
-            }
-            done
-        };
-        thread::scope(|scope| {
-            let others = [scope.spawn(work), scope.spawn(work)];
-            let classifiers = ["tc_ingress", "tc_egress"].into_iter().try_for_each(|name| self.load_classifier(name));
-            let done = classifiers.map(|()| meanwhile(self));
-            self.by_hand.extend(others.into_iter().filter_map(|other| other.join().ok()).flatten());
-            done
+        let constants = [
+            ("NETNS", netns.to_ne_bytes().to_vec()),
+            ("RESET_HAS_REASON", u32::from(types.reset_has_reason).to_ne_bytes().to_vec()),
+            ("QUEUE_PURGE", queue_purge.to_ne_bytes().to_vec()),
+            ("WAKE_BYTES", (ring_bytes / WAKE_UPS).to_ne_bytes().to_vec()),
+            ("SHOW_DATA", u32::from(config.data).to_ne_bytes().to_vec()),
+            ("PREDICTS", u32::from(predicts).to_ne_bytes().to_vec()),
+            ("TRACKED_MASK", (buckets - 1).to_ne_bytes().to_vec()),
+            ("OFFSETS", types.offsets.words().into_iter().flat_map(u32::to_ne_bytes).collect()),
+            (LOG_LEVEL, vec![if config.kernel_log { u8::MAX } else { 0 }]),
+        ];
+        let mut object = Object::parse(BYTES).map_err(|error| failed(chain(&error)))?;
+        // Of these only the log's may be missing.
+        let constants = constants.iter().map(|(name, value)| (*name, (&value[..], *name != LOG_LEVEL))).collect();
+        object.patch_map_data(constants).map_err(|error| failed(chain(&error)))?;
+        for (name, entries) in [("EVENTS", ring_bytes), ("TRACKED", buckets)] {
+            object.maps.get_mut(name).ok_or_else(|| missing_map(name))?.set_max_entries(entries);
+        }
+        let maps = create_maps(&object).map_err(failed)?;
+        relocate(&mut object, &maps, types.rdonly_cast).map_err(failed)?;
+        Ok(Self {
+            object,
+            maps,
+            buckets,
+            ring_bytes,
+            types: types.clone(),
+            classifiers: OnceLock::new(),
+            loaded: BTreeMap::new(),
+            links: Vec::new(),
+            kprobes: Vec::new(),
         })
     }
 
-    fn load_classifier(&mut self, name: &str) -> Result<(), ProbeError> {
-        let failed = |why| ProbeError::Load { what: format!("the TC program {name}"), why };
-        let program: &mut SchedClassifier = self
-            .ebpf
-            .program_mut(name)
-            .ok_or_else(|| failed("it is not in the object".into()))?
-            .try_into()
-            .map_err(|error| failed(chain(&error)))?;
-        program.load().map_err(|error| failed(chain(&error)))
+    /// Loads the TC programs, then does `meanwhile`, while the `others` are loaded on other threads: the verifier takes most of the
+    /// start.
+    pub fn load_programs<T>(
+        &mut self,
+        others: &[(&'static str, ProgramType)],
+        meanwhile: impl FnOnce(&Self) -> T,
+    ) -> Result<T, ProbeError> {
+        let next = AtomicUsize::new(0);
+        let kernel = &*self;
+        let work = || {
+            let mut done = Vec::new();
+            while let Some((name, kind)) = others.get(next.fetch_add(1, Ordering::Relaxed)) {
+                done.push((*name, load(&kernel.object, name, *kind)));
+            }
+            done
+        };
+        let (done, loaded) = thread::scope(|scope| {
+            let threads = [scope.spawn(work), scope.spawn(work)];
+            let done = kernel.load_classifiers().map(|()| meanwhile(kernel));
+            (done, threads.into_iter().filter_map(|thread| thread.join().ok()).flatten().collect::<Vec<_>>())
+        });
+        self.loaded.extend(loaded);
+        done
     }
 
-    /// Descriptor of a loaded TC program.
-    pub fn classifier(&self, name: &str) -> Result<BorrowedFd<'_>, ProbeError> {
-        let failed = |why| ProbeError::Load { what: format!("the TC program {name}"), why };
-        let program = self.ebpf.program(name).ok_or_else(|| failed("it is not in the object".into()))?;
-        program.fd().map(AsFd::as_fd).map_err(|error| failed(chain(&error)))
+    fn load_classifiers(&self) -> Result<(), ProbeError> {
+        let load = |name: &str| {
+            load(&self.object, name, ProgramType::Classifier)
+                .map_err(|why| ProbeError::Load { what: format!("the TC program {name}"), why })
+        };
+        let [ingress, egress] = CLASSIFIERS;
+        // They are loaded once.
+        let _ = self.classifiers.set([load(ingress)?, load(egress)?]);
+        Ok(())
+    }
+
+    /// Descriptors of the loaded TC programs, for ingress and egress.
+    pub fn classifiers(&self) -> Result<[BorrowedFd<'_>; 2], ProbeError> {
+        let missing =
+            || ProbeError::Load { what: "the TC programs".to_owned(), why: "they were not loaded".to_owned() };
+        self.classifiers.get().map(|programs| programs.each_ref().map(AsFd::as_fd)).ok_or_else(missing)
     }
 
     /// Attaches the NETFILTER programs to the hooks of the current network namespace: all or none.
@@ -171,24 +182,29 @@ impl Kernel {
 
     /// Attaches the conntrack kprobes: all or none.
     pub fn attach_kprobes(&mut self) -> Result<(), String> {
-        let outcome = KPROBES.into_iter().try_for_each(|(name, function)| {
-            let failed = |why: String| format!("kprobe on {function}: {why}");
-            let program = self.kprobe(name).map_err(failed)?;
-            program.load().map_err(|error| failed(chain(&error)))?;
-            program.attach(function, 0).map(|_| ()).map_err(|error| failed(chain(&error)))
-        });
-        if outcome.is_err() {
-            for (name, _) in KPROBES {
-                // Those that were not loaded cannot be unloaded.
-                let _ = self.kprobe(name).map(KProbe::unload);
+        for (name, function) in KPROBES {
+            let attached = self.attach_kprobe(name, function);
+            match attached {
+                Ok(kprobe) => self.kprobes.push(kprobe),
+                Err(why) => {
+                    self.kprobes.clear();
+                    return Err(format!("kprobe on {function}: {why}"));
+                }
             }
         }
-        outcome
+        Ok(())
     }
 
-    fn kprobe(&mut self, name: &str) -> Result<&mut KProbe, String> {
-        let program = self.ebpf.program_mut(name).ok_or("not in the object")?;
-        program.try_into().map_err(|error: aya::programs::ProgramError| chain(&error))
+    fn attach_kprobe(&self, name: &'static str, function: &str) -> Result<KProbe, String> {
+        let program = load(&self.object, name, ProgramType::Kprobe)?;
+        let id = sys::program_id(program.as_fd()).map_err(|error| error.to_string())?;
+        let info =
+            loaded_programs().flatten().find(|info| info.id() == id).ok_or("it is not among those that are loaded")?;
+        // SAFETY: it is the program that was just loaded as one of this type.
+        let kprobe = unsafe { KProbe::from_program_info(info, name.into(), ProbeKind::Entry) };
+        let mut kprobe = kprobe.map_err(|error| chain(&error))?;
+        kprobe.attach(function, 0).map_err(|error| chain(&error))?;
+        Ok(kprobe)
     }
 
     /// Attaches a `tp_btf` program to its tracepoint.
@@ -199,20 +215,29 @@ impl Kernel {
         Ok(())
     }
 
-    /// The ring buffer, which is then no longer in the object.
+    /// The ring buffer, which is then no longer here.
     pub fn take_ring(&mut self) -> Result<Ring, ProbeError> {
-        match self.ebpf.take_map("EVENTS") {
-            Some(Map::RingBuf(map)) => Ring::of(map, self.ring_bytes),
+        match self.take_map("EVENTS")? {
+            Map::RingBuf(map) => Ring::of(map, self.ring_bytes),
             _ => Err(missing_map("EVENTS")),
         }
     }
 
     /// The table of watched connections.
     pub fn tracked(&self) -> Result<Tracked, ProbeError> {
-        match self.ebpf.map("TRACKED") {
+        match self.maps.get("TRACKED") {
             Some(Map::Array(map)) => Tracked::of(map, self.buckets),
             _ => Err(missing_map("TRACKED")),
         }
+    }
+
+    pub fn map_mut(&mut self, name: &'static str) -> Result<&mut Map, ProbeError> {
+        self.maps.get_mut(name).ok_or_else(|| missing_map(name))
+    }
+
+    /// A map, which is then no longer here.
+    pub fn take_map(&mut self, name: &'static str) -> Result<Map, ProbeError> {
+        self.maps.remove(name).ok_or_else(|| missing_map(name))
     }
 
     pub const fn types(&self) -> &KernelTypes {
@@ -220,8 +245,25 @@ impl Kernel {
     }
 
     fn loaded(&mut self, name: &str) -> Result<OwnedFd, String> {
-        self.by_hand.remove(name).unwrap_or_else(|| Err(format!("{name} was not loaded")))
+        self.loaded.remove(name).unwrap_or_else(|| Err(format!("{name} was not loaded")))
     }
+}
+
+/// Creates the object's maps, its constants among them.
+fn create_maps(object: &Object) -> Result<BTreeMap<String, Map>, String> {
+    let create = |(name, map): (&String, &aya_obj::Map)| {
+        let failed = |error: &dyn std::error::Error| format!("{name}: {}", chain(error));
+        let created = MapData::create(map.clone(), name, None).map_err(|error| failed(&error))?;
+        let fd = created.fd().as_fd();
+        if !map.data().is_empty() {
+            sys::fill(fd, map.data()).map_err(|error| failed(&error))?;
+        }
+        if map.section_kind() == EbpfSectionKind::Rodata {
+            sys::freeze(fd).map_err(|error| failed(&error))?;
+        }
+        Ok((name.clone(), Map::from_map_data(created).map_err(|error| failed(&error))?))
+    };
+    object.maps.iter().map(create).collect()
 }
 
 fn load(object: &Object, name: &str, kind: ProgramType) -> Result<OwnedFd, String> {
@@ -246,25 +288,22 @@ fn link_near(program: BorrowedFd<'_>, mut at: NetfilterHook) -> io::Result<Owned
     }
 }
 
-/// The same object once more, its references to maps filled in with the maps that aya made (its constants included), and its calls
-/// of `bpf_rdonly_cast` with that function's BTF id. Where there is none (before Linux 6.2), the kernel refuses programs that call
-/// it: those of NETFILTER, which it then does not know either.
-fn relocate(ebpf: &Ebpf, rdonly_cast: Option<u32>) -> Result<Object, String> {
-    let mut object = Object::parse(BYTES).map_err(|error| chain(&error))?;
+/// Fills in the references to maps and functions, and calls of `bpf_rdonly_cast` with that function's BTF id. Where there is none
+/// (before Linux 6.2), the kernel refuses programs that call it: those of NETFILTER, which it then does not know either.
+fn relocate(object: &mut Object, maps: &BTreeMap<String, Map>, rdonly_cast: Option<u32>) -> Result<(), String> {
     if let Some(function) = rdonly_cast {
         object.functions.values_mut().flat_map(|code| &mut code.instructions).for_each(|one| name_cast(one, function));
     }
     let maps: Vec<_> = object
         .maps
         .iter()
-        .filter_map(|(name, map)| Some((name.clone(), fd_of(ebpf.map(name)?)?, map.clone())))
+        .filter_map(|(name, map)| Some((name.clone(), fd_of(maps.get(name)?)?, map.clone())))
         .collect();
     let text: HashSet<usize> = object.functions.keys().map(|(section, _)| *section).collect();
     object
         .relocate_maps(maps.iter().map(|(name, fd, map)| (name.as_str(), *fd, map)), &text)
         .map_err(|error| chain(&error))?;
-    object.relocate_calls(&text).map_err(|error| chain(&error))?;
-    Ok(object)
+    object.relocate_calls(&text).map_err(|error| chain(&error))
 }
 
 /// Makes a call of the kernel function with this BTF id of one that stands for it.

@@ -4,10 +4,9 @@
 //! along, and says only once for some records that their room is free again.
 
 use super::ProbeError;
-use super::mapping::Mapping;
+use super::mapping::{Mapping, page};
 use aya::maps::MapData;
 use nix::sys::mman::ProtFlags;
-use nix::unistd::{SysconfVar, sysconf};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::slice;
@@ -59,8 +58,7 @@ impl Ring {
     /// `bytes`: the size of the buffer, as the map was made.
     pub fn of(map: MapData, bytes: u32) -> Result<Self, ProbeError> {
         let failed = |error| ProbeError::Io { what: "mapping the ring buffer", error };
-        let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten().and_then(|size| usize::try_from(size).ok());
-        let (bytes, page) = (bytes as usize, page.unwrap_or(4096));
+        let (bytes, page) = (bytes as usize, page());
         let read = ProtFlags::PROT_READ;
         let consumer = Mapping::of(&map, page, 0, read | ProtFlags::PROT_WRITE).map_err(failed)?;
         let producer = Mapping::of(&map, page, page, read).map_err(failed)?;

@@ -1,12 +1,15 @@
-//! The bpf() system call where aya has no words for what is needed: NETFILTER programs, `tp_btf` by id, tcx by index.
+//! The bpf() system call where aya has no words for what is needed: programs by type number, `tp_btf` by id, tcx by index.
 
 use aya_obj::generated::bpf_insn;
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+const MAP_UPDATE_ELEM: libc::c_long = 2;
 const PROG_LOAD: libc::c_long = 5;
+const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const RAW_TRACEPOINT_OPEN: libc::c_long = 17;
+const MAP_FREEZE: libc::c_long = 22;
 const LINK_CREATE: libc::c_long = 28;
 
 /// `BPF_F_BEFORE` without a reference: first in line.
@@ -17,6 +20,9 @@ const LOG_BYTES: usize = 1 << 16;
 #[derive(Clone, Copy, Debug)]
 pub enum ProgramType {
     Netfilter,
+    /// TC.
+    Classifier,
+    Kprobe,
     /// `tp_btf`: the tracepoint's `attach_btf_id`.
     RawTracepoint {
         attach_btf_id: u32,
@@ -83,6 +89,49 @@ struct RawTracepointOpen {
     pad: u32,
 }
 
+#[repr(C)]
+#[derive(Default)]
+struct MapUpdate {
+    map_fd: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ObjectInfo {
+    fd: u32,
+    info_len: u32,
+    info: u64,
+}
+
+/// Sets the one element of a map that holds a section of data.
+pub fn fill(map: BorrowedFd<'_>, data: &[u8]) -> io::Result<()> {
+    let key = 0u32;
+    let (key, value) = ((&raw const key) as u64, data.as_ptr() as u64);
+    bpf(MAP_UPDATE_ELEM, &MapUpdate { map_fd: raw(map), key, value, ..MapUpdate::default() }).map(drop)
+}
+
+/// From now on only the kernel side may write to the map, and the verifier takes its elements for constants where that may not either.
+pub fn freeze(map: BorrowedFd<'_>) -> io::Result<()> {
+    bpf(MAP_FREEZE, &raw(map)).map(drop)
+}
+
+/// The kernel's number of a program.
+pub fn program_id(program: BorrowedFd<'_>) -> io::Result<u32> {
+    // `struct bpf_prog_info` begins with type and id.
+    let mut info = [0u32; 2];
+    let info_len = size_of_val(&info) as u32;
+    bpf(OBJ_GET_INFO_BY_FD, &ObjectInfo { fd: raw(program), info_len, info: (&raw mut info) as u64 })?;
+    Ok(info[1])
+}
+
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd().cast_unsigned()
+}
+
 /// Loads a program; an error carries the end of the verifier's log.
 pub fn load(
     name: &str,
@@ -98,6 +147,8 @@ pub fn load(
     };
     (attr.prog_type, attr.expected_attach_type) = match kind {
         ProgramType::Netfilter => (32, 45),
+        ProgramType::Classifier => (3, 0),
+        ProgramType::Kprobe => (2, 0),
         ProgramType::RawTracepoint { attach_btf_id } => {
             attr.attach_btf_id = attach_btf_id;
             (26, 23)
@@ -139,12 +190,12 @@ pub fn link_tcx(program: BorrowedFd<'_>, ifindex: u32, side: Side) -> io::Result
 
 /// Attaches a `tp_btf` program to the tracepoint that it was loaded for.
 pub fn open_raw_tracepoint(program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    let attr = RawTracepointOpen { name: 0, prog_fd: program.as_raw_fd().cast_unsigned(), pad: 0 };
+    let attr = RawTracepointOpen { name: 0, prog_fd: raw(program), pad: 0 };
     fd(bpf(RAW_TRACEPOINT_OPEN, &attr))
 }
 
 fn link(program: BorrowedFd<'_>, target: u32, attach_type: u32, flags: u32, extra: [u32; 4]) -> io::Result<OwnedFd> {
-    let attr = LinkCreate { prog_fd: program.as_raw_fd().cast_unsigned(), target, attach_type, flags, extra };
+    let attr = LinkCreate { prog_fd: raw(program), target, attach_type, flags, extra };
     fd(bpf(LINK_CREATE, &attr))
 }
 

@@ -1,14 +1,13 @@
 //! The probe's own programs, loaded and attached for a moment where they meet no packet: what a kernel allows is found out by
 //! trying, not by its version.
 
-use super::attach::programs_by_hand;
+use super::attach::other_programs;
 use super::config::{Backend, Protos, TcMode};
 use super::object::{Kernel, chain};
 use super::offsets::{KernelTypes, kernel_types};
 use super::tc::Attachments;
 use super::{ProbeConfig, own_netns, rights};
 use crate::core::doctor::facts::{Rights, Trial, Trials};
-use aya::EbpfLoader;
 use nix::sched::{CloneFlags, unshare};
 use std::path::Path;
 use std::thread;
@@ -71,7 +70,7 @@ fn attempt() -> Trials {
     let config = ProbeConfig { protos: Protos::ALL, ..ProbeConfig::new([]) };
     let known = types.clone().unwrap_or_default();
     let netns = own_netns().unwrap_or_default();
-    let mut kernel = match Kernel::load(EbpfLoader::new(), &known, netns, &config, true) {
+    let mut kernel = match Kernel::load(&known, netns, &config, true) {
         Ok(kernel) => kernel,
         Err(error) => {
             trials.maps = Trial::Fails(chain(&error));
@@ -79,8 +78,8 @@ fn attempt() -> Trials {
         }
     };
     trials.maps = Trial::Works(format!("ring buffer of {} MiB, {} tuples", config.ring_bytes >> 20, config.tracked));
-    let by_hand = if types.is_ok() { programs_by_hand(&known, Backend::Auto) } else { Vec::new() };
-    trials.tc = trial(kernel.load_programs(&by_hand, |_| ()).map_err(|error| chain(&error)), "they load");
+    let others = if types.is_ok() { other_programs(&known, Backend::Auto) } else { Vec::new() };
+    trials.tc = trial(kernel.load_programs(&others, |_| ()).map_err(|error| chain(&error)), "they load");
     if trials.tc.works() {
         trials.tcx = interface(&kernel, TcMode::Tcx);
         trials.clsact = interface(&kernel, TcMode::Clsact);
@@ -121,8 +120,7 @@ fn hooks(kernel: &mut Kernel, types: &KernelTypes, trials: &mut Trials) {
 
 fn interface(kernel: &Kernel, mode: TcMode) -> Trial {
     let attach = || -> Result<(), String> {
-        let program = |name| kernel.classifier(name).map_err(|error| chain(&error));
-        let programs = [program("tc_ingress")?, program("tc_egress")?];
+        let programs = kernel.classifiers().map_err(|error| chain(&error))?;
         let mut attachments = Attachments::new(Some(mode), programs).map_err(|error| error.to_string())?;
         attachments.attach(LOOPBACK, programs).map_err(|error| error.to_string())
     };
