@@ -201,6 +201,7 @@ impl Thread<'_> {
         match ask {
             Ask::Catch(done) => {
                 let now = now_ns();
+                tokio::time::sleep(self.probe.held_back()).await;
                 self.probe.read_now(events)?;
                 self.tell_events(events, now).await;
                 // Who asked may have given up.
