@@ -334,7 +334,7 @@ fn an_interface_that_cannot_be_attached_is_named() {
     // Nor is one left to ask whether the rules changed, which is no reason to forget them.
     let (_, tuple) = tcp(&lab, Origin::Outside);
     let told = watch.connection(tuple, WAIT).unwrap();
-    assert!(told.hops.iter().any(|hop| hop["kind"] == "rules"), "{}", told.report());
+    assert!(told.hops.iter().any(|hop| hop["kind"] == "rules"), "{}\n{:#?}", told.report(), watch.others);
     let changed = |line: &serde_json::Value| line["text"].as_str().is_some_and(|text| text.contains("rules changed"));
     assert!(!watch.others.iter().any(changed), "{:#?}", watch.others);
 }

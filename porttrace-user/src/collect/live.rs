@@ -47,14 +47,19 @@ pub fn node(options: Options) -> Node {
     Node { state, legacy, timings }
 }
 
-/// The same node with its interfaces, addresses, routes and settings read again; rules and sockets are taken over.
-pub fn reread_network(former: &NodeState) -> NodeState {
+/// The same node with its interfaces, addresses, routes and settings read again; rules and sockets are taken over. `None`: something
+/// of it cannot be read that could be before.
+pub fn reread_network(former: &NodeState) -> Option<NodeState> {
     let mut found = Found::default();
     network(&mut found);
     sysctls(&mut found);
+    let said = |missing: &String| former.diagnostics.iter().any(|diagnostic| diagnostic.message == *missing);
+    if !found.missing.iter().all(said) {
+        return None;
+    }
     let metadata = metadata(std::mem::take(&mut found.missing));
     found.text("snapshot.json", metadata);
-    parse::with_network(former, &found.files)
+    Some(parse::with_network(former, &found.files))
 }
 
 /// The same node with what listens on it read again; `None`: the same sockets do. Whose they are takes a walk through `/proc`, and

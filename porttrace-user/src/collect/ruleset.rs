@@ -1,5 +1,6 @@
 //! iptables rules, legacy and nft, whichever holds any, through the tools that only print them.
 
+use super::netlink::socket::NetlinkError;
 use super::nftables;
 use super::tool::{self, ToolError};
 use crate::core::model::flow::Family;
@@ -157,7 +158,7 @@ fn needed(missing: &mut Vec<String>) -> Needed {
     match nftables::tables() {
         Ok(found) => needed.native = found,
         // A kernel without nf_tables has no such rules. Anything else hides them.
-        Err(_) if nf_tables_is_absent() => {}
+        Err(error) if nf_tables_is_absent(&error) => {}
         Err(error) => {
             missing.push(format!("whether there are nftables rules is unknown: {error}"));
             needed.is_whole = false;
@@ -180,9 +181,15 @@ fn needed(missing: &mut Vec<String>) -> Needed {
     needed
 }
 
-fn nf_tables_is_absent() -> bool {
-    // Only a root whose request reached the kernel can tell "absent" from "not for you".
-    nix::unistd::geteuid().is_root() && !fs::exists("/sys/module/nf_tables").unwrap_or(false)
+/// Whether this is the answer of a kernel that has no nf_tables. Only a root whose request reached the kernel can tell "absent" from
+/// "not for you".
+fn nf_tables_is_absent(error: &NetlinkError) -> bool {
+    let answered = match error {
+        NetlinkError::Refused(_) => true,
+        NetlinkError::Io(error) => error.raw_os_error() == Some(libc::EPROTONOSUPPORT),
+        _ => false,
+    };
+    answered && nix::unistd::geteuid().is_root() && !fs::exists("/sys/module/nf_tables").unwrap_or(false)
 }
 
 /// The tables that iptables-legacy has in use, from `/proc/net/ip_tables_names`; the file is there only once one is.
@@ -260,7 +267,7 @@ impl Fingerprint {
     pub fn take_cheap(earlier: &Self) -> Self {
         let nft = match nftables::generation() {
             Ok(generation) => Some(generation),
-            Err(_) => nf_tables_is_absent().then_some(0),
+            Err(error) => nf_tables_is_absent(&error).then_some(0),
         };
         Self { nft, legacy: earlier.legacy }
     }

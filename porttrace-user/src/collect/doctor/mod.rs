@@ -123,7 +123,7 @@ fn summary(set: &Ruleset) -> RuleSet {
         let base = table.chains.iter().filter(|chain| chain.policy.is_some());
         base.flat_map(|chain| &chain.rules).any(|rule| match rule.target {
             Target::Jump(to) | Target::Goto(to) => {
-                table.chains.get(to as usize).is_some_and(|chain| &*chain.name() == "KUBE-SERVICES")
+                table.chains.get(to as usize).is_some_and(|chain| chain.name() == "KUBE-SERVICES")
             }
             _ => false,
         })

@@ -1,5 +1,6 @@
 //! `--into-pods`: the pods that the rules lead watched connections to, each followed in its own network namespace.
 
+use super::note::Note;
 use super::output::Clock;
 use porttrace_user::collect::attached::{self, Attached};
 use porttrace_user::collect::facts;
@@ -54,22 +55,6 @@ pub struct IntoPods {
     notes: Vec<Note>,
     /// The pods of the beginning are followed; those that come later are noted.
     has_started: bool,
-}
-
-/// Something to tell: a sentence, and whether it warns.
-pub struct Note {
-    pub text: String,
-    pub warns: bool,
-}
-
-impl Note {
-    const fn of(text: String) -> Self {
-        Self { text, warns: false }
-    }
-
-    const fn warning(text: String) -> Self {
-        Self { text, warns: true }
-    }
 }
 
 struct Pod {

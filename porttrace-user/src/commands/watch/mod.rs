@@ -5,6 +5,7 @@ pub mod args;
 mod diagnosis;
 mod inside;
 mod intake;
+mod note;
 mod output;
 mod pods;
 mod probing;

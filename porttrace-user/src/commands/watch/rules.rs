@@ -1,5 +1,6 @@
 //! The node's state as the session knows it: read at the start, read again when it changes.
 
+use super::note::Note;
 use nix::sys::utsname::UtsName;
 use porttrace_user::collect::live::{self, Options};
 use porttrace_user::collect::ruleset::Fingerprint;
@@ -42,6 +43,8 @@ pub struct Rules {
     settings_took: Duration,
     /// Something else than a rule changed: an interface came or went.
     stale: bool,
+    /// It could not be read when that was tried last.
+    is_behind: bool,
 }
 
 /// The names of this node and of its kernel.
@@ -94,6 +97,7 @@ impl Rules {
             settings_at: Instant::now(),
             settings_took: Duration::ZERO,
             stale: false,
+            is_behind: false,
         }
     }
 
@@ -129,7 +133,9 @@ impl Rules {
         let mut state = self.state.clone();
         let reading = tokio::task::spawn_blocking(move || {
             let text = parse::sysctl::write(&sysctl::read());
-            let now = parse::sysctl::sysctls(&text, &mut Notes::new("sysctl.txt"));
+            // What cannot be read now is as it was.
+            let mut now = state.sysctls.clone().unwrap_or_default();
+            now.extend(parse::sysctl::sysctls(&text, &mut Notes::new("sysctl.txt")));
             if settings(Some(&now)).eq(settings(state.sysctls.as_ref())) {
                 return None;
             }
@@ -162,8 +168,8 @@ impl Rules {
         true
     }
 
-    /// Reads again if something changed. The text says what, when it is worth a line.
-    pub async fn follow(&mut self) -> Option<String> {
+    /// Reads again if something changed. What it was, when it is worth a line.
+    pub async fn follow(&mut self) -> Option<Note> {
         let earlier = self.fingerprint.clone();
         let whole = earlier.has_legacy() && self.checked_at.elapsed() >= LEGACY_CHECK;
         let take = move || if whole { Fingerprint::take() } else { Fingerprint::take_cheap(&earlier) };
@@ -173,36 +179,42 @@ impl Rules {
         }
         let rules_changed = now != self.fingerprint && (now.is_known() || !self.fingerprint.is_known());
         if !rules_changed {
-            if std::mem::take(&mut self.stale) {
-                self.follow_network().await;
-            }
-            return None;
+            return if std::mem::take(&mut self.stale) { self.follow_network().await } else { None };
         }
         let before = self.rule_counts();
         let read = tokio::task::spawn_blocking(Self::read).await.ok()?;
         *self = Self { generation: self.generation + 1, ..read };
         let after = self.rule_counts();
         Some(if !self.unread.is_empty() {
-            format!("the rules changed ({before} before), and not all can be read: {}", self.warnings.join("; "))
+            let why = self.warnings.join("; ");
+            Note::warning(format!("the rules changed ({before} before), and not all can be read: {why}"))
         } else if before == after {
-            format!("the rules changed ({after})")
+            Note::of(format!("the rules changed ({after})"))
         } else {
-            format!("the rules changed: {before} before, {after} now")
+            Note::of(format!("the rules changed: {before} before, {after} now"))
         })
     }
 
-    /// Reads the network again; the rules, which can be many, are as they were.
-    async fn follow_network(&mut self) {
+    /// Reads the network again; the rules, which can be many, are as they were. Where it cannot be read, it is tried again; that is
+    /// said once.
+    async fn follow_network(&mut self) -> Option<Note> {
         let (former, owners) = (self.state.clone(), Arc::clone(&self.owners));
         let reading = tokio::task::spawn_blocking(move || {
-            let state = live::reread_network(&former);
-            (Arc::new(owners.renewed(&state)), Arc::new(Simulator::new(&state)), state)
+            let state = live::reread_network(&former)?;
+            Some((Arc::new(owners.renewed(&state)), Arc::new(Simulator::new(&state)), state))
         });
-        // Where it broke off, the next change has it read again.
-        let Ok((owners, simulator, state)) = reading.await else { return };
+        let Some((owners, simulator, state)) = reading.await.ok().flatten() else {
+            self.stale = true;
+            let is_new = !std::mem::replace(&mut self.is_behind, true);
+            let text =
+                "interfaces changed, and addresses and routes cannot be read: what is predicted is by those of before";
+            return is_new.then(|| Note::warning(text.to_owned()));
+        };
+        self.is_behind = false;
         self.warnings = warnings(&state);
         (self.owners, self.simulator, self.state) = (owners, simulator, state);
         self.generation += 1;
+        None
     }
 
     fn rule_counts(&self) -> String {

@@ -5,6 +5,7 @@ use super::args::Args;
 use super::diagnosis::Diagnosis;
 use super::inside::IntoPods;
 use super::intake::{push_all, while_reading};
+use super::note::Note;
 use super::output::{Clock, Events, Printer};
 use super::pods::Pods;
 use super::probing::{probe_config, probes_sentence, reasons};
@@ -348,7 +349,7 @@ impl Session<'_> {
     }
 
     /// What changed of the rules.
-    async fn follow_rules(&mut self) -> anyhow::Result<Option<String>> {
+    async fn follow_rules(&mut self) -> anyhow::Result<Option<Note>> {
         let Self { rules, probe, correlator, events, .. } = self;
         while_reading(rules.follow(), probe, correlator, events).await
     }
@@ -356,12 +357,12 @@ impl Session<'_> {
     /// Reads rules, routes and addresses again when they changed; true when they did.
     async fn reload_if_changed(&mut self) -> anyhow::Result<bool> {
         let before = self.rules.generation;
-        if let Some(text) = self.follow_rules().await? {
+        if let Some(note) = self.follow_rules().await? {
             predict_targets(&mut self.probe, &self.rules, self.args)?;
             if let Some(inside) = &mut self.inside {
                 inside.expect_changes(Some(targets(&self.rules, self.args)));
             }
-            self.printer.note(&text, Clock::now(), false)?;
+            self.printer.note(&note.text, Clock::now(), note.warns)?;
         }
         Ok(self.rules.generation != before)
     }
