@@ -190,7 +190,7 @@ fn jumps(world: &World<'_>) -> (Vec<IpAddr>, Vec<Evidence>) {
         let Some(table) = set.tables.iter().find(|table| table.name == "nat") else { continue };
         let Some(chain) = table.chain("KUBE-SERVICES") else { continue };
         for (number, rule) in (1u32..).zip(&chain.rules) {
-            let leads = matches!(rule.target, Target::Jump(to) if table.chains.get(to as usize).is_some_and(|to| &*to.name() == "KUBE-NODEPORTS"));
+            let leads = matches!(rule.target, Target::Jump(to) if table.chains.get(to as usize).is_some_and(|to| to.name() == "KUBE-NODEPORTS"));
             let local = rule.matches.iter().any(|one| matches!(one.kind, MatchKind::AddrType { .. }));
             if leads
                 && !local

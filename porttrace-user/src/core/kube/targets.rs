@@ -28,7 +28,7 @@ pub fn nat_targets<'a>(rulesets: impl IntoIterator<Item = &'a Ruleset>, ports: &
                         found: &mut found,
                     };
                     for index in 0..table.chains.len() {
-                        if matches!(&*table.chains[index].name(), "PREROUTING" | "OUTPUT") {
+                        if matches!(table.chains[index].name(), "PREROUTING" | "OUTPUT") {
                             walk.chain(index);
                         }
                     }

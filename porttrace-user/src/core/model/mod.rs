@@ -13,5 +13,6 @@ pub mod pods;
 pub mod rules;
 pub mod state;
 pub mod steps;
+mod targets;
 pub mod trace;
 pub mod workloads;

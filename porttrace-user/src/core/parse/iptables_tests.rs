@@ -119,7 +119,7 @@ fn what_is_not_understood_is_kept_and_reported() {
 fn a_torn_quote_makes_no_chain() {
     let (ruleset, problems) =
         read("*nat\n:X - [0:0]\n-A dual:http\" -j X\n-N a\"b c\n-P a\"b DROP\n-A X -j X\nCOMMIT\n");
-    let names: Vec<&str> = ruleset.tables[0].chains.iter().map(|chain| &*chain.name()).collect();
+    let names: Vec<&str> = ruleset.tables[0].chains.iter().map(|chain| chain.name()).collect();
     assert_eq!(names, ["X"]);
     assert_eq!(ruleset.tables[0].chains[0].rules.len(), 1);
     let expected = [

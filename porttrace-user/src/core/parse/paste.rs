@@ -57,7 +57,7 @@ fn listed(text: &str, source: &str) -> Paste {
             rule.line = line(rule.line as usize);
         }
         let nat = ruleset.tables.iter_mut().filter(|table| table.name == "nat").flat_map(|table| &mut table.chains);
-        nat.filter(|chain| part.unnumbered.contains(&*chain.name())).for_each(|chain| chain.numbered = false);
+        nat.filter(|chain| part.unnumbered.contains(chain.name())).for_each(|chain| chain.numbered = false);
         // What the listing does not explain was said once already.
         diagnostics.extend(
             problems
@@ -170,7 +170,7 @@ mod tests {
         for table in &dump.rulesets[0].tables {
             let other = listed.rulesets[0].tables.iter().find(|t| t.name == table.name).unwrap();
             for chain in &table.chains {
-                let twin = other.chain(&chain.name()).unwrap();
+                let twin = other.chain(chain.name()).unwrap();
                 assert_eq!(chain.policy, twin.policy, "{}", chain.name());
                 assert_eq!(chain.rules.len(), twin.rules.len(), "{}", chain.name());
                 for (rule, same) in chain.rules.iter().zip(&twin.rules) {
