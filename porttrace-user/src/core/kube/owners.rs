@@ -376,3 +376,7 @@ fn portmap_comment(comment: &str) -> (Option<Name>, Option<Name>) {
 pub fn destination_of(rule: &Rule) -> Option<IpAddr> {
     asked(rule).destination
 }
+
+#[cfg(test)]
+#[path = "owners_tests.rs"]
+mod tests;

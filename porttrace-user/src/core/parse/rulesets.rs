@@ -235,4 +235,34 @@ mod tests {
         assert_eq!(found.len(), 1);
         assert!(notes[0].message.contains("taken as legacy") && notes[1].message.contains("left out"), "{notes:?}");
     }
+
+    /// Several blocks of rules, one line that is longer than a block, one that is nonsense, and one about native rules.
+    fn long() -> String {
+        let rules: String =
+            (0..1500).map(|at| format!("[{at}:9] -A PREROUTING -p tcp -m tcp --dport {at} -j C-{at}\n")).collect();
+        let chains: String = (0..1500).map(|at| format!(":C-{at} - [0:0]\n")).collect();
+        let comment = format!("-A PREROUTING -m comment --comment \"{}\" -j ACCEPT\n", "ä".repeat(BLOCK));
+        let (head, tail) = NFT.split_once("-A ").expect("a rule");
+        format!("{head}{chains}{rules}{comment}nonsense\n-A {tail}")
+    }
+
+    #[test]
+    fn in_whatever_pieces_it_comes_it_reads_the_same() {
+        let text = long();
+        let read = |piece: usize| {
+            let mut reader = Reader::new("iptables-save.txt");
+            text.as_bytes().chunks(piece).for_each(|piece| reader.feed(piece));
+            together(vec![reader.finish()])
+        };
+        let (whole, notes) = read(text.len());
+        let lines: Vec<_> = notes.iter().map(|note| note.line).collect();
+        assert_eq!(lines, [3005, 3008, 0], "{notes:?}");
+        let chain = whole[0].tables[0].chain("PREROUTING").expect("it is declared");
+        assert_eq!((chain.rules.len(), chain.rules[7].counters()), (1502, Some((7, 9))));
+        assert_eq!(chain.rules[1500].comment().map(|comment| comment.len()), Some(2 * BLOCK));
+        assert_eq!(chain.rules[1501].text.read(), "-A PREROUTING -j ACCEPT");
+        for piece in [1, 4099, BLOCK - 1, BLOCK, 3 * BLOCK + 7] {
+            assert!(read(piece) == (whole.clone(), notes.clone()), "in pieces of {piece}");
+        }
+    }
 }
