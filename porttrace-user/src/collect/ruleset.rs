@@ -57,11 +57,9 @@ pub fn read() -> Rules {
     let (read, missing) = gather::<Reading>();
     let mut files = Vec::new();
     let mut legacy = Vec::new();
-    for (dump, Reading { reader, hash }) in read {
+    for Reading { reader, hash } in read.into_values() {
         files.push(reader.finish());
-        if dump.flavour == Flavour::IptablesLegacy {
-            legacy.push(hash.finish());
-        }
+        legacy.extend(hash.map(Hash::finish));
     }
     Rules { files, missing, legacy: LegacyHash::of(&legacy) }
 }
@@ -90,17 +88,21 @@ impl Sink for Vec<u8> {
 
 struct Reading {
     reader: Reader,
-    hash: Hash,
+    /// Of legacy rules: of changes of the others the kernel tells.
+    hash: Option<Hash>,
 }
 
 impl Sink for Reading {
     fn of(dump: Dump) -> Self {
-        Self { reader: Reader::new(file_name(dump)), hash: Hash::default() }
+        let hash = (dump.flavour == Flavour::IptablesLegacy).then(Hash::default);
+        Self { reader: Reader::new(file_name(dump)), hash }
     }
 
     fn feed(&mut self, bytes: &[u8]) {
         self.reader.feed(bytes);
-        self.hash.feed(bytes);
+        if let Some(hash) = &mut self.hash {
+            hash.feed(bytes);
+        }
     }
 }
 
