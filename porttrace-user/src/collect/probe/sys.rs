@@ -15,6 +15,8 @@ const LINK_CREATE: libc::c_long = 28;
 /// `BPF_F_BEFORE` without a reference: first in line.
 const BEFORE_ALL: u32 = 1 << 3;
 const LOG_BYTES: usize = 1 << 16;
+/// How often a program is loaded whose verifying a signal cut short.
+const LOADS: u32 = 10;
 
 /// Program and attach type, as in `enum bpf_prog_type` and `enum bpf_attach_type`.
 #[derive(Clone, Copy, Debug)]
@@ -157,18 +159,30 @@ pub fn load(
     for (to, from) in attr.prog_name.iter_mut().take(15).zip(name.bytes()) {
         *to = from;
     }
-    let error = match fd(bpf(PROG_LOAD, &attr)) {
+    let error = match fd(load_unless_cut_short(&attr)) {
         Ok(loaded) => return Ok(loaded),
         Err(error) => error,
     };
     let mut log = vec![0u8; LOG_BYTES];
     (attr.log_level, attr.log_size, attr.log_buf) = (1, LOG_BYTES as u32, log.as_mut_ptr() as u64);
-    match fd(bpf(PROG_LOAD, &attr)) {
+    match fd(load_unless_cut_short(&attr)) {
         Ok(loaded) => Ok(loaded),
         Err(_) => {
             let end = log.iter().position(|byte| *byte == 0).unwrap_or(0);
             let text = String::from_utf8_lossy(&log[..end]).into_owned();
             Err((error, tail(&text, 6)))
+        }
+    }
+}
+
+/// The verifier gives up where a signal waits for the thread (`do_check` in kernel/bpf/verifier.c), as it may at any time.
+fn load_unless_cut_short(attr: &ProgLoad) -> io::Result<libc::c_long> {
+    let mut left = LOADS;
+    loop {
+        left -= 1;
+        match bpf(PROG_LOAD, attr) {
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && left > 0 => {}
+            answer => return answer,
         }
     }
 }
