@@ -257,11 +257,11 @@ impl Fingerprint {
         let in_use = |family: &Family| legacy_tables(*family).is_ok_and(|tables| !tables.is_empty());
         let hash = |family| {
             let mut hash = Hash::default();
-            // One that fails differs from what it was before.
-            let _ = save(Dump { flavour: Flavour::IptablesLegacy, family }, false, |bytes| hash.feed(bytes));
-            hash.finish()
+            // One that fails is left out, as where rules are read: what always fails is no change.
+            let saved = save(Dump { flavour: Flavour::IptablesLegacy, family }, false, |bytes| hash.feed(bytes));
+            saved.is_ok().then(|| hash.finish())
         };
-        let hashes: Vec<u64> = [Family::V4, Family::V6].into_iter().filter(in_use).map(hash).collect();
+        let hashes: Vec<u64> = [Family::V4, Family::V6].into_iter().filter(in_use).filter_map(hash).collect();
         Self { legacy: LegacyHash::of(&hashes), ..Self::take_cheap(&Self::default()) }
     }
 
