@@ -30,15 +30,15 @@ pub unsafe fn clear(to: *mut u64, words: usize) {
     }
 }
 
-/// Takes the word and leaves one more in its place, atomically. core has no `fetch_add` for this target.
+/// Takes the word and leaves so much more in its place, atomically. core has no `fetch_add` for this target.
 ///
 /// # Safety
 /// `word` points to an aligned word.
 #[inline(always)]
-pub unsafe fn next(word: *mut u64) -> u64 {
+pub unsafe fn fetch_add(word: *mut u64, amount: u64) -> u64 {
     #[cfg(target_arch = "bpf")]
     {
-        let mut amount = 1u64;
+        let mut amount = amount;
         // SAFETY: it is the caller's promise.
         unsafe {
             core::arch::asm!("{0} = atomic_fetch_add((u64 *)({1} + 0), {0})", inout(reg) amount, in(reg) word);
@@ -49,6 +49,6 @@ pub unsafe fn next(word: *mut u64) -> u64 {
     {
         use core::sync::atomic::{AtomicU64, Ordering};
         // SAFETY: it is the caller's promise.
-        unsafe { AtomicU64::from_ptr(word) }.fetch_add(1, Ordering::AcqRel)
+        unsafe { AtomicU64::from_ptr(word) }.fetch_add(amount, Ordering::AcqRel)
     }
 }

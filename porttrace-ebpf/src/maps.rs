@@ -4,16 +4,18 @@ use crate::packet::Packet;
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, RingBuf};
-use porttrace_ebpf::table::{Bucket, Known, Place, Way};
+use porttrace_ebpf::table::{Bucket, Index, Known, Place, Slots, Way};
 use porttrace_ebpf::{Offsets, PORT_TRACKED, PORTS_ARE_KNOWN, Predicted, ROLE_IGNORED, WireTuple};
 
 /// Events to user space; the loader sets the size.
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
 
-/// Watched connections; the loader sets the number of buckets. User space writes to it too.
+/// Watched connections; the loader sets the number of buckets. User space writes to both parts too.
 #[map]
-static TRACKED: Array<Bucket> = Array::with_max_entries(4096, BPF_F_MMAPABLE);
+static TRACKED: Array<Index> = Array::with_max_entries(4096, BPF_F_MMAPABLE);
+#[map]
+static SLOTS: Array<Slots> = Array::with_max_entries(4096, BPF_F_MMAPABLE);
 
 /// One less than the number of buckets.
 #[unsafe(no_mangle)]
@@ -233,8 +235,9 @@ pub fn add(counter: &mut u64, amount: u64) {
 
 /// Where tuples are remembered.
 #[inline(always)]
-fn bucket_of(place: &Place) -> Option<*mut Bucket> {
-    TRACKED.get_ptr_mut(place.bucket(load(&raw const TRACKED_MASK)))
+fn bucket_of(place: &Place) -> Option<Bucket> {
+    let number = place.bucket(load(&raw const TRACKED_MASK));
+    Some(Bucket { index: TRACKED.get_ptr_mut(number)?, slots: SLOTS.get_ptr_mut(number)? })
 }
 
 /// What is remembered at a place.

@@ -1,15 +1,16 @@
-//! The table of watched connections, which programs on all CPUs and user space read and write at once: buckets of a few slots, in a
-//! BPF array. An insertion takes the place of what was not looked up for longest, about so: each bucket has a hand that goes round
+//! The table of watched connections, which programs on all CPUs and user space read and write at once: buckets of a few slots, in
+//! BPF arrays. An insertion takes the place of what was not looked up for longest, about so: each bucket has a hand that goes round
 //! its slots and passes over, once, those that were looked up since it came by.
 //!
 //! The kernel's own LRU hash takes some 500 ns for an insertion, and a call for a look-up. Here both are some dozen instructions,
-//! which neither refuse nor wait; what they take is mostly the way of a bucket's memory to the CPU. In return it is in each bucket
-//! for itself that the oldest goes.
+//! which neither refuse nor wait; what they take is mostly the way of memory to the CPU. So what is read to find a slot lies apart,
+//! in an array small enough for the CPU's caches; a slot itself is only written to by an insertion, for which nobody waits. In
+//! return it is in each bucket for itself that the oldest goes.
 //!
 //! Nobody locks. Two insertions never take one slot, since the hand moves atomically; a slot that is being written has no tag.
 //! Who still holds a slot that is given to another connection counts a packet for that one: as with the kernel's LRU hash.
 
-use crate::machine::{clear, next, opaque};
+use crate::machine::{clear, fetch_add, opaque};
 use crate::{ROLE_IGNORED, WireTuple};
 use core::ptr::{addr_of, addr_of_mut};
 
@@ -55,17 +56,28 @@ struct Slot {
     track: Track,
 }
 
-/// An element of map `TRACKED`. All-zero is an empty one.
+/// An element of map `TRACKED`: what a bucket's slots are looked for by. All-zero is an empty bucket's.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Bucket {
+pub struct Index {
     /// For each slot some bits of its key's hash; 0: nothing is there.
     tags: [u32; WAYS],
     /// A bit for each slot: looked up since the hand came by.
     used: u64,
     /// Counts up; the slot where the next insertion begins to look is its remainder.
     hand: u64,
-    slots: [Slot; WAYS],
+}
+
+/// An element of map `SLOTS`: what the [`Index`] with the same number leads to.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Slots([Slot; WAYS]);
+
+/// A bucket's two parts.
+#[derive(Clone, Copy)]
+pub struct Bucket {
+    pub index: *mut Index,
+    pub slots: *mut Slots,
 }
 
 /// Where a tuple and its inverse are remembered.
@@ -99,40 +111,25 @@ impl Place {
     /// What is remembered there.
     ///
     /// # Safety
-    /// `bucket` points to a bucket that lives as long as the answer is used.
+    /// `bucket` points to the parts of a bucket, which live as long as the answer is used.
     #[inline(always)]
-    pub unsafe fn find(&self, bucket: *mut Bucket) -> Option<Known> {
-        let tag = self.tag();
-        // Of the slots with this tag the first one, or 0. Without a branch: the verifier would walk all that follows once a slot.
-        let (mut index, mut any) = (0u64, 0u64);
-        let mut slot = WAYS as u64;
-        while slot > 0 {
-            slot -= 1;
-            // SAFETY: the slot is one of the bucket's.
-            let found = unsafe { addr_of!((*bucket).tags[slot as usize]).read_volatile() };
-            // All ones where they are the same.
-            let found = opaque((u64::from(found ^ tag).wrapping_sub(1) as i64 >> 63) as u64);
-            index ^= (index ^ slot) & found;
-            any |= found;
-        }
+    pub unsafe fn find(&self, bucket: Bucket) -> Option<Known> {
+        // SAFETY: it is the caller's promise.
+        let tags = unsafe { addr_of!((*bucket.index).tags).cast::<[u64; WAYS / 2]>().read_volatile() };
         // The slots are other cache lines.
-        if any == 0 {
-            return None;
-        }
-        // The compiler knows that it is no more; the verifier of Linux 6.1 forgets what an exclusive or leaves.
-        index = opaque(index) & (WAYS as u64 - 1);
-        // SAFETY: as above.
+        let number = first_of(tags, self.tag())?;
+        // SAFETY: as above, and the slot is one of the bucket's.
         let (track, key) = unsafe {
-            let slot = addr_of_mut!((*bucket).slots[index as usize]);
+            let slot = addr_of_mut!((*bucket.slots).0[number as usize]);
             (addr_of_mut!((*slot).track), addr_of!((*slot).key).read())
         };
         if !is_same(&key, &self.key) {
             return None;
         }
-        let bit = 1 << index;
+        let bit = 1 << number;
         // SAFETY: as above. Written only where it changes something: the line is read by all CPUs.
         unsafe {
-            let used = addr_of_mut!((*bucket).used);
+            let used = addr_of_mut!((*bucket.index).used);
             if used.read() & bit == 0 {
                 used.write(used.read() | bit);
             }
@@ -146,28 +143,12 @@ impl Place {
     /// # Safety
     /// As [`Self::find`].
     #[inline(always)]
-    pub unsafe fn insert(&self, bucket: *mut Bucket, role: u64, ct_id: u64, first: Option<Way>) {
-        // SAFETY: `bucket` points to a bucket, and an index below `WAYS` to one of its slots.
+    pub unsafe fn insert(&self, bucket: Bucket, role: u64, ct_id: u64, first: Option<Way>) {
+        // SAFETY: the parts of a bucket are there, and a number below `WAYS` is one of its slots'.
         unsafe {
-            let used = addr_of_mut!((*bucket).used);
-            let hand = addr_of_mut!((*bucket).hand);
-            let begin = next(hand) & (WAYS as u64 - 1);
-            let mut index = begin;
-            // Not quite once round: where the last insertion went, which nobody may have looked up yet, is left alone.
-            for left in (0..WAYS - 1).rev() {
-                if used.read() >> index & 1 == 0 {
-                    break;
-                }
-                used.write(used.read() & !(1 << index));
-                index = next(hand) & (WAYS as u64 - 1);
-                if left == 0 {
-                    // All were: the first one, and the hand is behind it again.
-                    next(hand);
-                    index = begin;
-                }
-            }
-            let tag = addr_of_mut!((*bucket).tags[index as usize]);
-            let slot = addr_of_mut!((*bucket).slots[index as usize]);
+            let number = take_slot(bucket.index);
+            let tag = addr_of_mut!((*bucket.index).tags[number as usize]);
+            let slot = addr_of_mut!((*bucket.slots).0[number as usize]);
             tag.write_volatile(0);
             let track = addr_of_mut!((*slot).track);
             addr_of_mut!((*slot).key).write(self.key);
@@ -180,6 +161,33 @@ impl Place {
             }
             publish(tag, self.tag());
         }
+    }
+}
+
+/// The slot that an insertion is to fill. Passes over those that were looked up, which are then to be looked up again.
+///
+/// # Safety
+/// `index` points to a bucket's.
+#[inline(always)]
+unsafe fn take_slot(index: *mut Index) -> u64 {
+    // SAFETY: it is the caller's promise.
+    let (used, hand) = unsafe { (addr_of_mut!((*index).used), addr_of_mut!((*index).hand)) };
+    // SAFETY: as above.
+    let (looked_up, begin) = unsafe { (used.read() & SLOTS, hand.read() % WAYS as u64) };
+    // Bits in the order in which the hand comes by. Not quite once round: where the last insertion went, which nobody may have looked
+    // up yet, is left alone. When all others were looked up it is the first one's turn, and the hand is behind it again.
+    let others = SLOTS >> 1;
+    let turned = looked_up >> begin | looked_up << (WAYS as u64 - begin);
+    let free = !turned & others;
+    let passed = lowest(free) | free.wrapping_sub(1) >> 63 << 3;
+    let cleared = ((1 << passed) - 1) & others;
+    let cleared = cleared << begin | cleared >> (WAYS as u64 - begin);
+    // SAFETY: as above. Should another insertion move the hand meanwhile, then nobody looked whether this one's slot was used.
+    unsafe {
+        if cleared != 0 {
+            used.write(used.read() & !cleared);
+        }
+        (fetch_add(hand, passed + 1) + passed) & (WAYS as u64 - 1)
     }
 }
 
@@ -266,6 +274,41 @@ const fn hash([a, b, c, d, rest]: &Key) -> u64 {
     (sum ^ sum >> 32).wrapping_mul(0x8ebc_6af0_9c88_c6e3)
 }
 
+/// Of the slots with this tag the first one's number. Without a branch for each: the verifier would walk all that follows once a slot.
+#[inline(always)]
+fn first_of(tags: [u64; WAYS / 2], tag: u32) -> Option<u64> {
+    const ONES: u64 = 0x0000_0001_0000_0001;
+    let tag = ONES * u64::from(tag);
+    let mut found = 0;
+    for (pair, both) in tags.into_iter().enumerate() {
+        // The uppermost bit of each half that is the tag; that of the upper one may be wrong where the lower one is.
+        let same = both ^ tag;
+        let same = same.wrapping_sub(ONES) & !same & ONES << 31;
+        found |= (same >> 31 | same >> 62) << (2 * pair);
+    }
+    // The upper halves' bits are also where the first shift left them.
+    let found = found & SLOTS;
+    if found == 0 {
+        return None;
+    }
+    // The verifier does not know that it is no more.
+    Some(opaque(lowest(found)) & (WAYS as u64 - 1))
+}
+
+/// A bit for each slot.
+const SLOTS: u64 = (1 << WAYS) - 1;
+
+/// The number of the lowest of eight bits that is set; 0 where none is. What the compiler makes of `trailing_zeros` looks it up in
+/// memory.
+#[inline(always)]
+const fn lowest(bits: u64) -> u64 {
+    // Of a de Bruijn sequence the three bits that the lowest one moves to the front, and which one moves which.
+    const SEQUENCE: u64 = 0b0001_0111;
+    const MOVED_BY: u64 = 0x5637_4210;
+    let front = ((bits & bits.wrapping_neg()) * SEQUENCE) >> 5 & 7;
+    MOVED_BY >> (4 * front) & 7
+}
+
 /// Without a branch for each word.
 #[inline(always)]
 fn is_same(one: &Key, other: &Key) -> bool {
@@ -288,4 +331,5 @@ unsafe fn publish(tag: *mut u32, value: u32) {
 
 const _: () = assert!(size_of::<Track>() == 80);
 const _: () = assert!(size_of::<Slot>() == 128);
-const _: () = assert!(size_of::<Bucket>() == 64 + WAYS * 128);
+const _: () = assert!(size_of::<Index>() == 64);
+const _: () = assert!(size_of::<Slots>() == WAYS * 128);

@@ -60,7 +60,7 @@ pub struct Kernel {
     /// References to maps and functions are filled in.
     object: Object,
     maps: BTreeMap<String, Map>,
-    /// Those of map `TRACKED`.
+    /// Elements of `TRACKED` and of `SLOTS`.
     buckets: u32,
     ring_bytes: u32,
     types: KernelTypes,
@@ -99,7 +99,7 @@ impl Kernel {
         // Of these only the log's may be missing.
         let constants = constants.iter().map(|(name, value)| (*name, (&value[..], *name != LOG_LEVEL))).collect();
         object.patch_map_data(constants).map_err(|error| failed(chain(&error)))?;
-        for (name, entries) in [("EVENTS", ring_bytes), ("TRACKED", buckets)] {
+        for (name, entries) in [("EVENTS", ring_bytes), ("TRACKED", buckets), ("SLOTS", buckets)] {
             object.maps.get_mut(name).ok_or_else(|| missing_map(name))?.set_max_entries(entries);
         }
         let maps = create_maps(&object).map_err(failed)?;
@@ -225,10 +225,11 @@ impl Kernel {
 
     /// The table of watched connections.
     pub fn tracked(&self) -> Result<Tracked, ProbeError> {
-        match self.maps.get("TRACKED") {
-            Some(Map::Array(map)) => Tracked::of(map, self.buckets),
-            _ => Err(missing_map("TRACKED")),
-        }
+        let array = |name| match self.maps.get(name) {
+            Some(Map::Array(map)) => Ok(map),
+            _ => Err(missing_map(name)),
+        };
+        Tracked::of(array("TRACKED")?, array("SLOTS")?, self.buckets)
     }
 
     pub fn map_mut(&mut self, name: &'static str) -> Result<&mut Map, ProbeError> {

@@ -5,7 +5,7 @@ use super::{ProbeError, wire_tuple};
 use crate::core::model::flow::Tuple;
 use aya::maps::MapData;
 use nix::sys::mman::ProtFlags;
-use porttrace_ebpf::table::{Bucket, Place, WAYS};
+use porttrace_ebpf::table::{Bucket, Index, Place, Slots, WAYS};
 
 /// Number of buckets for so many tuples: a power of two.
 pub const fn buckets_for(tuples: u32) -> u32 {
@@ -16,20 +16,22 @@ pub const fn buckets_for(tuples: u32) -> u32 {
 /// As [`Place::bucket`] says.
 const MOST_BUCKETS: u32 = 1 << 16;
 
-/// Map `TRACKED`.
+/// Maps `TRACKED` and `SLOTS`.
 pub struct Tracked {
-    buckets: Mapping,
+    index: Mapping,
+    slots: Mapping,
     /// Their number.
     count: u32,
 }
 
 impl Tracked {
     /// Of so many buckets.
-    pub fn of(map: &MapData, count: u32) -> Result<Self, ProbeError> {
-        let bytes = count as usize * size_of::<Bucket>();
-        let buckets = Mapping::of(map, bytes, 0, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)
-            .map_err(|error| ProbeError::Io { what: "mapping the table of connections", error })?;
-        Ok(Self { buckets, count })
+    pub fn of(index: &MapData, slots: &MapData, count: u32) -> Result<Self, ProbeError> {
+        let mapped = |map, size: usize| {
+            Mapping::of(map, count as usize * size, 0, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)
+                .map_err(|error| ProbeError::Io { what: "mapping the table of connections", error })
+        };
+        Ok(Self { index: mapped(index, size_of::<Index>())?, slots: mapped(slots, size_of::<Slots>())?, count })
     }
 
     /// Gives a tuple this role, and its inverse the other one. Keeps what was counted.
@@ -38,7 +40,10 @@ impl Tracked {
         let number = place.bucket(self.count - 1) as usize;
         // SAFETY: the bucket is one of those that are mapped, and stays so until this is dropped.
         unsafe {
-            let bucket = self.buckets.start::<Bucket>().as_ptr().add(number);
+            let bucket = Bucket {
+                index: self.index.start::<Index>().as_ptr().add(number),
+                slots: self.slots.start::<Slots>().as_ptr().add(number),
+            };
             match place.find(bucket) {
                 Some(known) => known.set_role(role),
                 None => place.insert(bucket, role, 0, None),
@@ -54,6 +59,19 @@ mod tests {
     use proptest::prelude::*;
     use std::thread;
 
+    #[derive(Default)]
+    struct Parts {
+        index: Index,
+        slots: Slots,
+    }
+
+    impl Parts {
+        /// Good as long as these are not moved.
+        fn bucket(&mut self) -> Bucket {
+            Bucket { index: &raw mut self.index, slots: &raw mut self.slots }
+        }
+    }
+
     /// A connection that is told from others by `number`.
     fn tuple(number: u32) -> WireTuple {
         WireTuple::v4(0x0100_000a, 0x0200_000a + (number >> 16), number << 16 | 0x5000, 6)
@@ -64,12 +82,12 @@ mod tests {
     }
 
     /// What is found, as identity and role.
-    fn find(bucket: *mut Bucket, tuple: &WireTuple) -> Option<(u64, u64)> {
-        // SAFETY: the bucket outlives the call.
+    fn find(bucket: Bucket, tuple: &WireTuple) -> Option<(u64, u64)> {
+        // SAFETY: the bucket's parts outlive the call.
         unsafe { Place::of(tuple).find(bucket) }.map(|known| (known.ct_id(), known.role()))
     }
 
-    fn insert(bucket: *mut Bucket, number: u32) {
+    fn insert(bucket: Bucket, number: u32) {
         // SAFETY: as above.
         unsafe { Place::of(&tuple(number)).insert(bucket, ROLE_OPENING, number.into(), None) };
     }
@@ -89,62 +107,80 @@ mod tests {
         #[test]
         fn a_tuple_and_its_inverse_differ_in_their_role_alone(here in end(), there in end(), proto in 1u8..3) {
             let from = WireTuple { src: here.0, sport: here.1, dst: there.0, dport: there.1, proto, family: 6, pad: [0; 2] };
-            let mut bucket = Bucket::default();
+            let mut parts = Parts::default();
+            let bucket = parts.bucket();
             let other = WireTuple { proto: 3, ..from };
-            // SAFETY: the bucket outlives the call.
-            unsafe { Place::of(&from).insert(&raw mut bucket, ROLE_OPENING, 7, None) };
-            prop_assert_eq!(find(&raw mut bucket, &from), Some((7, ROLE_OPENING)));
+            // SAFETY: the bucket's parts outlive the call.
+            unsafe { Place::of(&from).insert(bucket, ROLE_OPENING, 7, None) };
+            prop_assert_eq!(find(bucket, &from), Some((7, ROLE_OPENING)));
             let back = if here == there { ROLE_OPENING } else { ROLE_REPLY };
-            prop_assert_eq!(find(&raw mut bucket, &inverse(from)), Some((7, back)));
-            prop_assert_eq!(find(&raw mut bucket, &other), None);
+            prop_assert_eq!(find(bucket, &inverse(from)), Some((7, back)));
+            prop_assert_eq!(find(bucket, &other), None);
             prop_assert_eq!(Place::of(&from).bucket(0xffff), Place::of(&inverse(from)).bucket(0xffff));
         }
     }
 
     #[test]
     fn a_bucket_holds_as_many_as_it_has_slots_and_forgets_the_oldest() {
-        let mut bucket = Bucket::default();
+        let mut parts = Parts::default();
+        let bucket = parts.bucket();
         let slots = WAYS as u32;
-        (0..slots).for_each(|number| insert(&raw mut bucket, number));
-        insert(&raw mut bucket, slots);
-        assert_eq!(find(&raw mut bucket, &tuple(0)), None);
+        (0..slots).for_each(|number| insert(bucket, number));
+        insert(bucket, slots);
+        assert_eq!(find(bucket, &tuple(0)), None);
         for number in 1..=slots {
-            assert_eq!(find(&raw mut bucket, &tuple(number)), Some((number.into(), ROLE_OPENING)), "{number}");
+            assert_eq!(find(bucket, &tuple(number)), Some((number.into(), ROLE_OPENING)), "{number}");
+        }
+    }
+
+    #[test]
+    fn each_is_told_from_those_beside_it() {
+        for first in (0..200_000).step_by(WAYS) {
+            let mut parts = Parts::default();
+            let bucket = parts.bucket();
+            let numbers = first..first + WAYS as u32;
+            numbers.clone().for_each(|number| insert(bucket, number));
+            for number in numbers {
+                assert_eq!(find(bucket, &tuple(number)), Some((number.into(), ROLE_OPENING)), "{number}");
+            }
         }
     }
 
     #[test]
     fn what_is_looked_up_stays() {
-        let mut bucket = Bucket::default();
-        insert(&raw mut bucket, 0);
+        let mut parts = Parts::default();
+        let bucket = parts.bucket();
+        insert(bucket, 0);
         for number in 1..1000 {
-            assert!(find(&raw mut bucket, &tuple(0)).is_some(), "forgotten after {number}");
-            insert(&raw mut bucket, number);
+            assert!(find(bucket, &tuple(0)).is_some(), "forgotten after {number}");
+            insert(bucket, number);
         }
     }
 
     #[test]
     fn the_newest_stay_where_all_are_looked_up() {
-        let mut bucket = Bucket::default();
+        let mut parts = Parts::default();
+        let bucket = parts.bucket();
         for number in 0..1000u32 {
-            insert(&raw mut bucket, number);
+            insert(bucket, number);
             for newest in number.saturating_sub(4)..=number {
-                assert!(find(&raw mut bucket, &tuple(newest)).is_some(), "{newest} forgotten after {number}");
+                assert!(find(bucket, &tuple(newest)).is_some(), "{newest} forgotten after {number}");
             }
         }
     }
 
     #[test]
     fn an_insertion_does_not_take_the_place_of_the_last_one() {
-        let mut bucket = Bucket::default();
+        let mut parts = Parts::default();
+        let bucket = parts.bucket();
         for number in 0..1000u32 {
             // All but the last one are looked up.
             for older in number.saturating_sub(2 * WAYS as u32)..number.saturating_sub(1) {
-                find(&raw mut bucket, &tuple(older));
+                find(bucket, &tuple(older));
             }
-            insert(&raw mut bucket, number);
+            insert(bucket, number);
             let last = number.saturating_sub(1);
-            assert!(find(&raw mut bucket, &tuple(last)).is_some(), "{last} forgotten after {number}");
+            assert!(find(bucket, &tuple(last)).is_some(), "{last} forgotten after {number}");
         }
     }
 
@@ -161,19 +197,20 @@ mod tests {
 
     #[test]
     fn insertions_at_the_same_time_take_slots_of_their_own() {
-        struct Shared(*mut Bucket);
+        struct Shared(Bucket);
         // SAFETY: that is what is tested.
         unsafe impl Sync for Shared {}
         for _ in 0..5000 {
-            let mut bucket = Bucket::default();
-            let shared = &Shared(&raw mut bucket);
+            let mut parts = Parts::default();
+            let bucket = parts.bucket();
+            let shared = &Shared(bucket);
             thread::scope(|scope| {
                 for first in [0, 4] {
                     scope.spawn(move || (first..first + 4).for_each(|number| insert(shared.0, number)));
                 }
             });
             for number in 0..8 {
-                assert_eq!(find(&raw mut bucket, &tuple(number)), Some((number.into(), ROLE_OPENING)), "{number}");
+                assert_eq!(find(bucket, &tuple(number)), Some((number.into(), ROLE_OPENING)), "{number}");
             }
         }
     }
