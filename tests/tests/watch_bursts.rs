@@ -32,8 +32,17 @@ impl Scene {
     }
 
     fn connect(&self, ports: Range<u16>, pace: Pace) -> u64 {
+        self.make(Proto::Tcp, ports, pace)
+    }
+
+    /// One datagram from each of these ports, to a server that never answers.
+    fn datagrams(&self, ports: Range<u16>) -> u64 {
+        self.make(Proto::Udp, ports, Pace::AsFastAsPossible)
+    }
+
+    fn make(&self, proto: Proto, ports: Range<u16>, pace: Pace) -> u64 {
         let to = SocketAddrV4::new(NodeName::Worker3.v4(), HOST_PORT);
-        let batch = Batch { proto: Proto::Tcp, from: OUTSIDE_V4, ports, to };
+        let batch = Batch { proto, from: OUTSIDE_V4, ports, to };
         let made = make(&self.lab.outside, &[batch], Until::Rounds(1), pace, &self.servers).unwrap();
         made.connections
     }
@@ -52,21 +61,30 @@ impl Scene {
     }
 }
 
-/// How many connections each server answered, by the sum at the end.
-fn sum(mut watch: ChildGuard) -> BTreeMap<SocketAddrV4, u64> {
+/// The verdicts of the sum at the end, each with how many connections had it.
+fn verdicts(mut watch: ChildGuard) -> Vec<(String, u64)> {
     watch.signal(Signal::SIGINT).unwrap();
     assert_eq!(watch.wait(WAIT).unwrap(), Some(0), "{:?}", watch.stderr.snapshot());
     let printed = watch.stdout.snapshot();
     let at = printed.iter().rposition(|line| line.contains(" connections in ")).expect("a sum");
-    let mut answered = BTreeMap::new();
-    for line in printed[at + 1..].iter().filter(|line| line.contains(" × ")) {
-        let (count, verdict) = line.split_once(" × ").unwrap();
-        let (_, by) = verdict.split_once("✓ answered by ").unwrap_or_else(|| panic!("{line}\n{printed:#?}"));
-        let address: SocketAddrV4 = by.split(' ').next().unwrap().parse().unwrap();
-        *answered.entry(address).or_default() += count.trim().parse::<u64>().unwrap();
-    }
+    let counted = |line: &String| {
+        let (count, verdict) = line.split_once(" × ")?;
+        Some((verdict.to_owned(), count.trim().parse().unwrap()))
+    };
+    let verdicts: Vec<(String, u64)> = printed[at + 1..].iter().filter_map(counted).collect();
     let whole: u64 = printed[at].split(' ').next().unwrap().parse().unwrap();
-    assert_eq!(answered.values().sum::<u64>(), whole, "{:#?}", &printed[at..]);
+    assert_eq!(verdicts.iter().map(|(_, count)| count).sum::<u64>(), whole, "{:#?}", &printed[at..]);
+    verdicts
+}
+
+/// How many connections each server answered, by the sum at the end.
+fn sum(watch: ChildGuard) -> BTreeMap<SocketAddrV4, u64> {
+    let mut answered = BTreeMap::new();
+    for (verdict, count) in verdicts(watch) {
+        let by = verdict.split_once("✓ answered by ").unwrap_or_else(|| panic!("{verdict}")).1;
+        let address: SocketAddrV4 = by.split(' ').next().unwrap().parse().unwrap();
+        *answered.entry(address).or_default() += count;
+    }
     answered
 }
 
@@ -108,6 +126,38 @@ fn what_is_only_counted_is_counted_as_what_it_is() {
         scene.iptables(&elsewhere("D", "--sport 23100:23149 "));
         expected += by_port - 50;
         assert_eq!(sum(watch), BTreeMap::from([(own, expected), (other, moved + 50)]), "{options:?}");
+    }
+}
+
+/// Connections that fail are counted too, until something that may be the cause is another.
+#[test]
+fn failures_that_are_only_counted_are_counted_as_what_they_are() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let lab = Lab::up(LabOptions { phase: Phase::Fixed, bare: true, ..LabOptions::default() }).unwrap();
+    let servers = Servers::in_pods(&lab, Mode::Count).unwrap();
+    let scene = Scene { servers, lab };
+    let drop = |verb| format!("-{verb} FORWARD -p udp -d {} -j DROP", NodeName::Worker3.pod_v4(FRONTEND));
+    for options in [&["--timeout", "200ms"][..], &["--timeout", "200ms", "--conntrack-backend", "ctnetlink"]] {
+        let watch = scene.watch(options);
+        let is_told = |what: &str| {
+            let told = watch.stdout.wait_for(WAIT, |line| line.contains(what).then_some(()));
+            assert!(told.is_some(), "{what} {:#?}", watch.stdout.snapshot());
+        };
+        let mut silent = scene.datagrams(20_000..20_400);
+        is_told(" more as #");
+        // Told at once, or the first ones would be said to be dropped by nothing that is known.
+        scene.iptables(&drop("I"));
+        let dropped = scene.datagrams(21_000..21_300);
+        is_told("dropped by ");
+        scene.iptables(&drop("D"));
+        silent += scene.datagrams(22_000..22_100);
+        let verdicts = verdicts(watch);
+        let counts: Vec<u64> = verdicts.iter().map(|(_, count)| *count).collect();
+        assert_eq!(counts, [silent, dropped], "{verdicts:#?}");
+        assert!(verdicts[0].0.contains("? no answer"), "{verdicts:#?}");
+        assert!(verdicts[1].0.contains("✗ dropped by filter FORWARD #1"), "{verdicts:#?}");
     }
 }
 

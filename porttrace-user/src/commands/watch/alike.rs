@@ -10,32 +10,48 @@ use porttrace_user::core::correlate::judge::Outcome;
 use porttrace_user::core::model::trace::Trace;
 use porttrace_user::render::watch::Report;
 
-/// Answered connections that went as the rules have it, and what they are counted as.
+/// Connections that went as the rules have it, and what they are counted as.
 #[derive(Default)]
 pub struct Alike {
-    known: Known<Shape>,
+    known: Known<Told>,
     /// Of rules and pods of these generations.
     of: (u64, u64),
 }
 
+struct Told {
+    shape: Shape,
+    has_failed: bool,
+}
+
 impl Alike {
+    /// Whether a connection like this one was told; if so, whether that failed.
+    pub fn has_failed(&mut self, flow: &Flow, rules: &Rules, pods: &Pods) -> Option<bool> {
+        self.find(flow, rules, pods).map(|told| told.has_failed)
+    }
+
     /// Counts a connection that is like one that was told, where those are only counted; false when it is to be told.
     pub fn count(&mut self, flow: &Flow, rules: &Rules, pods: &Pods, printer: &mut Printer) -> bool {
+        self.find(flow, rules, pods).is_some_and(|told| printer.count(&told.shape, flow, Clock::now()))
+    }
+
+    fn find(&mut self, flow: &Flow, rules: &Rules, pods: &Pods) -> Option<&Told> {
         let now = (rules.generation, pods.generation);
         if std::mem::replace(&mut self.of, now) != now {
             self.known.clear();
         }
-        self.known.get(flow).is_some_and(|shape| printer.count(shape, flow.id, Clock::now()))
+        self.known.get(flow)
     }
 
     /// Remembers a connection that was told and is counted as `shape`, if nothing about it was unusual.
     pub fn learn(&mut self, report: &Report, trace: Option<&Trace>, rules: &Rules, shape: Shape) {
-        let is_plain = matches!(report.outcome, Outcome::Answered { .. })
-            && report.finding.is_none()
-            && trace.is_some()
-            && !report.story.contradicts();
+        let has_failed = match report.outcome {
+            Outcome::Answered { .. } if report.finding.is_none() => false,
+            Outcome::Answered { .. } | Outcome::JoinedLate => return,
+            _ => true,
+        };
+        let is_plain = trace.is_some() && !report.story.contradicts();
         if is_plain && !rules.simulator.minds_client_ports() {
-            self.known.learn(&report.flow, shape);
+            self.known.learn(&report.flow, Told { shape, has_failed });
         }
     }
 

@@ -1,6 +1,6 @@
 //! Puts the live log on standard output: text or JSON lines, folded where connections are alike.
 
-use porttrace_user::core::correlate::flow::End;
+use porttrace_user::core::correlate::flow::{End, Flow};
 use porttrace_user::core::correlate::fold::{Bundle, Folder, Mode, Shape, Show};
 use porttrace_user::core::model::flow::Tuple;
 use porttrace_user::render::style::{Style, wrap};
@@ -145,12 +145,14 @@ impl Printer {
         self.out.flush()
     }
 
-    /// Counts an answered connection of a shape that [`Self::report`] returned, if such are only counted now; false when it is to be
-    /// reported.
-    pub fn count(&mut self, shape: &Shape, id: u64, now_ns: u64) -> bool {
-        let counted = !self.json && self.folder.count(shape, id, now_ns);
-        self.connections += u64::from(counted);
-        counted
+    /// Counts a connection of a shape that [`Self::report`] returned, if such are only counted now; false when it is to be reported.
+    pub fn count(&mut self, shape: &Shape, flow: &Flow, now_ns: u64) -> bool {
+        if self.json || !self.folder.count(shape, flow.id, now_ns) {
+            return false;
+        }
+        self.connections += 1;
+        self.await_answer(flow, shape, false);
+        true
     }
 
     /// A connection whose outcome is known; returns what it is counted as.
@@ -161,12 +163,7 @@ impl Printer {
         let id = report.flow.id;
         self.verdicts.entry(shape.clone()).or_insert((mood, verdict));
         let show = self.folder.show(&shape, id, now_ns);
-        if !report.flow.answered {
-            self.unanswered.insert(id, Unanswered { shape: shape.clone(), was_shown: show != Show::Counted });
-            if self.unanswered.len() > MAX_AWAITED {
-                self.unanswered.pop_first();
-            }
-        }
+        self.await_answer(&report.flow, &shape, show != Show::Counted);
         if self.json {
             json::flow(&mut self.out, report, context, &self.clock.utc(report.flow.start_ns))?;
             return Ok(shape);
@@ -218,6 +215,17 @@ impl Printer {
             self.await_end(id);
         }
         Ok(())
+    }
+
+    /// Remembers what a connection was told as, should an answer come late.
+    fn await_answer(&mut self, flow: &Flow, shape: &Shape, was_shown: bool) {
+        if flow.answered {
+            return;
+        }
+        self.unanswered.insert(flow.id, Unanswered { shape: shape.clone(), was_shown });
+        if self.unanswered.len() > MAX_AWAITED {
+            self.unanswered.pop_first();
+        }
     }
 
     fn await_end(&mut self, id: u64) {
@@ -328,7 +336,8 @@ impl Printer {
         let client = if self.verdicts.len() < MAX_SHAPES { flow.original.src.to_string() } else { "any".to_owned() };
         let end = flow.reply.map_or(flow.original.destination(), |reply| reply.source());
         let agrees = if report.story.contradicts() { " against the rules" } else { "" };
-        Shape(format!("{} {client} {} {end} {verdict}{agrees}", flow.original.proto, flow.original.destination()))
+        let proto = flow.original.proto;
+        Shape(format!("{proto} {client} {} {end} {verdict}{agrees}", flow.original.destination()).into())
     }
 
     /// `lead` and `text` on one line where they fit, else `text` indented below.

@@ -20,7 +20,7 @@ use porttrace_user::core::correlate::flow::{Flow, Way};
 use porttrace_user::core::correlate::fold::Mode;
 use porttrace_user::core::correlate::inside::Inside;
 use porttrace_user::core::correlate::judge::{Outcome, judge};
-use porttrace_user::core::correlate::story::tell;
+use porttrace_user::core::correlate::story::{Story, tell};
 use porttrace_user::core::correlate::{Correlator, Limits, Update};
 use porttrace_user::core::kube::targets::{NatTarget, nat_targets};
 use porttrace_user::core::model::event::Event;
@@ -207,30 +207,23 @@ impl Session<'_> {
     async fn report(&mut self, flow: Flow, amends: bool) -> anyhow::Result<()> {
         // What a pod saw of it must be taken from there.
         let is_usual = !amends && self.inside.is_none();
-        if is_usual && self.alike.count(&flow, &self.rules, &self.pods, &mut self.printer) {
+        if is_usual && self.is_counted(&flow).await {
             return Ok(());
         }
-        let all = self.args.verbose > 0;
-        let mut trace = self.predict(&flow);
-        let mut story = tell(&flow, trace.as_ref(), &self.interfaces, all);
-        // Before the rules are said to be contradicted, they are read again: they may have changed a moment ago, or what listens.
-        if story.contradicts()
-            && (self.reload_if_changed().await? || story.is_unexplained && self.rules.follow_sockets().await)
-        {
-            trace = self.predict(&flow);
-            story = tell(&flow, trace.as_ref(), &self.interfaces, all);
-        }
-        if let Some(answer) = unknown_answer(&flow, &self.interfaces) {
-            story.name_dropper(Way::Reply, &self.rules.simulator.trace(&answer));
-        }
         let outcome = judge(&flow, &self.interfaces);
-        if !matches!(outcome, Outcome::Answered { .. } | Outcome::JoinedLate) {
-            let end = flow.reply.map_or(flow.original.destination(), |reply| reply.source());
-            self.pods.refresh(end.ip()).await;
-            if self.rules.follow_settings().await {
-                trace = self.predict(&flow);
-                story = tell(&flow, trace.as_ref(), &self.interfaces, all);
-            }
+        let has_failed = !matches!(outcome, Outcome::Answered { .. } | Outcome::JoinedLate);
+        let (mut trace, mut story) = self.compare(&flow);
+        // Before the rules are said to be contradicted, or not to explain it, they are read again: they may have changed a moment ago,
+        // or what listens.
+        let is_doubtful = story.contradicts() || story.lets_through() && outcome.is_of_this_node();
+        let mut changed = is_doubtful
+            && (self.reload_if_changed().await?
+                || (story.is_unexplained || has_failed) && self.rules.follow_sockets().await);
+        if has_failed {
+            changed |= self.follow_causes(&flow).await;
+        }
+        if changed {
+            (trace, story) = self.compare(&flow);
         }
         let inside = self.look_inside(&flow).await;
         let drop_reasons = self.drop_reasons(&flow, inside.as_deref());
@@ -259,6 +252,36 @@ impl Session<'_> {
         let shape = self.printer.report(&report, &context, Clock::now())?;
         self.alike.learn(&report, trace.as_ref(), &self.rules, shape);
         Ok(())
+    }
+
+    /// Counts a connection that is like one that was told, where those are only counted; false when it is to be told.
+    async fn is_counted(&mut self, flow: &Flow) -> bool {
+        match self.alike.has_failed(flow, &self.rules, &self.pods) {
+            None => return false,
+            Some(false) => {}
+            Some(true) => {
+                self.follow_causes(flow).await;
+            }
+        }
+        self.alike.count(flow, &self.rules, &self.pods, &mut self.printer)
+    }
+
+    /// Reads again what changes without a word and may be why a connection failed: the pod that it was sent to, and settings. True
+    /// when one of those changed.
+    async fn follow_causes(&mut self, flow: &Flow) -> bool {
+        let end = flow.reply.map_or(flow.original.destination(), |reply| reply.source());
+        self.pods.refresh(end.ip()).await;
+        self.rules.follow_settings().await
+    }
+
+    /// What the rules say of a connection, and its story by them.
+    fn compare(&self, flow: &Flow) -> (Option<Trace>, Story) {
+        let trace = self.predict(flow);
+        let mut story = tell(flow, trace.as_ref(), &self.interfaces, self.args.verbose > 0);
+        if let Some(answer) = unknown_answer(flow, &self.interfaces) {
+            story.name_dropper(Way::Reply, &self.rules.simulator.trace(&answer));
+        }
+        (trace, story)
     }
 
     /// The connection as the pod saw it that it was sent to, if that is followed.

@@ -1,10 +1,11 @@
 //! Folding: connections of the same shape are told once and then counted.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// What makes two connections the same to a reader: everything but ports of the client, times and numbers.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Shape(pub String);
+pub struct Shape(pub Arc<str>);
 
 /// What to print for a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
