@@ -15,7 +15,7 @@ pub fn ends(predicted: &Verdict) -> String {
         Verdict::Dropped { by: Some(rule), .. } => format!("{} drops it", rule_name(rule)),
         Verdict::Dropped { reason, by: None } => format!("it is dropped ({})", drop_words(reason)),
         Verdict::Rejected { by: Some(rule), .. } => format!("{} rejects it", rule_name(rule)),
-        Verdict::Rejected { with, by: None } => format!("this node refuses it ({with})"),
+        Verdict::Rejected { with, by: None } => format!("this node refuses it ({})", refusal_words(with)),
         Verdict::Delivered { to, .. } => {
             format!("nothing rewrites it and nothing on this node listens on {}", to.destination())
         }
@@ -34,7 +34,7 @@ pub fn expectation(report: &Report) -> String {
         Some(Verdict::Rejected { by: Some(rule), .. }) => {
             format!("; {}{} rejects it", rule_name(rule), comment_of(report, rule))
         }
-        Some(Verdict::Rejected { with, by: None }) => format!("; predicted: {with}"),
+        Some(Verdict::Rejected { with, by: None }) => format!("; predicted: {}", refusal_words(with)),
         Some(Verdict::Delivered { listening: Some(false), to }) => {
             format!("; no rule rewrites it and nothing listens on {}", to.destination())
         }
@@ -57,6 +57,16 @@ pub fn drop_words(reason: &DropReason) -> String {
         R::Ttl => "its TTL is used up".to_owned(),
         R::TooBig => "it is too big for the next link".to_owned(),
         R::Other { text } => text.clone(),
+    }
+}
+
+/// Why the kernel itself is predicted to refuse a packet with this message, in words.
+fn refusal_words(with: &str) -> &str {
+    match with {
+        "icmp-net-unreachable" | "icmp6-no-route" => "no route to its destination",
+        "icmp-host-unreachable" => "an unreachable route",
+        "icmp-admin-prohibited" | "icmp6-adm-prohibited" => "a prohibit route",
+        _ => with,
     }
 }
 

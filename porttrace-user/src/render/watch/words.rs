@@ -119,6 +119,9 @@ fn refused(by: Refuser, from: SocketAddr, how: Refusal, after: &str, report: &Re
                 format!("rejected by {}{} with {with}{after}", rule_name(rule), comment_of(report, rule))
             }
             _ if how.is_port_closed() => format!("refused by this node ({answer}{after}): nothing listens on {from}"),
+            Some(Verdict::Rejected { by: None, .. }) if report.finding.is_none() => {
+                format!("refused by this node ({answer}{after}){}", expectation(report))
+            }
             _ => format!("refused by this node ({answer}{after})"),
         },
     }
@@ -126,7 +129,9 @@ fn refused(by: Refuser, from: SocketAddr, how: Refusal, after: &str, report: &Re
 
 fn dropped(reason: u32, report: &Report, context: &Context<'_>) -> String {
     let name = context.drop_reason(reason);
-    match predicted_end(report) {
+    // A reason of the kernel's own is another one, whatever a rule would have done later.
+    let by_rules = matches!(name.as_str(), "NETFILTER_DROP" | "NOT_SPECIFIED") || name.starts_with("reason ");
+    match predicted_end(report).filter(|_| by_rules) {
         Some(Verdict::Dropped { by: Some(rule), .. }) => {
             format!("dropped by {}{}; the kernel says {name}", rule_name(rule), comment_of(report, rule))
         }
@@ -135,15 +140,19 @@ fn dropped(reason: u32, report: &Report, context: &Context<'_>) -> String {
             let rule_and_comment = format!("{}{}", rule_name(rule), comment_of(report, rule));
             format!("rejected by {rule_and_comment} without an answer; the kernel says {name}")
         }
-        _ => format!("dropped by this node: {}", kernel_reason(&name, report)),
+        _ => match kernel_reason(&name, report) {
+            Some(words) => format!("dropped by this node: {words} ({name})"),
+            None if report.finding.is_none() => format!("dropped by this node: {name}{}", expectation(report)),
+            None => format!("dropped by this node: {name}"),
+        },
     }
 }
 
 /// The kernel's common reasons in words (include/net/dropreason-core.h).
-fn kernel_reason(name: &str, report: &Report) -> String {
+fn kernel_reason(name: &str, report: &Report) -> Option<String> {
     let flow = &report.flow;
     let to = flow.reply.map_or(flow.original.destination(), |reply| reply.source());
-    let words = match name {
+    Some(match name {
         "NO_SOCKET" => format!("nothing listens on {to}"),
         "IP_INNOROUTES" | "IP_OUTNOROUTES" => format!("no route to {}", to.ip()),
         "IP_RPFILTER" => format!("rp_filter: the way back to {} leads elsewhere", flow.original.src),
@@ -156,9 +165,8 @@ fn kernel_reason(name: &str, report: &Report) -> String {
         "XFRM_POLICY" => "an IPsec policy".to_owned(),
         "SOCKET_RCVBUFF" => format!("the receive buffer of the socket on {to} is full"),
         "TCP_LISTEN_OVERFLOW" => format!("the accept queue of {to} is full"),
-        _ => return name.to_owned(),
-    };
-    format!("{words} ({name})")
+        _ => return None,
+    })
 }
 
 fn silent(reached: Reached, tries: usize, report: &Report, context: &Context<'_>) -> (Mood, String) {
