@@ -1,7 +1,8 @@
 //! The finding that `watch` names for a connection that fails, on real traffic: each cause is made on a node of the lab, a
 //! client meets it, and is told it.
 
-use porttrace_tests::lab::topology::{HOST_PORT, NodeName, service};
+use porttrace_tests::lab::rules::IptablesFlavour;
+use porttrace_tests::lab::topology::{FRONTEND, HOST_PORT, NodeName, service};
 use porttrace_tests::lab::{Lab, LabOptions, Origin, Phase};
 use porttrace_tests::netns::{ChildGuard, Netns};
 use porttrace_tests::peer::{self, Connect, Outcome, Transport};
@@ -14,12 +15,15 @@ use std::time::{Duration, Instant};
 
 /// A packet that nobody answers is waited for this long.
 const SHORT: Duration = Duration::from_millis(400);
-/// watch notices rules within a second of their change, settings within some.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// watch reads again what may be the cause of a failure, but not right after another one.
+const BETWEEN_FAILURES: Duration = Duration::from_secs(1);
 
 struct Scene {
     lab: Lab,
     watch: Watch,
+    failed_at: Option<Instant>,
 }
 
 impl Scene {
@@ -27,7 +31,7 @@ impl Scene {
         let lab = Lab::up(options).unwrap();
         let ports = ["9088", "30104", "--timeout", "300ms"];
         let watch = Watch::start(lab.node(NodeName::Worker3), &lab.tools, &ports).unwrap();
-        Self { lab, watch }
+        Self { lab, watch, failed_at: None }
     }
 
     fn node(&self) -> &Netns {
@@ -42,6 +46,11 @@ impl Scene {
         self.node().run_in(|| std::fs::write("/proc/sys/net/ipv4/ip_forward", value)).unwrap().unwrap();
     }
 
+    fn ip(&self, words: &str) {
+        let words: Vec<&str> = ["ip"].into_iter().chain(words.split(' ')).collect();
+        self.node().exec(words).unwrap();
+    }
+
     /// What a client meets, and the verdict on it.
     fn connect(&mut self, origin: Origin, port: u16) -> (Outcome, Value) {
         let to = SocketAddr::new(origin.target(false), port);
@@ -51,28 +60,36 @@ impl Scene {
         (answer.result, self.watch.connection(original, PATIENCE).unwrap().verdict)
     }
 
-    /// Connects until watch has noticed the cause and names it; the client fails from the first time on.
+    /// The verdict on a connection that fails, the first one since whatever is its cause came.
+    #[track_caller]
+    fn fails(&mut self, origin: Origin, port: u16) -> Value {
+        if let Some(failed_at) = self.failed_at {
+            let left = BETWEEN_FAILURES.saturating_sub(failed_at.elapsed());
+            assert!(!self.watch.read_until(left, |_| false).unwrap());
+        }
+        let (met, verdict) = self.connect(origin, port);
+        self.failed_at = Some(Instant::now());
+        assert_ne!(met, Outcome::Ok, "{verdict}");
+        assert_eq!(verdict["ok"], false, "{verdict}");
+        verdict
+    }
+
+    /// The verdict on a connection that fails for this cause.
     #[track_caller]
     fn is_told(&mut self, origin: Origin, port: u16, id: &str) -> Value {
-        let begun = Instant::now();
-        loop {
-            let (met, verdict) = self.connect(origin, port);
-            assert_ne!(met, Outcome::Ok, "{id}: {verdict}");
-            if verdict["finding"]["id"] == id {
-                assert_eq!((&verdict["ok"], &verdict["advice"]), (&false.into(), &verdict["finding"]["change"]));
-                let text = verdict["text"].as_str().unwrap();
-                assert!(text.contains(&format!("; {id}: ")), "{text}");
-                return verdict;
-            }
-            assert!(begun.elapsed() < PATIENCE, "{id} was never told, but {verdict:#}");
-        }
+        let verdict = self.fails(origin, port);
+        assert_eq!(verdict["finding"]["id"], id, "{verdict:#}");
+        assert_eq!(verdict["advice"], verdict["finding"]["change"], "{verdict:#}");
+        let text = verdict["text"].as_str().unwrap();
+        assert!(text.contains(&format!("; {id}: ")), "{text}");
+        verdict
     }
 
     #[track_caller]
     fn works(&mut self, origin: Origin, port: u16) {
         let (met, verdict) = self.connect(origin, port);
         assert_eq!(met, Outcome::Ok, "{verdict}");
-        assert!(verdict["finding"].is_null(), "{verdict}");
+        assert!(verdict["finding"].is_null() && verdict["agrees"] == true, "{verdict}");
     }
 }
 
@@ -113,6 +130,41 @@ fn causes_in_the_settings_are_told() {
     scene.is_told(Origin::Outside, HOST_PORT, "ip-forward-off");
     scene.forward("1");
     scene.works(Origin::Outside, HOST_PORT);
+}
+
+/// Neither a verdict nor a contradiction is by what was true before the last change, of whatever kind.
+#[test]
+fn what_changed_a_moment_ago_is_what_is_told() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    for flavour in [IptablesFlavour::Nft, IptablesFlavour::Legacy] {
+        let mut scene = Scene::set(LabOptions { phase: Phase::Fixed, flavour, ..LabOptions::default() });
+        let pod = NodeName::Worker3.pod_v4(FRONTEND);
+        let told = |verdict: &Value, words: &str| {
+            assert!(verdict["text"].as_str().unwrap().contains(words), "{flavour:?} {words}: {verdict:#}");
+        };
+        scene.works(Origin::Outside, HOST_PORT);
+
+        scene.iptables("-I FORWARD -p tcp --dport 80 -j REJECT");
+        told(&scene.fails(Origin::Outside, HOST_PORT), "rejected by filter FORWARD #1 with icmp-port-unreachable");
+        scene.iptables("-D FORWARD -p tcp --dport 80 -j REJECT");
+        // Another cause right after it, which must not be taken for the rule that is gone.
+        scene.ip(&format!("route prepend blackhole {pod}/32"));
+        told(&scene.fails(Origin::Outside, HOST_PORT), "predicted: a blackhole route");
+        scene.ip(&format!("route del blackhole {pod}/32"));
+        scene.works(Origin::Outside, HOST_PORT);
+
+        scene.forward("0");
+        scene.is_told(Origin::Outside, HOST_PORT, "ip-forward-off");
+        scene.forward("1");
+        scene.works(Origin::Outside, HOST_PORT);
+
+        scene.ip(&format!("rule add pref 10 to {pod} prohibit"));
+        told(&scene.fails(Origin::Outside, HOST_PORT), "predicted: a prohibit route");
+        scene.ip("rule del pref 10");
+        scene.works(Origin::Outside, HOST_PORT);
+    }
 }
 
 /// A pod that went without CNI DEL leaves its chain behind.

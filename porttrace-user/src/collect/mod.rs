@@ -3,6 +3,7 @@
 pub mod attached;
 pub mod attempt;
 mod attributes;
+pub mod changes;
 mod cni;
 pub mod conntrack;
 #[cfg(feature = "cri")]

@@ -1,7 +1,9 @@
 //! The node's state as the session knows it: read at the start, read again when it changes.
 
 use super::note::Note;
+use super::output::Clock;
 use nix::sys::utsname::UtsName;
+use porttrace_user::collect::changes::NetworkChanges;
 use porttrace_user::collect::live::{self, Options};
 use porttrace_user::collect::ruleset::Fingerprint;
 use porttrace_user::collect::sysctl;
@@ -18,8 +20,9 @@ use porttrace_user::core::simulate::{Simulator, ipvs_in_use};
 use porttrace_user::render::watch::words;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
+use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Rules, routes and addresses, ready to be asked.
 pub struct Rules {
@@ -35,16 +38,37 @@ pub struct Rules {
     counts: BTreeMap<Flavour, usize>,
     took: Duration,
     fingerprint: Fingerprint,
-    checked_at: Instant,
-    /// When the sockets were read.
-    sockets_at: Instant,
-    /// When the settings were read, and how long that took.
-    settings_at: Instant,
-    settings_took: Duration,
-    /// Something else than a rule changed: an interface came or went.
+    /// Since when nothing changed that makes itself known, CLOCK_MONOTONIC.
+    current_at: u64,
+    changes: io::Result<NetworkChanges>,
+    /// Something else than a rule changed: an interface, an address, a route.
     stale: bool,
+    legacy_read: Reading,
+    network_read: Reading,
+    sockets_read: Reading,
+    settings_read: Reading,
     /// It could not be read when that was tried last.
     is_behind: bool,
+}
+
+/// When something was read, CLOCK_MONOTONIC.
+#[derive(Clone, Copy)]
+struct Reading {
+    begun_ns: u64,
+    ended_ns: u64,
+}
+
+impl Reading {
+    /// One that was begun then, and ends now.
+    fn since(begun_ns: u64) -> Self {
+        Self { begun_ns, ended_ns: Clock::now() }
+    }
+
+    /// Whether it may be read again: not more often than this, and for at most a fifth of the time.
+    fn is_due(self, every: Duration) -> bool {
+        let every = u64::try_from(every.as_nanos()).unwrap_or(u64::MAX);
+        Clock::now().saturating_sub(self.ended_ns) >= every.max(4 * (self.ended_ns - self.begun_ns))
+    }
 }
 
 /// The names of this node and of its kernel.
@@ -70,18 +94,25 @@ impl Node {
 /// Diagnostics that the header shows; the rest is counted.
 const MOST_WARNINGS: usize = 5;
 
-/// Whether legacy rules changed is only told by dumping them.
+/// What changes without a word is not read more often than this, whatever fails.
+pub const MOMENT: Duration = Duration::from_millis(100);
+
+/// Whether legacy rules changed is only told by dumping them: how often that is done when nothing fails.
 const LEGACY_CHECK: Duration = Duration::from_secs(5);
 
 impl Rules {
     /// Reads the state of the calling thread's network namespace.
     pub fn read() -> Self {
         // Taken first: what changes while reading is then seen as a change.
+        let begun_ns = Clock::now();
+        let changes = NetworkChanges::new();
         let fingerprint = Fingerprint::take_cheap(&Fingerprint::default());
         let live::Node { mut state, legacy, timings } = live::node(Options { processes: true, ..Options::default() });
         let fingerprint = fingerprint.with_legacy(legacy);
         // A watched connection is new to conntrack; entries of older ones would only stand in the way.
         state.conntrack = Some(Vec::new());
+        // How long each takes by itself is not known yet.
+        let reading = Reading { begun_ns, ended_ns: begun_ns };
         Self {
             owners: Arc::new(Owners::of(&state)),
             simulator: Arc::new(Simulator::new(&state)),
@@ -92,11 +123,13 @@ impl Rules {
             took: timings.total,
             state,
             fingerprint,
-            checked_at: Instant::now(),
-            sockets_at: Instant::now(),
-            settings_at: Instant::now(),
-            settings_took: Duration::ZERO,
+            current_at: begun_ns,
+            changes,
             stale: false,
+            legacy_read: reading,
+            network_read: reading,
+            sockets_read: reading,
+            settings_read: reading,
             is_behind: false,
         }
     }
@@ -114,7 +147,9 @@ impl Rules {
 
     /// What is not known of this node, a sentence each.
     pub fn warnings(&self) -> Vec<String> {
-        self.warnings.clone()
+        let deaf = self.changes.as_ref().err();
+        let deaf = deaf.map(|error| format!("that addresses or routes change will not be noticed: {error}"));
+        self.warnings.iter().cloned().chain(deaf).collect()
     }
 
     /// Interfaces changed: routes and addresses are others now.
@@ -122,14 +157,13 @@ impl Rules {
         self.stale = true;
     }
 
-    /// Reads the settings (sysctl) again, which change without a word: at most every few seconds, and for at most a twentieth
-    /// of the time. True when one changed.
-    pub async fn follow_settings(&mut self) -> bool {
-        const EVERY: Duration = Duration::from_secs(3);
-        if self.settings_at.elapsed() < EVERY.max(self.settings_took * 20) {
+    /// Reads the settings (sysctl) again, which change without a word, unless they were read since `since` (CLOCK_MONOTONIC) or not
+    /// `every` so long ago. True when one changed.
+    pub async fn follow_settings(&mut self, since: u64, every: Duration) -> bool {
+        if self.settings_read.begun_ns > since || !self.settings_read.is_due(every) {
             return false;
         }
-        let begun = Instant::now();
+        let begun_ns = Clock::now();
         let mut state = self.state.clone();
         let reading = tokio::task::spawn_blocking(move || {
             let text = parse::sysctl::write(&sysctl::read());
@@ -143,42 +177,63 @@ impl Rules {
             Some((Arc::new(Simulator::new(&state)), state))
         });
         let changed = reading.await.ok().flatten();
-        (self.settings_at, self.settings_took) = (Instant::now(), begun.elapsed());
+        self.settings_read = Reading::since(begun_ns);
         let Some((simulator, state)) = changed else { return false };
         (self.simulator, self.state) = (simulator, state);
         self.generation += 1;
         true
     }
 
-    /// Reads again what listens on this node, which changes without a word: at most ten times a second. True when that changed.
-    pub async fn follow_sockets(&mut self) -> bool {
-        const EVERY: Duration = Duration::from_millis(100);
-        if self.sockets_at.elapsed() < EVERY {
+    /// Reads again what listens on this node, which changes without a word, unless that was read since `since` (CLOCK_MONOTONIC) or
+    /// a moment ago. True when it changed.
+    pub async fn follow_sockets(&mut self, since: u64) -> bool {
+        if self.sockets_read.begun_ns > since || !self.sockets_read.is_due(MOMENT) {
             return false;
         }
-        self.sockets_at = Instant::now();
+        let begun_ns = Clock::now();
         let (former, owners) = (self.state.clone(), Arc::clone(&self.owners));
         let reading = tokio::task::spawn_blocking(move || {
             let state = live::reread_sockets(&former)?;
             Some((Arc::new(owners.renewed(&state)), Arc::new(Simulator::new(&state)), state))
         });
-        let Some((owners, simulator, state)) = reading.await.ok().flatten() else { return false };
+        let read = reading.await.ok().flatten();
+        self.sockets_read = Reading::since(begun_ns);
+        let Some((owners, simulator, state)) = read else { return false };
         (self.owners, self.simulator, self.state) = (owners, simulator, state);
         self.generation += 1;
         true
     }
 
-    /// Reads again if something changed. What it was, when it is worth a line.
+    /// Reads again if something changed that makes itself known, or (now and then) if legacy rules did. What it was, when it is worth
+    /// a line.
     pub async fn follow(&mut self) -> Option<Note> {
+        let legacy = self.fingerprint.has_legacy() && self.legacy_read.is_due(LEGACY_CHECK);
+        self.compare(legacy).await
+    }
+
+    /// The same at once, unless nothing changed since `since` (CLOCK_MONOTONIC) as far as is known already.
+    pub async fn follow_until(&mut self, since: u64) -> Option<Note> {
+        let legacy =
+            self.fingerprint.has_legacy() && self.legacy_read.begun_ns <= since && self.legacy_read.is_due(MOMENT);
+        if self.current_at > since && !legacy { None } else { self.compare(legacy).await }
+    }
+
+    /// `legacy`: dumps legacy rules, for nothing else tells whether they changed.
+    async fn compare(&mut self, legacy: bool) -> Option<Note> {
+        let begun_ns = Clock::now();
+        self.stale |= self.changes.as_ref().is_ok_and(NetworkChanges::any);
         let earlier = self.fingerprint.clone();
-        let whole = earlier.has_legacy() && self.checked_at.elapsed() >= LEGACY_CHECK;
-        let take = move || if whole { Fingerprint::take() } else { Fingerprint::take_cheap(&earlier) };
+        let take = move || if legacy { Fingerprint::take() } else { Fingerprint::take_cheap(&earlier) };
         let now = tokio::task::spawn_blocking(take).await.ok()?;
-        if whole {
-            self.checked_at = Instant::now();
+        if legacy {
+            self.legacy_read = Reading::since(begun_ns);
         }
         let rules_changed = now != self.fingerprint && (now.is_known() || !self.fingerprint.is_known());
         if !rules_changed {
+            if self.stale && !self.network_read.is_due(MOMENT) {
+                return None;
+            }
+            self.current_at = begun_ns;
             return if std::mem::take(&mut self.stale) { self.follow_network().await } else { None };
         }
         let before = self.rule_counts();
@@ -198,12 +253,15 @@ impl Rules {
     /// Reads the network again; the rules, which can be many, are as they were. Where it cannot be read, it is tried again; that is
     /// said once.
     async fn follow_network(&mut self) -> Option<Note> {
+        let begun_ns = Clock::now();
         let (former, owners) = (self.state.clone(), Arc::clone(&self.owners));
         let reading = tokio::task::spawn_blocking(move || {
             let state = live::reread_network(&former)?;
             Some((Arc::new(owners.renewed(&state)), Arc::new(Simulator::new(&state)), state))
         });
-        let Some((owners, simulator, state)) = reading.await.ok().flatten() else {
+        let read = reading.await.ok().flatten();
+        self.network_read = Reading::since(begun_ns);
+        let Some((owners, simulator, state)) = read else {
             self.stale = true;
             let is_new = !std::mem::replace(&mut self.is_behind, true);
             let text =
@@ -211,6 +269,8 @@ impl Rules {
             return is_new.then(|| Note::warning(text.to_owned()));
         };
         self.is_behind = false;
+        // They were read with it.
+        self.settings_read = self.network_read;
         self.warnings = warnings(&state);
         (self.owners, self.simulator, self.state) = (owners, simulator, state);
         self.generation += 1;

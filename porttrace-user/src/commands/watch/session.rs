@@ -9,7 +9,7 @@ use super::note::Note;
 use super::output::{Clock, Events, Printer};
 use super::pods::Pods;
 use super::probing::{probe_config, probes_sentence, reasons};
-use super::rules::{Node, Rules};
+use super::rules::{MOMENT, Node, Rules};
 use super::signals::Signals;
 use anyhow::Context as _;
 use porttrace_ebpf::Kind;
@@ -29,6 +29,7 @@ use porttrace_user::core::model::trace::{Packet, Trace};
 use porttrace_user::render::watch::header::{Header, Opening};
 use porttrace_user::render::watch::{Context, Report};
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior, interval};
@@ -213,16 +214,8 @@ impl Session<'_> {
         let outcome = judge(&flow, &self.interfaces);
         let has_failed = !matches!(outcome, Outcome::Answered { .. } | Outcome::JoinedLate);
         let (mut trace, mut story) = self.compare(&flow);
-        // Before the rules are said to be contradicted, or not to explain it, they are read again: they may have changed a moment ago,
-        // or what listens.
-        let is_doubtful = story.contradicts() || story.lets_through() && outcome.is_of_this_node();
-        let mut changed = is_doubtful
-            && (self.reload_if_changed().await?
-                || (story.is_unexplained || has_failed) && self.rules.follow_sockets().await);
-        if has_failed {
-            changed |= self.follow_causes(&flow).await;
-        }
-        if changed {
+        // Before a failure is explained, or the rules are said to be contradicted, what may have changed a moment ago is read again.
+        if (has_failed || story.contradicts()) && self.catch_up(&flow).await? {
             (trace, story) = self.compare(&flow);
         }
         let inside = self.look_inside(&flow).await;
@@ -260,18 +253,24 @@ impl Session<'_> {
             None => return false,
             Some(false) => {}
             Some(true) => {
-                self.follow_causes(flow).await;
+                self.pods.refresh(sent_to(flow)).await;
+                self.rules.follow_settings(flow.last_ns, HOUSEKEEPING).await;
             }
         }
         self.alike.count(flow, &self.rules, &self.pods, &mut self.printer)
     }
 
-    /// Reads again what changes without a word and may be why a connection failed: the pod that it was sent to, and settings. True
-    /// when one of those changed.
-    async fn follow_causes(&mut self, flow: &Flow) -> bool {
-        let end = flow.reply.map_or(flow.original.destination(), |reply| reply.source());
-        self.pods.refresh(end.ip()).await;
-        self.rules.follow_settings().await
+    /// Reads again what may be why a connection came out as it did: rules, routes, settings, what listens here and in the pod that
+    /// it was sent to. True when the node's own changed.
+    async fn catch_up(&mut self, flow: &Flow) -> anyhow::Result<bool> {
+        let before = self.rules.generation;
+        let Self { rules, probe, correlator, events, .. } = self;
+        let note = while_reading(rules.follow_until(flow.last_ns), probe, correlator, events).await?;
+        self.tell_change(note)?;
+        self.rules.follow_settings(flow.last_ns, MOMENT).await;
+        self.rules.follow_sockets(flow.last_ns).await;
+        self.pods.refresh(sent_to(flow)).await;
+        Ok(self.rules.generation != before)
     }
 
     /// What the rules say of a connection, and its story by them.
@@ -371,23 +370,20 @@ impl Session<'_> {
         Ok(self.inside.as_ref().map_or(lost, |inside| lost.plus(inside.lost())))
     }
 
-    /// What changed of the rules.
-    async fn follow_rules(&mut self) -> anyhow::Result<Option<Note>> {
+    async fn reload_if_changed(&mut self) -> anyhow::Result<()> {
         let Self { rules, probe, correlator, events, .. } = self;
-        while_reading(rules.follow(), probe, correlator, events).await
+        let note = while_reading(rules.follow(), probe, correlator, events).await?;
+        self.tell_change(note)
     }
 
-    /// Reads rules, routes and addresses again when they changed; true when they did.
-    async fn reload_if_changed(&mut self) -> anyhow::Result<bool> {
-        let before = self.rules.generation;
-        if let Some(note) = self.follow_rules().await? {
-            predict_targets(&mut self.probe, &self.rules, self.args)?;
-            if let Some(inside) = &mut self.inside {
-                inside.expect_changes(Some(targets(&self.rules, self.args)));
-            }
-            self.printer.note(&note.text, Clock::now(), note.warns)?;
+    /// Tells a change of the rules, and whom it concerns.
+    fn tell_change(&mut self, note: Option<Note>) -> anyhow::Result<()> {
+        let Some(note) = note else { return Ok(()) };
+        predict_targets(&mut self.probe, &self.rules, self.args)?;
+        if let Some(inside) = &mut self.inside {
+            inside.expect_changes(Some(targets(&self.rules, self.args)));
         }
-        Ok(self.rules.generation != before)
+        Ok(self.printer.note(&note.text, Clock::now(), note.warns)?)
     }
 
     async fn end(mut self, started: Instant) -> anyhow::Result<bool> {
@@ -430,6 +426,11 @@ fn predict_targets(probe: &mut Probe, rules: &Rules, args: &Args) -> anyhow::Res
 /// Where the rules may send the watched connections.
 fn targets(rules: &Rules, args: &Args) -> BTreeSet<NatTarget> {
     nat_targets(rules.state.rulesets.iter().map(Arc::as_ref), &args.ports)
+}
+
+/// Where the connection ended up, or was to.
+fn sent_to(flow: &Flow) -> IpAddr {
+    flow.reply.map_or(flow.original.dst, |reply| reply.src)
 }
 
 /// Never ends without `--into-pods`.

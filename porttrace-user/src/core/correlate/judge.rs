@@ -23,17 +23,6 @@ pub enum Outcome {
     JoinedLate,
 }
 
-impl Outcome {
-    /// It failed, and this node is where.
-    pub const fn is_of_this_node(&self) -> bool {
-        match self {
-            Self::Refused { by: Refuser::ThisNode, .. } | Self::AnswerLost { .. } | Self::Dropped { .. } => true,
-            Self::Silent { reached, .. } => !matches!(reached, Reached::Left { .. }),
-            Self::Answered { .. } | Self::Refused { .. } | Self::JoinedLate => false,
-        }
-    }
-}
-
 /// Who refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refuser {

@@ -13,16 +13,6 @@ impl Story {
         self.disagrees || self.is_unexplained
     }
 
-    /// By the rules the request gets through this node.
-    pub const fn lets_through(&self) -> bool {
-        let Some(branch) = &self.branch else { return false };
-        match branch.verdict {
-            Verdict::Forwarded { .. } => true,
-            Verdict::Delivered { listening, .. } => !matches!(listening, Some(false)),
-            Verdict::Rejected { .. } | Verdict::Dropped { .. } | Verdict::Unknown { .. } => false,
-        }
-    }
-
     /// Says, before what came back, that no rule explains the answer, where that is so.
     pub(super) fn with_unexplained(mut self, flow: &Flow, trace: Option<&Trace>, interfaces: &Interfaces) -> Self {
         let Some(branch) = &self.branch else { return self };
