@@ -2,14 +2,16 @@
 
 use pnet::packet::tcp::{self, MutableTcpPacket, TcpFlags};
 use porttrace_tests::lab::topology::{FRONTEND, HOST_PORT, NodeName, OUTSIDE_V4};
-use porttrace_tests::lab::{Lab, LabOptions};
-use porttrace_tests::netns::Netns;
+use porttrace_tests::lab::{Lab, LabOptions, Phase};
+use porttrace_tests::netns::{ChildGuard, Netns};
+use porttrace_tests::peer;
 use porttrace_tests::privilege::may_run;
 use porttrace_tests::watch::{Connection, Watch};
 use porttrace_user::core::model::flow::{Proto, Tuple};
 use serde_json::{Value, json};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 const WAIT: Duration = Duration::from_secs(20);
@@ -28,9 +30,11 @@ fn watch(lab: &Lab) -> Watch {
     Watch::start(lab.node(NODE), &lab.tools, &arguments).unwrap()
 }
 
-/// One attempt from `source` outside; how it ends for the client does not matter.
+/// One attempt from `source` outside, by a port of its own; how it ends for the client does not matter.
 fn attempt(lab: &Lab, watch: &mut Watch, kind: Type, source: Ipv4Addr, port: u16) -> Connection {
-    let (from, to) = (SocketAddr::from((source, 40_010)), SocketAddr::from((NODE.v4(), port)));
+    static NEXT: AtomicU16 = AtomicU16::new(40_010);
+    let own = NEXT.fetch_add(1, Ordering::Relaxed);
+    let (from, to) = (SocketAddr::from((source, own)), SocketAddr::from((NODE.v4(), port)));
     lab.outside
         .run_in(|| {
             let socket = Socket::new(Domain::IPV4, kind, None)?;
@@ -109,6 +113,59 @@ fn a_rule_that_drops_is_named() {
     });
     assert_eq!(drop_hop(&told), (json!("request"), json!("NETFILTER_DROP"), by), "{}", told.report());
     assert!(text(&told).contains("dropped by filter FORWARD #1"), "{}", text(&told));
+}
+
+/// The answer of a connection that conntrack knows meets rules as what it is then: its own tuple, ESTABLISHED.
+#[test]
+fn a_rule_that_drops_the_answer_is_named() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let lab = Lab::up(LabOptions { phase: Phase::Fixed, ..LabOptions::default() }).unwrap();
+    let node = lab.node(NODE);
+    let mut watch = watch(&lab);
+    let drop = "FORWARD -p tcp --sport 80 -m conntrack --ctstate ESTABLISHED -j DROP";
+    let masquerade = "-t nat -A POSTROUTING -p tcp --dport 80 -j MASQUERADE";
+    for rules in [&[][..], &[masquerade]] {
+        rules.iter().for_each(|rule| iptables(&lab, node, rule));
+        iptables(&lab, node, &format!("-I {drop}"));
+        let told = attempt(&lab, &mut watch, Type::STREAM, OUTSIDE_V4, HOST_PORT);
+        assert_eq!(told.verdict["outcome"], "answer-lost", "{}", told.report());
+        let (way, reason, by) = drop_hop(&told);
+        assert_eq!((way, reason), (json!("reply"), json!("NETFILTER_DROP")), "{}", told.report());
+        assert_eq!((&by["hook"], &by["chain"], &by["number"]), (&json!("FORWARD"), &json!("FORWARD"), &json!(1)));
+        assert!(text(&told).contains("dropped in FORWARD by filter FORWARD #1"), "{}", text(&told));
+        iptables(&lab, node, &format!("-D {drop}"));
+    }
+    // No rule at all.
+    node.exec(["ip", "route", "add", "blackhole", &format!("{OUTSIDE_V4}/32")]).unwrap();
+    let told = attempt(&lab, &mut watch, Type::STREAM, OUTSIDE_V4, HOST_PORT);
+    assert!(text(&told).ends_with("never left towards the client; predicted: a blackhole route"), "{}", text(&told));
+}
+
+/// What a process of the node answers is seen by no interface when rules of the way out drop it.
+#[test]
+fn an_answer_of_the_node_itself_that_a_rule_drops_is_told() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let lab = Lab::up(LabOptions::default()).unwrap();
+    let node = lab.node(NODE);
+    let mut command = node.command(peer::binary().unwrap());
+    command.args(["serve", "--name", "own", "--tcp", &CLOSED.to_string()]);
+    let process = ChildGuard::spawn(command).unwrap();
+    process.stdout.wait_for(WAIT, |line| (line == "ready").then_some(())).unwrap();
+    let mut watch = watch(&lab);
+    for (table, chain) in [("filter", "OUTPUT"), ("mangle", "POSTROUTING")] {
+        let drop = format!("{chain} -p tcp --sport {CLOSED} -j DROP");
+        iptables(&lab, node, &format!("-t {table} -I {drop}"));
+        let told = attempt(&lab, &mut watch, Type::STREAM, OUTSIDE_V4, CLOSED);
+        let verdict = &told.verdict;
+        assert_eq!((&verdict["outcome"], &verdict["interface"]), (&json!("answer-lost"), &Value::Null));
+        let words = format!("answered, but this node dropped the answer: dropped in {chain} by {table} {chain} #1");
+        assert!(text(&told).contains(&words), "{}", told.report());
+        iptables(&lab, node, &format!("-t {table} -D {drop}"));
+    }
 }
 
 /// A SYN ACK with a wrong checksum: conntrack calls it INVALID.

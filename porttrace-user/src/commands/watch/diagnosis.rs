@@ -97,7 +97,7 @@ const fn class(outcome: &Outcome, story: &Story) -> Option<(u8, u32)> {
                 Refusal::Icmp { kind, code, .. } => (by, (*kind as u32) << 8 | (*code as u32) | 1 << 16),
             }
         }
-        Outcome::AnswerLost { .. } => (3, 0),
+        Outcome::AnswerLost { entered, .. } => (3, entered.is_none() as u32),
         Outcome::Dropped { reason, .. } => (4, *reason),
         Outcome::Silent { reached, .. } => match reached {
             Reached::Entered { .. } => (5, 0),

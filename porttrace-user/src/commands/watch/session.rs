@@ -15,8 +15,8 @@ use anyhow::Context as _;
 use porttrace_ebpf::Kind;
 use porttrace_user::collect::probe::{Lost, Probe};
 use porttrace_user::collect::{leftovers, live};
-use porttrace_user::core::correlate::drops::unknown_answer;
-use porttrace_user::core::correlate::flow::{Flow, Way};
+use porttrace_user::core::correlate::drops::DroppedAnswer;
+use porttrace_user::core::correlate::flow::Flow;
 use porttrace_user::core::correlate::fold::Mode;
 use porttrace_user::core::correlate::inside::Inside;
 use porttrace_user::core::correlate::judge::{Outcome, judge};
@@ -277,8 +277,8 @@ impl Session<'_> {
     fn compare(&self, flow: &Flow) -> (Option<Trace>, Story) {
         let trace = self.predict(flow);
         let mut story = tell(flow, trace.as_ref(), &self.interfaces, self.args.verbose > 0);
-        if let Some(answer) = unknown_answer(flow, &self.interfaces) {
-            story.name_dropper(Way::Reply, &self.rules.simulator.trace(&answer));
+        if let Some(answer) = DroppedAnswer::of(flow, &self.interfaces) {
+            story.tell_answer(&answer.trace(&self.rules.simulator));
         }
         (trace, story)
     }

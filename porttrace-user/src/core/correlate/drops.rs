@@ -1,9 +1,11 @@
 //! Which rule dropped a packet, where the rules that are predicted for it name one.
 
-use super::flow::{Flow, Way};
+use super::flow::{Flow, Sighting, Way};
 use super::story::{Story, What};
 use crate::core::model::interfaces::Interfaces;
+use crate::core::model::state::ConntrackEntry;
 use crate::core::model::trace::{Branch, Hook, Hop, Packet, RuleRef, Trace, Verdict};
+use crate::core::simulate::Simulator;
 use porttrace_ebpf::Kind;
 
 /// A DROP rule or policy, and the hook in which the packet met it.
@@ -24,22 +26,57 @@ impl DroppedBy {
     }
 }
 
-/// An answer that was dropped without conntrack knowing it (ctstate INVALID): as a packet to ask the rules about, without any
-/// entry. `None`: nothing of that kind was seen.
-pub fn unknown_answer(flow: &Flow, interfaces: &Interfaces) -> Option<Packet> {
-    let dropped = flow.sightings.iter().map(|seen| (seen, &seen.event)).find(|(seen, event)| {
-        event.kind == Kind::Dropped && seen.way == Way::Reply && event.conntrack.is_none() && event.ifindex != 0
-    });
-    let (_, event) = dropped?;
-    let packet = Packet::first_of(event.packet?, Some(interfaces.name(event.ifindex).into()));
-    Some(Packet { tcp_flags: event.l4_flags, ..packet })
+/// An answer that was dropped, as it entered: what to ask the rules to learn where. `None`: nothing of that kind was seen, or where
+/// it entered was not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DroppedAnswer {
+    packet: Packet,
+    /// `None`: conntrack did not know it (ctstate INVALID).
+    entry: Option<ConntrackEntry>,
+}
+
+impl DroppedAnswer {
+    pub fn of(flow: &Flow, interfaces: &Interfaces) -> Option<Self> {
+        let dropped = |seen: &&Sighting| seen.event.kind == Kind::Dropped && seen.way == Way::Reply;
+        let event = &flow.sightings.iter().find(dropped)?.event;
+        let entered = flow.seen(Way::Reply).find(|seen| seen.event.kind == Kind::TcIngress);
+        let is_own = || event.ifindex == 0 || flow.sightings.iter().any(|seen| seen.event.kind == Kind::LocalIn);
+        // Behind the last hook the drop itself has the output interface.
+        let (tuple, input) = match (entered, event.conntrack) {
+            (Some(entered), _) => (entered.event.packet?, Some(entered.event.ifindex)),
+            (None, Some(entry)) if is_own() => (entry.reply, None),
+            (None, None) if event.ifindex != 0 => (event.packet?, Some(event.ifindex)),
+            _ => return None,
+        };
+        let packet = Packet::first_of(tuple, input.map(|ifindex| interfaces.name(ifindex).into()));
+        let entry = event.conntrack.map(|entry| ConntrackEntry {
+            original: entry.original,
+            reply: entry.reply,
+            state: String::new(),
+            assured: false,
+            unreplied: false,
+            mark: entry.mark,
+            timeout: None,
+            zone: 0,
+        });
+        Some(Self { packet: Packet { tcp_flags: event.l4_flags, ..packet }, entry })
+    }
+
+    /// What the rules say of it.
+    pub fn trace(&self, simulator: &Simulator) -> Trace {
+        match &self.entry {
+            Some(entry) => simulator.trace_of(&self.packet, entry),
+            None => simulator.trace(&self.packet),
+        }
+    }
 }
 
 impl Story {
-    /// Names the rule that drops the packets of one way, where the trace of such a packet can only end there.
-    pub fn name_dropper(&mut self, way: Way, trace: &Trace) {
+    /// Takes over how an answer ends by the rules, where its trace can end in one way only; names the rule that drops it, if one does.
+    pub fn tell_answer(&mut self, trace: &Trace) {
         let [only] = trace.branches.as_slice() else { return };
-        self.take_dropper(way, DroppedBy::in_branch(only));
+        self.take_dropper(Way::Reply, DroppedBy::in_branch(only));
+        self.answer_end = Some(only.verdict.clone());
     }
 
     /// Names the rule that drops the request by prediction.

@@ -13,8 +13,8 @@ pub enum Outcome {
     Answered { by: SocketAddr, after_ns: u64 },
     /// The answer was a refusal.
     Refused { by: Refuser, from: SocketAddr, how: Refusal, after_ns: u64 },
-    /// An answer came in, but never left towards the client.
-    AnswerLost { by: SocketAddr, entered: u32, after_ns: u64 },
+    /// An answer came in by this interface (`None`: it began on this node), but never left towards the client.
+    AnswerLost { by: SocketAddr, entered: Option<u32>, after_ns: u64 },
     /// The kernel dropped the packet and nothing followed.
     Dropped { reason: u32, after_ns: u64 },
     /// Nothing came back before the deadline.
@@ -79,9 +79,13 @@ pub fn judge(flow: &Flow, interfaces: &Interfaces) -> Outcome {
     if let Some(answer) = flow.sightings.iter().find(|seen| is_answer(flow, seen)) {
         return answered(flow, answer, interfaces);
     }
+    let dropped = || flow.sightings.iter().filter(|seen| seen.event.kind == Kind::Dropped);
+    // Dropped before TC saw it.
+    if let Some(answer) = dropped().find(|seen| answers(flow, seen)) {
+        return Outcome::AnswerLost { by: answerer(flow, answer), entered: None, after_ns: since(flow, answer) };
+    }
     let reached = reached(flow, interfaces);
-    let dropped = flow.sightings.iter().find(|seen| seen.event.kind == Kind::Dropped && seen.way == Way::Request);
-    match (dropped, reached) {
+    match (dropped().find(|seen| seen.way == Way::Request), reached) {
         (Some(drop), Reached::Entered { .. } | Reached::LocalIn | Reached::Sent) => {
             Outcome::Dropped { reason: drop.event.reason, after_ns: since(flow, drop) }
         }
@@ -94,8 +98,12 @@ fn since(flow: &Flow, seen: &Sighting) -> u64 {
 }
 
 fn is_answer(flow: &Flow, seen: &Sighting) -> bool {
+    seen.is_tc() && answers(flow, seen)
+}
+
+/// Whether it is about a packet that answers the request, wherever it was seen.
+fn answers(flow: &Flow, seen: &Sighting) -> bool {
     seen.way == Way::Reply
-        && seen.is_tc()
         && match flow.original.proto {
             Proto::Tcp => seen.has(SYN | ACK),
             Proto::Sctp => seen.event.l4_flags == SCTP_INIT_ACK,
@@ -109,7 +117,8 @@ fn answered(flow: &Flow, answer: &Sighting, interfaces: &Interfaces) -> Outcome 
     let entered = answer.event.kind == Kind::TcIngress && !interfaces.is_loopback(answer.event.ifindex);
     let left = flow.seen(Way::Reply).any(|seen| seen.event.kind == Kind::TcEgress);
     if entered && !left && !flow.is_local_client() {
-        return Outcome::AnswerLost { by, entered: answer.event.ifindex, after_ns: since(flow, answer) };
+        let entered = Some(answer.event.ifindex);
+        return Outcome::AnswerLost { by, entered, after_ns: since(flow, answer) };
     }
     Outcome::Answered { by, after_ns: since(flow, last) }
 }

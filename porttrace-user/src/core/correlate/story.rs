@@ -121,6 +121,8 @@ pub struct Story {
     pub disagrees: bool,
     /// It was answered, though by the rules it cannot be.
     pub is_unexplained: bool,
+    /// How an answer that was dropped ends by the rules, where [`Story::tell_answer`] was told.
+    pub answer_end: Option<Verdict>,
 }
 
 /// Tells `flow` against `trace`. `all` keeps rules without effect and every packet.
@@ -155,7 +157,7 @@ pub fn tell(flow: &Flow, trace: Option<&Trace>, interfaces: &Interfaces, all: bo
         }
     }
     lines.extend(seen);
-    let story = Story { lines, branch: branch.cloned(), disagrees, is_unexplained: false };
+    let story = Story { lines, branch: branch.cloned(), disagrees, is_unexplained: false, answer_end: None };
     story.with_dropper().with_unexplained(flow, trace, interfaces)
 }
 

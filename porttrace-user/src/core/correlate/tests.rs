@@ -244,7 +244,22 @@ fn an_answer_that_does_not_leave_is_lost() {
     let mut events: Vec<Event> = refused().into_iter().take(4).collect();
     events.push(event(31_000, Kind::TcIngress, VETH, FROM_POD, SYN | ACK));
     let outcome = judge(&reported(events, 200 * MS), &interfaces());
-    assert!(matches!(outcome, Outcome::AnswerLost { entered: VETH, .. }), "{outcome:?}");
+    assert!(matches!(outcome, Outcome::AnswerLost { entered: Some(VETH), .. }), "{outcome:?}");
+}
+
+#[test]
+fn an_answer_of_this_node_that_is_dropped_at_once_is_lost() {
+    let mut dropped = event(31_000, Kind::Dropped, 0, "172.18.0.3:9088 → 172.18.0.4:60218", SYN | ACK);
+    let seen = [
+        event(1000, Kind::TcIngress, ETH0, "172.18.0.4:60218 → 172.18.0.3:9088", SYN),
+        event(2000, Kind::LocalIn, ETH0, "172.18.0.4:60218 → 172.18.0.3:9088", SYN),
+    ];
+    let judged = |last: &Event| judge(&reported([&seen[..], &[last.clone()]].concat(), 1_100 * MS), &interfaces());
+    let by = "172.18.0.3:9088".parse().unwrap();
+    assert_eq!(judged(&dropped), Outcome::AnswerLost { by, entered: None, after_ns: 30_000 });
+    // Not what answers a SYN.
+    dropped.l4_flags = ACK;
+    assert_eq!(judged(&dropped), Outcome::Silent { reached: Reached::LocalIn, tries: 1 });
 }
 
 #[test]

@@ -243,7 +243,7 @@ impl<'a, 'f> Seen<'a, 'f> {
     const fn is_unanswered(&self) -> bool {
         match self.failed.outcome {
             Outcome::Silent { reached: Reached::Left { .. }, .. }
-            | Outcome::AnswerLost { .. }
+            | Outcome::AnswerLost { entered: Some(_), .. }
             | Outcome::Refused { by: Refuser::Client, .. } => true,
             Outcome::Refused { how, .. } => !how.is_port_closed(),
             _ => false,

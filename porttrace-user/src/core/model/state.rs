@@ -1,7 +1,7 @@
 //! The state of a node: everything that decides where a packet goes. It can come live or from a snapshot; nothing that reads
 //! it knows the difference. A part that could not be had is `None` (not empty), so that the simulator can say what that costs.
 
-use super::flow::{Family, Proto, Tuple};
+use super::flow::{Direction, Family, Proto, Tuple};
 use super::rules::Ruleset;
 use super::trace::RouteKind;
 use ipnet::IpNet;
@@ -197,6 +197,17 @@ pub struct ConntrackEntry {
     /// Seconds until it expires.
     pub timeout: Option<u64>,
     pub zone: u16,
+}
+
+impl ConntrackEntry {
+    /// Which way a packet with this tuple travels; `None`: it is not of this entry.
+    pub fn direction_of(&self, tuple: &Tuple) -> Option<Direction> {
+        if *tuple == self.original {
+            Some(Direction::Original)
+        } else {
+            (*tuple == self.reply).then_some(Direction::Reply)
+        }
+    }
 }
 
 /// An ipset. A member is its element as `ipset save` writes it, followed by ` nomatch` where it is an exception and by

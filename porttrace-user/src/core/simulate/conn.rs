@@ -132,7 +132,10 @@ impl<'s> Run<'s> {
     /// Fills in the walk's connection; the text tells an existing entry.
     fn look_up(&mut self, walk: &mut Walk<'s>) -> Option<String> {
         walk.conn = Conn::begins(walk.tuple);
-        let found = self.sim.config.entry(&walk.tuple);
+        let found = match self.entry {
+            Some(entry) => Some(entry.direction_of(&walk.tuple).map(|direction| (entry, direction))),
+            None => self.sim.config.entry(&walk.tuple),
+        };
         if found.is_none() {
             self.assume(
                 "conntrack entries are not part of the state: the packet is taken as the first of a connection",

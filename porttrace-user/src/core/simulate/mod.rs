@@ -32,6 +32,7 @@ pub use compiled::Simulator;
 pub use ipvs::in_use as ipvs_in_use;
 
 use crate::core::model::hops::Path;
+use crate::core::model::state::ConntrackEntry;
 use crate::core::model::trace::{Decisions, Fraction, Hook, Packet, RouteKind, Trace};
 use run::Run;
 use std::sync::Arc;
@@ -40,27 +41,49 @@ use walk::{Stage, Walk};
 impl Simulator {
     /// All that can happen to the packet.
     pub fn trace(&self, packet: &Packet) -> Trace {
-        self.trace_orders(packet, false, true)
+        self.trace_orders(Question::of(packet), true)
+    }
+
+    /// The same for a packet of a connection that conntrack knows by this entry, whatever the state says of entries.
+    pub fn trace_of(&self, packet: &Packet, entry: &ConntrackEntry) -> Trace {
+        self.trace_orders(Question { entry: Some(entry), ..Question::of(packet) }, true)
     }
 
     /// The same without the index over long chains: every rule is looked at. For tests.
     pub fn trace_linear(&self, packet: &Packet) -> Trace {
-        self.trace_orders(packet, true, true)
+        self.trace_orders(Question { linear: true, ..Question::of(packet) }, true)
     }
 
     /// As [`Simulator::trace`], with a branch for every order in which rulesets of both flavours can stand, also where the
     /// outcome is the same. For tests.
     pub fn trace_every_order(&self, packet: &Packet) -> Trace {
-        self.trace_orders(packet, false, false)
+        self.trace_orders(Question::of(packet), false)
     }
 
-    fn trace_once(&self, packet: &Packet, linear: bool, order: u8) -> Trace {
-        let mut run = Run::new(self, linear, order);
+    fn trace_once(&self, question: Question<'_>, order: u8) -> Trace {
+        let packet = question.packet;
+        let mut run = Run::new(self, question, order);
         let mut walk = Box::new(start(packet, Path::begin(Arc::clone(&self.lists), packet.tuple)));
         let next = run.receive(&mut walk);
         run.follow(walk, next);
         let assumptions = run.assumptions.into_iter().map(Into::into).collect();
         Trace { packet: packet.clone(), branches: run.branches, assumptions }
+    }
+}
+
+/// What a simulator is asked.
+#[derive(Clone, Copy)]
+struct Question<'q> {
+    packet: &'q Packet,
+    /// The packet's, instead of those of the state.
+    entry: Option<&'q ConntrackEntry>,
+    /// Without the index over long chains.
+    linear: bool,
+}
+
+impl<'q> Question<'q> {
+    const fn of(packet: &'q Packet) -> Self {
+        Self { packet, entry: None, linear: false }
     }
 }
 

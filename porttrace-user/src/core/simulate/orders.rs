@@ -2,11 +2,11 @@
 //! (`nf_hook_entries_grow`, net/netfilter/core.c), and all base chains of a table are registered together. When that was, no
 //! dump tells: every order is walked, and what comes out the same is told once.
 
-use super::Simulator;
 use super::compiled::{TableData, base_chains};
+use super::{Question, Simulator};
 use crate::core::model::flow::Family;
 use crate::core::model::rules::Policy;
-use crate::core::model::trace::{Branch, Decision, Hook, Packet, Trace};
+use crate::core::model::trace::{Branch, Decision, Hook, Trace};
 
 /// Tables whose base chains have one priority in both flavours; the bit of a table in an order says that its chains stand the
 /// other way round. (Table security does not: 50 and 150.)
@@ -38,16 +38,16 @@ pub(super) fn open(tables: &[TableData], family: Family) -> u8 {
 }
 
 impl Simulator {
-    pub(super) fn trace_orders(&self, packet: &Packet, linear: bool, merge: bool) -> Trace {
-        let open = self.open_orders(packet.tuple.family());
-        let mut trace = self.trace_once(packet, linear, 0);
+    pub(super) fn trace_orders(&self, asked: Question<'_>, merge: bool) -> Trace {
+        let open = self.open_orders(asked.packet.tuple.family());
+        let mut trace = self.trace_once(asked, 0);
         if open == 0 {
             return trace;
         }
         let orders: Vec<u8> = (0..=open).filter(|order| order & !open == 0).collect();
         let mut found: Vec<(Branch, Vec<u8>)> = trace.branches.drain(..).map(|branch| (branch, vec![0])).collect();
         for &order in &orders[1..] {
-            for branch in self.trace_once(packet, linear, order).branches {
+            for branch in self.trace_once(asked, order).branches {
                 match found.iter_mut().find(|(known, of)| merge && !of.contains(&order) && alike(known, &branch)) {
                     Some((_, of)) => of.push(order),
                     None => found.push((branch, vec![order])),

@@ -1,10 +1,12 @@
 //! The machine: takes walks from a stack, drives each along the timeline, and forks them where two things can happen.
 
+use super::Question;
 use super::compiled::{BaseChain, Entry, Simulator, TableData};
 use super::path::dropped;
 use super::source::{Reverse, WayBack};
 use super::walk::{Again, Frame, Walk};
 use crate::core::model::rules::{Policy, Rule, Target};
+use crate::core::model::state::ConntrackEntry;
 use crate::core::model::steps::{Act, RuleAt, Step};
 use crate::core::model::trace::{Action, Branch, Decision, DropReason, Fraction, Hook, RuleRef, Verdict};
 use std::borrow::Cow;
@@ -19,6 +21,8 @@ const MAX_STEPS: u32 = 2_000_000;
 pub(super) struct Run<'s> {
     pub(super) sim: &'s Simulator,
     /// Walk every rule of a chain instead of asking its index.
+    /// The conntrack entry of the packet, instead of those of the state.
+    pub(super) entry: Option<&'s ConntrackEntry>,
     pub(super) linear: bool,
     /// The order of base chains with equal priority.
     pub(super) order: u8,
@@ -61,9 +65,20 @@ impl Acted {
 }
 
 impl<'s> Run<'s> {
-    pub(super) fn new(sim: &'s Simulator, linear: bool, order: u8) -> Self {
+    pub(super) fn new(sim: &'s Simulator, question: Question<'s>, order: u8) -> Self {
         let assumptions = sim.assumptions.iter().cloned().map(Cow::Owned).collect();
-        Self { sim, linear, order, work: Vec::new(), branches: Vec::new(), assumptions, way_back: None, steps: 0 }
+        let Question { entry, linear, .. } = question;
+        Self {
+            sim,
+            entry,
+            linear,
+            order,
+            work: Vec::new(),
+            branches: Vec::new(),
+            assumptions,
+            way_back: None,
+            steps: 0,
+        }
     }
 
     pub(super) fn assume(&mut self, sentence: impl Into<Cow<'static, str>>) {

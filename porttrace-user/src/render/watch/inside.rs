@@ -54,7 +54,10 @@ pub(super) fn silent(report: &Report, context: &Context<'_>) -> String {
         Outcome::Answered { by, after_ns } => {
             format!("; {by} answered inside {pod} after {}, and the answer did not get here", duration(*after_ns))
         }
-        Outcome::AnswerLost { by, entered, .. } => {
+        Outcome::AnswerLost { by, entered: None, .. } => {
+            format!("; {by} answered inside {pod}, which dropped the answer itself")
+        }
+        Outcome::AnswerLost { by, entered: Some(entered), .. } => {
             let interface = inside.interfaces.name(*entered);
             format!("; {by} answered, but the answer entered {interface} of {pod} and never left it")
         }

@@ -30,15 +30,23 @@ pub fn expectation(report: &Report) -> String {
         Some(Verdict::Dropped { by: Some(rule), .. }) => {
             format!("; {}{} drops it", rule_name(rule), comment_of(report, rule))
         }
-        Some(Verdict::Dropped { reason, by: None }) => format!("; predicted: {}", drop_words(reason)),
         Some(Verdict::Rejected { by: Some(rule), .. }) => {
             format!("; {}{} rejects it", rule_name(rule), comment_of(report, rule))
         }
-        Some(Verdict::Rejected { with, by: None }) => format!("; predicted: {}", refusal_words(with)),
+        Some(end @ (Verdict::Dropped { by: None, .. } | Verdict::Rejected { by: None, .. })) => refused_by_kernel(end),
         Some(Verdict::Delivered { listening: Some(false), to }) => {
             format!("; no rule rewrites it and nothing listens on {}", to.destination())
         }
         Some(Verdict::Unknown { because, .. }) => format!("; the rules leave it open: {because}"),
+        _ => String::new(),
+    }
+}
+
+/// Why the kernel itself lets a packet go no further, without any rule; nothing for other ends.
+pub fn refused_by_kernel(end: &Verdict) -> String {
+    match end {
+        Verdict::Dropped { reason, by: None } => format!("; predicted: {}", drop_words(reason)),
+        Verdict::Rejected { with, by: None } => format!("; predicted: {}", refusal_words(with)),
         _ => String::new(),
     }
 }

@@ -1,6 +1,6 @@
 //! The words of the live log: verdict sentences, packet labels, durations, sizes.
 
-use super::predicted::{expectation, is_beyond_rules, predicted_end};
+use super::predicted::{expectation, is_beyond_rules, predicted_end, refused_by_kernel};
 use super::{Context, Report, inside, listener};
 use crate::core::correlate::drops::DroppedBy;
 use crate::core::correlate::flow::{ACK, FIN, RST, SYN};
@@ -51,15 +51,16 @@ fn seen(report: &Report, context: &Context<'_>, timed: bool) -> (Mood, String) {
         Outcome::Refused { by, from, how, after_ns } => {
             (Mood::Bad, refused(*by, *from, *how, &time(*after_ns), report, context))
         }
-        Outcome::AnswerLost { by, entered, .. } => (
-            Mood::Bad,
-            format!(
-                "{} answered, but the answer entered {} and never left towards the client{}",
-                who(*by, report, context),
-                context.interfaces.name(*entered),
-                report.story.answer_dropped_by().map_or_else(String::new, |by| format!(": dropped {}", dropper(by))),
-            ),
-        ),
+        Outcome::AnswerLost { by, entered, .. } => {
+            let lost = entered.map_or_else(
+                || "this node dropped the answer".to_owned(),
+                |entered| {
+                    let interface = context.interfaces.name(entered);
+                    format!("the answer entered {interface} and never left towards the client")
+                },
+            );
+            (Mood::Bad, format!("{} answered, but {lost}{}", who(*by, report, context), why_lost(report)))
+        }
         Outcome::Dropped { reason, .. } => (Mood::Bad, dropped(*reason, report, context)),
         Outcome::Silent { reached, tries } => silent(*reached, *tries, report, context),
         Outcome::JoinedLate => {
@@ -124,6 +125,15 @@ fn refused(by: Refuser, from: SocketAddr, how: Refusal, after: &str, report: &Re
             }
             _ => format!("refused by this node ({answer}{after})"),
         },
+    }
+}
+
+/// What the rules say of an answer that was dropped.
+fn why_lost(report: &Report) -> String {
+    match (report.story.answer_dropped_by(), &report.story.answer_end) {
+        (Some(by), _) => format!(": dropped {}", dropper(by)),
+        (None, Some(end)) if report.finding.is_none() => refused_by_kernel(end),
+        _ => String::new(),
     }
 }
 

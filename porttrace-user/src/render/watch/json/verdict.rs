@@ -38,7 +38,7 @@ pub struct Verdict<'a> {
 enum Outcome {
     Answered { by: SocketAddr, after_ns: u64 },
     Refused { by: SocketAddr, after_ns: u64, refuser: &'static str, interface: Option<String>, how: String },
-    AnswerLost { by: SocketAddr, after_ns: u64, interface: String },
+    AnswerLost { by: SocketAddr, after_ns: u64, interface: Option<String> },
     Dropped { reason: String, after_ns: u64 },
     Silent { tries: usize, reached: &'static str, interface: Option<String> },
     JoinedLate,
@@ -127,7 +127,7 @@ impl Outcome {
                 Self::Refused { by: from, after_ns, refuser, interface, how: how_refused(how) }
             }
             judge::Outcome::AnswerLost { by, entered, after_ns } => {
-                Self::AnswerLost { by, after_ns, interface: interface(entered) }
+                Self::AnswerLost { by, after_ns, interface: entered.map(interface) }
             }
             judge::Outcome::Dropped { reason, after_ns } => {
                 Self::Dropped { reason: context.drop_reason(reason), after_ns }
