@@ -254,7 +254,8 @@ fn an_answer_of_this_node_that_is_dropped_at_once_is_lost() {
         event(1000, Kind::TcIngress, ETH0, "172.18.0.4:60218 → 172.18.0.3:9088", SYN),
         event(2000, Kind::LocalIn, ETH0, "172.18.0.4:60218 → 172.18.0.3:9088", SYN),
     ];
-    let judged = |last: &Event| judge(&reported([&seen[..], &[last.clone()]].concat(), 1_100 * MS), &interfaces());
+    let judged =
+        |last: &Event| judge(&reported([&seen[..], std::slice::from_ref(last)].concat(), 1_100 * MS), &interfaces());
     let by = "172.18.0.3:9088".parse().unwrap();
     assert_eq!(judged(&dropped), Outcome::AnswerLost { by, entered: None, after_ns: 30_000 });
     // Not what answers a SYN.
