@@ -176,3 +176,30 @@ fn by_conntracks_events_each_of_many_is_told_once() {
     let made = scene.connect(20_000..60_000, Pace::Rate(8_000.0));
     assert_eq!(sum(watch), BTreeMap::from([(own, made)]));
 }
+
+/// Whoever gets no CPU for a while knows less than what happened: verdicts wait until that is read.
+#[test]
+fn a_stall_is_no_reason_for_a_verdict() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    const STALL: Duration = Duration::from_millis(400);
+    let lab = Lab::up(LabOptions { phase: Phase::Fixed, bare: true, ..LabOptions::default() }).unwrap();
+    let servers = Servers::in_pods(&lab, Mode::Count).unwrap();
+    let scene = Scene { servers, lab };
+    let own = SocketAddrV4::new(NodeName::Worker3.pod_v4(FRONTEND), 80);
+    for (first, options) in [(10_000, &[][..]), (30_000, &["--conntrack-backend", "ctnetlink"])] {
+        let watch = scene.watch(options);
+        let made = std::thread::scope(|scope| {
+            let made = scope.spawn(|| scene.connect(first..first + 16_000, Pace::Rate(8_000.0)));
+            for _ in 0..2 {
+                std::thread::sleep(STALL);
+                watch.signal(Signal::SIGSTOP).unwrap();
+                std::thread::sleep(STALL);
+                watch.signal(Signal::SIGCONT).unwrap();
+            }
+            made.join().unwrap()
+        });
+        assert_eq!(sum(watch), BTreeMap::from([(own, made)]), "{options:?}");
+    }
+}

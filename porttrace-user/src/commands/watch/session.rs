@@ -166,7 +166,12 @@ impl Session<'_> {
 
     /// Prints what is known by now; true when `--count` is reached.
     async fn tell_what_is_due(&mut self) -> anyhow::Result<bool> {
-        let updates = self.correlator.tick(Clock::now());
+        // Where the CPU is not to be had, what happened long before may still wait to be read.
+        let until_ns = Clock::now().saturating_sub(nanoseconds(self.probe.held_back()));
+        let mut events = Vec::new();
+        self.probe.read_now(&mut events)?;
+        self.take(&mut events);
+        let updates = self.correlator.tick(until_ns);
         let any = !updates.is_empty();
         let full = self.tell(updates).await?;
         if any {
