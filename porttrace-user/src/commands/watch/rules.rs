@@ -43,7 +43,6 @@ pub struct Rules {
     changes: io::Result<NetworkChanges>,
     /// Something else than a rule changed: an interface, an address, a route.
     stale: bool,
-    rules_read: Reading,
     legacy_read: Reading,
     network_read: Reading,
     sockets_read: Reading,
@@ -127,7 +126,6 @@ impl Rules {
             current_at: begun_ns,
             changes,
             stale: false,
-            rules_read: Reading::since(begun_ns),
             legacy_read: reading,
             network_read: reading,
             sockets_read: reading,
@@ -210,23 +208,18 @@ impl Rules {
     /// a line.
     pub async fn follow(&mut self) -> Option<Note> {
         let legacy = self.fingerprint.has_legacy() && self.legacy_read.is_due(LEGACY_CHECK);
-        self.compare(legacy, true).await
+        self.compare(legacy).await
     }
 
     /// The same at once, unless nothing changed since `since` (CLOCK_MONOTONIC) as far as is known already.
     pub async fn follow_until(&mut self, since: u64) -> Option<Note> {
         let legacy =
             self.fingerprint.has_legacy() && self.legacy_read.begun_ns <= since && self.legacy_read.is_due(MOMENT);
-        if self.current_at > since && !legacy {
-            return None;
-        }
-        // Many rules take their time, and may change all the time.
-        let rules = self.rules_read.is_due(MOMENT);
-        self.compare(legacy, rules).await
+        if self.current_at > since && !legacy { None } else { self.compare(legacy).await }
     }
 
-    /// `legacy`: dumps legacy rules, for nothing else tells whether they changed; `rules`: reads them again if they did.
-    async fn compare(&mut self, legacy: bool, rules: bool) -> Option<Note> {
+    /// `legacy`: dumps legacy rules, for nothing else tells whether they changed.
+    async fn compare(&mut self, legacy: bool) -> Option<Note> {
         let begun_ns = Clock::now();
         self.stale |= self.changes.as_ref().is_ok_and(NetworkChanges::any);
         let earlier = self.fingerprint.clone();
@@ -242,9 +235,6 @@ impl Rules {
             }
             self.current_at = begun_ns;
             return if std::mem::take(&mut self.stale) { self.follow_network().await } else { None };
-        }
-        if !rules {
-            return None;
         }
         let before = self.rule_counts();
         let read = tokio::task::spawn_blocking(Self::read).await.ok()?;
@@ -275,7 +265,7 @@ impl Rules {
             self.stale = true;
             let is_new = !std::mem::replace(&mut self.is_behind, true);
             let text =
-                "interfaces, addresses or routes changed and cannot be read: what is predicted is by those of before";
+                "interfaces changed, and addresses and routes cannot be read: what is predicted is by those of before";
             return is_new.then(|| Note::warning(text.to_owned()));
         };
         self.is_behind = false;
