@@ -61,6 +61,13 @@ impl Scene {
     }
 }
 
+/// Waits until a line says this.
+#[track_caller]
+fn is_told(watch: &ChildGuard, what: &str) {
+    let told = watch.stdout.wait_for(WAIT, |line| line.contains(what).then_some(()));
+    assert!(told.is_some(), "{what} {:#?}", watch.stdout.snapshot());
+}
+
 /// The verdicts of the sum at the end, each with how many connections had it.
 fn verdicts(mut watch: ChildGuard) -> Vec<(String, u64)> {
     watch.signal(Signal::SIGINT).unwrap();
@@ -105,18 +112,14 @@ fn what_is_only_counted_is_counted_as_what_it_is() {
     };
     for options in [&[][..], &["--summary"], &["--conntrack-backend", "ctnetlink"]] {
         let watch = scene.watch(options);
-        let is_told = |server: SocketAddrV4| {
-            let answered = format!("answered by {server}");
-            let told = watch.stdout.wait_for(WAIT, |line| line.contains(&answered).then_some(()));
-            assert!(told.is_some(), "{server} {:#?}", watch.stdout.snapshot());
-        };
+        let is_answered_by = |server: SocketAddrV4| is_told(&watch, &format!("answered by {server}"));
         let mut expected = scene.burst(20_000..20_400);
-        is_told(own);
+        is_answered_by(own);
 
         // Another server, by a rule that came meanwhile: not like the others, whether or not the rule is known already.
         scene.iptables(&elsewhere("I", ""));
         let moved = scene.burst(21_000..21_300);
-        is_told(other);
+        is_answered_by(other);
         scene.iptables(&elsewhere("D", ""));
         expected += scene.burst(22_000..22_100);
 
@@ -141,16 +144,12 @@ fn failures_that_are_only_counted_are_counted_as_what_they_are() {
     let drop = |verb| format!("-{verb} FORWARD -p udp -d {} -j DROP", NodeName::Worker3.pod_v4(FRONTEND));
     for options in [&["--timeout", "200ms"][..], &["--timeout", "200ms", "--conntrack-backend", "ctnetlink"]] {
         let watch = scene.watch(options);
-        let is_told = |what: &str| {
-            let told = watch.stdout.wait_for(WAIT, |line| line.contains(what).then_some(()));
-            assert!(told.is_some(), "{what} {:#?}", watch.stdout.snapshot());
-        };
         let mut silent = scene.datagrams(20_000..20_400);
-        is_told(" more as #");
+        is_told(&watch, " more as #");
         // Told at once, or the first ones would be said to be dropped by nothing that is known.
         scene.iptables(&drop("I"));
         let dropped = scene.datagrams(21_000..21_300);
-        is_told("dropped by ");
+        is_told(&watch, "dropped by ");
         scene.iptables(&drop("D"));
         silent += scene.datagrams(22_000..22_100);
         let verdicts = verdicts(watch);

@@ -1,6 +1,5 @@
 //! Connections like one that was told: many of them come in a second, and are counted without being told again.
 
-use super::output::{Clock, Printer};
 use super::pods::Pods;
 use super::rules::Rules;
 use porttrace_user::core::correlate::alike::Known;
@@ -18,28 +17,21 @@ pub struct Alike {
     of: (u64, u64),
 }
 
-struct Told {
-    shape: Shape,
-    has_failed: bool,
+/// A connection that was told.
+#[derive(Clone)]
+pub struct Told {
+    pub shape: Shape,
+    pub has_failed: bool,
 }
 
 impl Alike {
-    /// Whether a connection like this one was told; if so, whether that failed.
-    pub fn has_failed(&mut self, flow: &Flow, rules: &Rules, pods: &Pods) -> Option<bool> {
-        self.find(flow, rules, pods).map(|told| told.has_failed)
-    }
-
-    /// Counts a connection that is like one that was told, where those are only counted; false when it is to be told.
-    pub fn count(&mut self, flow: &Flow, rules: &Rules, pods: &Pods, printer: &mut Printer) -> bool {
-        self.find(flow, rules, pods).is_some_and(|told| printer.count(&told.shape, flow, Clock::now()))
-    }
-
-    fn find(&mut self, flow: &Flow, rules: &Rules, pods: &Pods) -> Option<&Told> {
+    /// One that this one is like.
+    pub fn find(&mut self, flow: &Flow, rules: &Rules, pods: &Pods) -> Option<Told> {
         let now = (rules.generation, pods.generation);
         if std::mem::replace(&mut self.of, now) != now {
             self.known.clear();
         }
-        self.known.get(flow)
+        self.known.get(flow).cloned()
     }
 
     /// Remembers a connection that was told and is counted as `shape`, if nothing about it was unusual.

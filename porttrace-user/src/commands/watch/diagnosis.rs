@@ -126,14 +126,5 @@ fn facts(rules: &Rules, pods: &Pods) -> Facts {
 
 /// The connection's own entry, as far as it was observed.
 fn entry(flow: &Flow) -> Option<ConntrackEntry> {
-    Some(ConntrackEntry {
-        original: flow.original,
-        reply: flow.reply?,
-        state: String::new(),
-        assured: false,
-        unreplied: !flow.answered,
-        mark: 0,
-        timeout: None,
-        zone: 0,
-    })
+    Some(ConntrackEntry { unreplied: !flow.answered, ..ConntrackEntry::of(flow.original, flow.reply?) })
 }

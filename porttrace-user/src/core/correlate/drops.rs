@@ -49,16 +49,8 @@ impl DroppedAnswer {
             _ => return None,
         };
         let packet = Packet::first_of(tuple, input.map(|ifindex| interfaces.name(ifindex).into()));
-        let entry = event.conntrack.map(|entry| ConntrackEntry {
-            original: entry.original,
-            reply: entry.reply,
-            state: String::new(),
-            assured: false,
-            unreplied: false,
-            mark: entry.mark,
-            timeout: None,
-            zone: 0,
-        });
+        let known = event.conntrack;
+        let entry = known.map(|one| ConntrackEntry { mark: one.mark, ..ConntrackEntry::of(one.original, one.reply) });
         Some(Self { packet: Packet { tcp_flags: event.l4_flags, ..packet }, entry })
     }
 

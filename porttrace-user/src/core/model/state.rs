@@ -200,6 +200,20 @@ pub struct ConntrackEntry {
 }
 
 impl ConntrackEntry {
+    /// One of which no more than its tuples is known; it was answered.
+    pub const fn of(original: Tuple, reply: Tuple) -> Self {
+        Self {
+            original,
+            reply,
+            state: String::new(),
+            assured: false,
+            unreplied: false,
+            mark: 0,
+            timeout: None,
+            zone: 0,
+        }
+    }
+
     /// Which way a packet with this tuple travels; `None`: it is not of this entry.
     pub fn direction_of(&self, tuple: &Tuple) -> Option<Direction> {
         if *tuple == self.original {

@@ -1,6 +1,6 @@
 //! What a verdict says of the pod's own view of a connection.
 
-use super::predicted::drop_words;
+use super::predicted::refused_by_kernel;
 use super::words::{duration, rule_name};
 use super::{Context, Report};
 use crate::core::correlate::inside::Inside;
@@ -69,9 +69,9 @@ pub(super) fn silent(report: &Report, context: &Context<'_>) -> String {
 fn expectation(inside: &Inside) -> String {
     match verdict(inside) {
         Some(Verdict::Dropped { by: Some(rule), .. }) => format!(": {} drops it", rule_name(rule)),
-        Some(Verdict::Dropped { reason, by: None }) => format!("; predicted: {}", drop_words(reason)),
         Some(Verdict::Unknown { because, .. }) => format!("; the rules leave it open: {because}"),
-        _ => String::new(),
+        Some(end) => refused_by_kernel(end),
+        None => String::new(),
     }
 }
 

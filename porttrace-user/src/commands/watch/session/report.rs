@@ -61,15 +61,13 @@ impl Session<'_> {
 
     /// Counts a connection that is like one that was told, where those are only counted; false when it is to be told.
     async fn is_counted(&mut self, flow: &Flow) -> bool {
-        match self.alike.has_failed(flow, &self.rules, &self.pods) {
-            None => return false,
-            Some(false) => {}
-            Some(true) => {
-                self.pods.refresh(sent_to(flow)).await;
-                self.rules.follow_settings(flow.last_ns, HOUSEKEEPING).await;
-            }
+        let mut like = self.alike.find(flow, &self.rules, &self.pods);
+        if like.as_ref().is_some_and(|told| told.has_failed) {
+            self.pods.refresh(sent_to(flow)).await;
+            self.rules.follow_settings(flow.last_ns, HOUSEKEEPING).await;
+            like = self.alike.find(flow, &self.rules, &self.pods);
         }
-        self.alike.count(flow, &self.rules, &self.pods, &mut self.printer)
+        like.is_some_and(|told| self.printer.count(&told.shape, flow, Clock::now()))
     }
 
     /// Reads again what may be why a connection came out as it did: rules, routes, settings, what listens here and in the pod that
