@@ -136,9 +136,10 @@ impl Hold {
                 Waiting::Packet { event, predicted } => self.judge(key, event, predicted, now_ns, &mut released),
             }
         }
-        self.openings.expire(now_ns);
-        self.claims.expire(now_ns);
-        self.ends.expire(now_ns);
+        // What happened later may be known by one of the two ways only, however long ago that is by now.
+        self.openings.expire(until_ns);
+        self.claims.expire(until_ns);
+        self.ends.expire(until_ns);
         released
     }
 

@@ -77,6 +77,18 @@ fn an_entry_waits_for_its_packet_but_not_for_ever() {
     assert!(hold.is_empty());
 }
 
+/// Whoever is stopped between reading conntrack's way and that of packets has packets whose entries are still to be read.
+#[test]
+fn an_entry_finds_its_packet_however_long_the_reader_was_stopped() {
+    let mut hold = Hold::new(&[9088], 1, &[]);
+    hold.packet(packet(&hold, 3 * MS, SENT, SYN, false), false);
+    hold.packet(packet(&hold, 4 * MS, LEFT, SYN, false), true);
+    assert_eq!(told(&hold.release(MS, 400 * MS)), [""; 0]);
+    hold.entry(new(), 401 * MS);
+    let released = hold.release(400 * MS, 401 * MS);
+    assert_eq!(told(&released), ["3 10.0.0.1:40000 → 10.0.0.2:9088", "3 Confirmed", "4 10.0.0.2:1024 → 10.244.1.9:80"]);
+}
+
 #[test]
 fn packets_at_predicted_addresses_that_nobody_claims_are_foreign() {
     let mut hold = Hold::new(&[9088], 1, &[]);
