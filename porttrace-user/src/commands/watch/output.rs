@@ -84,6 +84,8 @@ pub struct Printer {
     folder: Folder,
     verdicts: BTreeMap<Shape, (Mood, String)>,
     awaited: BTreeSet<u64>,
+    /// The last line of the log is an empty one: a whole story ends so.
+    has_gap: bool,
     /// Connections without an answer that were told, and as what: a late answer amends that.
     unanswered: BTreeMap<u64, Unanswered>,
     pub connections: u64,
@@ -100,6 +102,7 @@ impl Printer {
             folder: Folder::new(mode),
             verdicts: BTreeMap::new(),
             awaited: BTreeSet::new(),
+            has_gap: false,
             unanswered: BTreeMap::new(),
             connections: 0,
         }
@@ -173,6 +176,7 @@ impl Printer {
                 let time = self.clock.local(report.flow.start_ns);
                 let text = block::block(report, context, self.style, &time, self.verbose);
                 writeln!(self.out, "{text}")?;
+                self.has_gap = true;
             }
             Show::Line { like } => {
                 let (mood, verdict) = words::verdict(report, context, true);
@@ -244,7 +248,7 @@ impl Printer {
             return Ok(());
         }
         let text = format!("#{id} {} {}  {}", original.proto, original, block::ended(end, start_ns));
-        writeln!(self.out, "{}", self.style.dim(text))
+        self.line(&self.style.dim(text))
     }
 
     /// Something that happened to the node or to us, with its time.
@@ -255,7 +259,7 @@ impl Printer {
         } else {
             let time = self.clock.local(now_ns);
             let line = format!("! {time}  {text}");
-            writeln!(self.out, "{}", if warning { self.style.bad(line) } else { self.style.warn(line) })?;
+            self.line(&if warning { self.style.bad(line) } else { self.style.warn(line) })?;
         }
         self.out.flush()
     }
@@ -305,7 +309,10 @@ impl Printer {
         } else {
             let summary = Summary { connections: self.connections, duration_ns, shapes, lost };
             let text = header::summary(&summary, self.style);
-            write!(self.out, "\n{text}")?;
+            if !self.has_gap {
+                self.line("")?;
+            }
+            write!(self.out, "{text}")?;
         }
         self.out.flush()
     }
@@ -344,12 +351,14 @@ impl Printer {
     fn wrapped(&mut self, lead: &str, text: &str) -> io::Result<()> {
         let plain = lead.chars().count() + text.chars().count();
         if plain <= self.style.width {
-            return writeln!(self.out, "{lead}{text}");
+            return self.line(&format!("{lead}{text}"));
         }
-        writeln!(self.out, "{}", lead.trim_end())?;
-        for line in wrap(text, self.style.width.saturating_sub(4)) {
-            writeln!(self.out, "    {line}")?;
-        }
-        Ok(())
+        self.line(lead.trim_end())?;
+        wrap(text, self.style.width.saturating_sub(4)).iter().try_for_each(|line| self.line(&format!("    {line}")))
+    }
+
+    fn line(&mut self, text: &str) -> io::Result<()> {
+        self.has_gap = false;
+        writeln!(self.out, "{text}")
     }
 }
