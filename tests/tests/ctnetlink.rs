@@ -165,6 +165,38 @@ fn connections_past_the_watched_port_are_not_told() {
     assert_eq!((&ended["connections"], &ended["lost"]), (&Value::from(1), &Value::Array(Vec::new())), "{ended}");
 }
 
+/// Where the rules lead since a moment ago is not watched yet: what happens there is not taken for this node's own doing.
+#[test]
+fn what_could_not_be_seen_yet_is_not_said_of_this_node() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let lab = Lab::up(LabOptions { phase: Phase::Fixed, ..LabOptions::default() }).unwrap();
+    let node = lab.node(NodeName::Worker3);
+    let pod = lab.pod("frontend", NodeName::Worker3).unwrap();
+    let pod_v4 = pod.addresses()[0];
+    // Nobody answers on one port, and nothing listens on the other.
+    lab.tools.iptables(&pod.netns, "-A INPUT -p tcp --dport 82 -j DROP").unwrap();
+    let options = ["--conntrack-backend", "ctnetlink", "--timeout", "400ms", "9088"];
+    let mut watch = Watch::start(node, &lab.tools, &options).unwrap();
+    for (port, outcome, means) in [(81, "refused", Outcome::Refused), (82, "silent", Outcome::Timeout)] {
+        let to = SocketAddr::new(pod_v4, port);
+        let rule = format!("PREROUTING -p tcp --dport {HOST_PORT} -j DNAT --to-destination {to}");
+        lab.tools.iptables(node, &format!("-t nat -I {rule}")).unwrap();
+        let asked = SocketAddr::new(Origin::Outside.target(false), HOST_PORT);
+        let timeout = Duration::from_millis(600);
+        let answer = lab.connect(Origin::Outside, &Connect { timeout, ..Connect::new(Transport::Tcp, asked) }).unwrap();
+        assert_eq!(answer.result, means);
+        let told = watch.connection(Tuple::new(Proto::Tcp, answer.local, asked), WAIT).unwrap();
+        assert_eq!(told.verdict["outcome"], outcome, "{}", told.report());
+        let place = told.verdict["refuser"].as_str().or(told.verdict["reached"].as_str()).unwrap();
+        assert!(matches!(place, "unseen" | "behind" | "confirmed" | "left"), "{}", told.report());
+        let text = told.verdict["text"].as_str().unwrap();
+        assert!(text.contains(&to.to_string()) && !text.contains("by this node"), "{}", told.report());
+        lab.tools.iptables(node, &format!("-t nat -D {rule}")).unwrap();
+    }
+}
+
 #[test]
 fn a_connection_that_is_older_than_the_watch_is_joined() {
     if !may_run("porttrace watch") {

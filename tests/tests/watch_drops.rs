@@ -143,6 +143,31 @@ fn a_rule_that_drops_the_answer_is_named() {
     assert!(text(&told).ends_with("never left towards the client; predicted: a blackhole route"), "{}", text(&told));
 }
 
+/// A packet whose neighbour does not answer waits behind the last hook; the kernel gives up after some seconds.
+#[test]
+fn what_waits_for_its_neighbour_is_told_so() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let lab = Lab::up(LabOptions::default()).unwrap();
+    // On the link that leads to the outside; nobody has it.
+    let [a, b, c, _] = OUTSIDE_V4.octets();
+    let nobody = Ipv4Addr::new(a, b, c, 250);
+    let rule = format!("-t nat -I PREROUTING -p tcp --dport {ASTRAY} -j DNAT --to-destination {nobody}:80");
+    iptables(&lab, lab.node(NODE), &rule);
+    let mut watch = watch(&lab);
+    let told = attempt(&lab, &mut watch, Type::STREAM, OUTSIDE_V4, ASTRAY);
+    assert_eq!((&told.verdict["outcome"], &told.verdict["reached"]), (&json!("silent"), &json!("post-routing")));
+    let waits = format!("passed all rules towards {nobody}:80, but left by no interface");
+    assert!(text(&told).contains(&waits), "{}", told.report());
+    let is_amendment = |line: &&Value| line["type"] == "verdict";
+    assert!(watch.read_until(WAIT, |watch| watch.others.iter().any(|line| is_amendment(&line))).unwrap());
+    let amended = watch.others.iter().find(is_amendment).unwrap();
+    assert_eq!((&amended["id"], &amended["refuser"]), (&told.verdict["id"], &json!("this-node")), "{amended}");
+    let ends = format!(": {nobody} does not answer on its link");
+    assert!(amended["text"].as_str().unwrap().ends_with(&ends), "{amended}");
+}
+
 /// What a process of the node answers is seen by no interface when rules of the way out drop it.
 #[test]
 fn an_answer_of_the_node_itself_that_a_rule_drops_is_told() {

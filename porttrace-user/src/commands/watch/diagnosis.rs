@@ -90,6 +90,7 @@ const fn class(outcome: &Outcome, story: &Story) -> Option<(u8, u32)> {
                 Refuser::Behind { .. } => 0,
                 Refuser::ThisNode => 1,
                 Refuser::Client => 2,
+                Refuser::Unseen => 7,
             };
             match how {
                 Refusal::TcpReset => (by, 0),
@@ -104,6 +105,8 @@ const fn class(outcome: &Outcome, story: &Story) -> Option<(u8, u32)> {
             Reached::LocalIn => (5, 1),
             Reached::Left { .. } => (5, 2),
             Reached::Sent => (5, 3),
+            Reached::Confirmed => (5, 4),
+            Reached::PostRouting => (5, 5),
         },
     })
 }

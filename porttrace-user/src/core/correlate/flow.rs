@@ -80,6 +80,10 @@ pub struct Flow {
     pub end: Option<End>,
 }
 
+/// `NF_INET_LOCAL_OUT`: the hook that packets pass which this node sends.
+pub const OUTPUT: u8 = 3;
+/// `NF_INET_POST_ROUTING`: the last hook of packets that are to leave.
+pub const POSTROUTING: u8 = 4;
 /// How many events of one connection are kept.
 pub const MAX_SIGHTINGS: usize = 64;
 
@@ -167,7 +171,6 @@ impl Flow {
 
     /// The client is a process of this node: its request left before it entered anywhere.
     pub fn is_local_client(&self) -> bool {
-        const OUTPUT: u8 = 3;
         // What kprobes and conntrack tell of an entry has no place.
         let has_place =
             |sighting: &&Sighting| !matches!(sighting.event.kind, Kind::NatSetup | Kind::Confirmed | Kind::Destroyed);

@@ -80,8 +80,12 @@ pub fn tuple_outside(flow: &Flow) -> Option<Tuple> {
 
 /// Whether the pod's own stack refused, and no rule of the pod: nothing listens there, then.
 pub fn refuses_itself(inside: &Inside) -> bool {
-    let by_rule = inside.story.branch.as_ref().is_some_and(|branch| matches!(branch.verdict, Verdict::Rejected { .. }));
-    matches!(inside.outcome, Outcome::Refused { by: Refuser::ThisNode, .. }) && !by_rule
+    let end = inside.story.branch.as_ref().map(|branch| &branch.verdict);
+    match inside.outcome {
+        Outcome::Refused { by: Refuser::ThisNode, .. } => !matches!(end, Some(Verdict::Rejected { .. })),
+        Outcome::Refused { by: Refuser::Unseen, .. } => matches!(end, Some(Verdict::Delivered { .. })),
+        _ => false,
+    }
 }
 
 /// Says at the end of the pod's lines what listens there.

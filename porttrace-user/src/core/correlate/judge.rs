@@ -1,6 +1,6 @@
 //! The outcome of a connection, from what was seen of it alone (the rules are not asked here).
 
-use super::flow::{ACK, Flow, RST, SYN, Sighting, Way};
+use super::flow::{ACK, Flow, OUTPUT, POSTROUTING, RST, SYN, Sighting, Way};
 use crate::core::model::flow::Proto;
 use crate::core::model::interfaces::Interfaces;
 use porttrace_ebpf::Kind;
@@ -32,6 +32,8 @@ pub enum Refuser {
     ThisNode,
     /// The client itself gave up with a reset before any answer.
     Client,
+    /// Its way to the client was seen, but not where it began.
+    Unseen,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +65,12 @@ pub enum Reached {
     Left { ifindex: u32 },
     /// A process of this node sent it, and it never left.
     Sent,
+    /// It passed the last hook on its way out and left by no interface: it waits for its neighbour's link address
+    /// (`neigh_resolve_output`, net/core/neighbour.c), or was lost there.
+    PostRouting,
+    /// It passed all rules, or conntrack would not have confirmed the connection (`nf_confirm`, the last hook before an
+    /// interface or a socket); where it went was not seen.
+    Confirmed,
 }
 
 const SCTP_INIT_ACK: u8 = 2;
@@ -86,9 +94,10 @@ pub fn judge(flow: &Flow, interfaces: &Interfaces) -> Outcome {
     }
     let reached = reached(flow, interfaces);
     match (dropped().find(|seen| seen.way == Way::Request), reached) {
-        (Some(drop), Reached::Entered { .. } | Reached::LocalIn | Reached::Sent) => {
-            Outcome::Dropped { reason: drop.event.reason, after_ns: since(flow, drop) }
-        }
+        (
+            Some(drop),
+            Reached::Entered { .. } | Reached::LocalIn | Reached::Sent | Reached::PostRouting | Reached::Confirmed,
+        ) => Outcome::Dropped { reason: drop.event.reason, after_ns: since(flow, drop) },
         _ => Outcome::Silent { reached, tries: tries(flow) },
     }
 }
@@ -159,16 +168,34 @@ fn refusal(flow: &Flow, interfaces: &Interfaces) -> Option<Outcome> {
         Refuser::Client
     } else if came_in && !interfaces.is_loopback(seen.event.ifindex) {
         Refuser::Behind { ifindex: seen.event.ifindex }
-    } else {
+    } else if begins_here(flow, seen, interfaces) {
         Refuser::ThisNode
+    } else {
+        Refuser::Unseen
     };
     let asked = flow.reply.map_or(flow.original.destination(), |reply| reply.source());
     let from = match (seen.event.kind, seen.event.icmp_sender) {
+        // Behind NAT its sender was another.
+        (Kind::IcmpError, Some(sender)) if by == Refuser::Unseen && sender == flow.original.dst => asked,
         (Kind::IcmpError, Some(sender)) => SocketAddr::new(sender, asked.port()),
         (Kind::IcmpError, None) => asked,
         _ => answerer(flow, seen),
     };
     Some(Outcome::Refused { by, from, how, after_ns: since(flow, seen) })
+}
+
+/// Whether something shows that this node itself refused: that it dropped the request or sent a reset, the request's way to its own
+/// sockets, or the refusal's through the hook of what begins here. By ctnetlink, what comes back through an interface is not seen
+/// there where the rules did not predict it.
+fn begins_here(flow: &Flow, refusal: &Sighting, interfaces: &Interfaces) -> bool {
+    interfaces.is_loopback(refusal.event.ifindex)
+        || flow.sightings.iter().any(|seen| match (seen.event.kind, seen.way) {
+            (Kind::ResetSent | Kind::LocalIn, _) | (Kind::Dropped, Way::Request) => true,
+            (Kind::AfterConntrack | Kind::AfterDnat | Kind::AfterSnat, Way::Reply) | (Kind::IcmpError, _) => {
+                seen.event.hook == OUTPUT
+            }
+            _ => false,
+        })
 }
 
 fn reached(flow: &Flow, interfaces: &Interfaces) -> Reached {
@@ -181,6 +208,12 @@ fn reached(flow: &Flow, interfaces: &Interfaces) -> Reached {
     }
     if requests().any(|seen| seen.event.kind == Kind::LocalIn) {
         return Reached::LocalIn;
+    }
+    if requests().any(|seen| seen.event.kind == Kind::AfterSnat && seen.event.hook == POSTROUTING) {
+        return Reached::PostRouting;
+    }
+    if flow.sightings.iter().any(|seen| seen.event.kind == Kind::Confirmed) {
+        return Reached::Confirmed;
     }
     match requests().find(|seen| seen.event.kind == Kind::TcIngress) {
         Some(seen) => Reached::Entered { ifindex: seen.event.ifindex },

@@ -239,6 +239,42 @@ fn a_silent_connection_is_reported_at_its_deadline_with_its_tries() {
     assert_eq!(flow.sightings.iter().filter(|seen| seen.again).count(), 2);
 }
 
+/// By ctnetlink, right after the rules changed: what is sent to where they lead now is not seen yet.
+#[test]
+fn a_refusal_is_this_nodes_own_only_where_something_shows_it() {
+    const BACK: &str = "172.18.0.3:9088 → 172.18.0.4:60218";
+    let asked = event(1000, Kind::TcIngress, ETH0, CLIENT, SYN);
+    let confirmed =
+        Event { packet: None, ..with_conntrack(event(2000, Kind::Confirmed, 0, CLIENT, 0), CLIENT, FROM_POD) };
+    let reset = event(31_000, Kind::TcEgress, ETH0, BACK, RST | ACK);
+    let judged = |events: &[&Event]| {
+        let events = events.iter().copied().cloned().collect();
+        judge(&reported(events, 1_100 * MS), &interfaces())
+    };
+    let refuser = |outcome: Outcome| match outcome {
+        Outcome::Refused { by, from, .. } => (by, from.to_string()),
+        other => panic!("{other:?}"),
+    };
+    let pod = "10.244.1.9:8081".to_owned();
+    assert_eq!(refuser(judged(&[&asked, &confirmed, &reset])), (Refuser::Unseen, pod.clone()));
+    // The sender of an ICMP error is translated back as well.
+    let icmp = Event {
+        icmp_type: 3,
+        icmp_code: 3,
+        icmp_sender: Some("172.18.0.3".parse().unwrap()),
+        out_ifindex: ETH0,
+        ..event(31_000, Kind::IcmpError, 0, CLIENT, 0)
+    };
+    assert_eq!(refuser(judged(&[&asked, &confirmed, &icmp])), (Refuser::Unseen, pod));
+    let dropped = event(30_000, Kind::Dropped, ETH0, CLIENT, SYN);
+    let sent = event(30_000, Kind::ResetSent, 0, BACK, RST | ACK);
+    for shown in [dropped, sent] {
+        assert_eq!(refuser(judged(&[&asked, &shown, &reset])).0, Refuser::ThisNode);
+    }
+    assert_eq!(judged(&[&asked, &confirmed]), Outcome::Silent { reached: Reached::Confirmed, tries: 1 });
+    assert_eq!(judged(&[&asked]), Outcome::Silent { reached: Reached::Entered { ifindex: ETH0 }, tries: 1 });
+}
+
 #[test]
 fn an_answer_that_does_not_leave_is_lost() {
     let mut events: Vec<Event> = refused().into_iter().take(4).collect();

@@ -225,14 +225,21 @@ impl<'a, 'f> Seen<'a, 'f> {
     }
 
     /// The host at the end was reached and said that the port is closed.
-    const fn is_closed(&self) -> bool {
-        matches!(self.failed.outcome, Outcome::Refused { by: Refuser::Behind { .. }, how, .. } if how.is_port_closed())
+    fn is_closed(&self) -> bool {
+        match self.failed.outcome {
+            Outcome::Refused { by: Refuser::Behind { .. }, how, .. } => how.is_port_closed(),
+            Outcome::Refused { by: Refuser::Unseen, how, .. } => how.is_port_closed() && self.is_rewritten(),
+            _ => false,
+        }
     }
 
     /// It was for this node itself, and no rule took it: the node's own sockets were asked.
     fn is_left_to_node(&self) -> bool {
         let asked = match self.failed.outcome {
             Outcome::Refused { by: Refuser::ThisNode, .. } | Outcome::Silent { reached: Reached::LocalIn, .. } => true,
+            Outcome::Refused { by: Refuser::Unseen, .. } | Outcome::Silent { reached: Reached::Confirmed, .. } => {
+                self.is_to_node()
+            }
             Outcome::Dropped { .. } => self.kernel_says("NO_SOCKET"),
             _ => false,
         };
@@ -242,7 +249,7 @@ impl<'a, 'f> Seen<'a, 'f> {
     /// It went on, and nothing (or nothing good) came back.
     const fn is_unanswered(&self) -> bool {
         match self.failed.outcome {
-            Outcome::Silent { reached: Reached::Left { .. }, .. }
+            Outcome::Silent { reached: Reached::Left { .. } | Reached::Confirmed, .. }
             | Outcome::AnswerLost { entered: Some(_), .. }
             | Outcome::Refused { by: Refuser::Client, .. } => true,
             Outcome::Refused { how, .. } => !how.is_port_closed(),

@@ -3,12 +3,13 @@
 use super::predicted::{expectation, is_beyond_rules, predicted_end, refused_by_kernel};
 use super::{Context, Report, inside, listener};
 use crate::core::correlate::drops::DroppedBy;
-use crate::core::correlate::flow::{ACK, FIN, RST, SYN};
+use crate::core::correlate::flow::{ACK, FIN, RST, SYN, Sighting, Way};
 use crate::core::correlate::judge::{Outcome, Reached, Refusal, Refuser};
 use crate::core::correlate::story::PacketSeen;
 use crate::core::diagnose::Severity;
 use crate::core::model::flow::Proto;
 use crate::core::model::trace::{Action, Hop, RuleRef, Verdict};
+use porttrace_ebpf::Kind;
 use std::net::SocketAddr;
 
 /// How a verdict is meant.
@@ -80,14 +81,20 @@ pub fn advice(report: &Report, context: &Context<'_>) -> Option<String> {
         return Some(finding.change.clone());
     }
     let Outcome::Refused { by, from, how, .. } = &report.outcome else { return None };
-    if *by == Refuser::ThisNode {
-        let Some(Verdict::Rejected { by: Some(rule), .. }) = predicted_end(report) else { return None };
+    if let (Refuser::ThisNode | Refuser::Unseen, Some(Verdict::Rejected { by: Some(rule), .. })) =
+        (by, predicted_end(report))
+    {
         return comment_of(report, rule).contains("has no endpoints").then(|| {
             "give the Service a ready endpoint: does its selector match a pod, and is that pod ready?".to_owned()
         });
     }
-    let closed = matches!(by, Refuser::Behind { .. }) && how.is_port_closed();
+    let closed = matches!(by, Refuser::Behind { .. } | Refuser::Unseen) && how.is_port_closed();
     if closed { listener::advice(*from, report, context) } else { None }
+}
+
+/// Where its request ends after all NAT, as conntrack says.
+fn end_of(report: &Report) -> SocketAddr {
+    report.flow.reply.map_or(report.flow.original.destination(), |reply| reply.source())
 }
 
 /// `10.244.1.9:80 (default/frontend)`.
@@ -108,14 +115,19 @@ fn refused(by: Refuser, from: SocketAddr, how: Refusal, after: &str, report: &Re
         Refuser::Client => format!("given up by the client: it sent RST{after}, before any answer"),
         Refuser::Behind { ifindex } => {
             let interface = context.interfaces.name(ifindex);
-            let why = match (inside::refused(report), &report.finding) {
-                (Some(why), _) => why,
-                (None, None) if how.is_port_closed() => listener::no_listener(from, report, context),
-                _ => String::new(),
-            };
+            let why = why_closed(from, how, report, context);
             format!("refused by {} behind {interface} ({answer}{after}){why}", who(from, report, context))
         }
-        Refuser::ThisNode => match predicted_end(report) {
+        Refuser::Unseen
+            if !matches!(predicted_end(report), Some(Verdict::Rejected { .. } | Verdict::Delivered { .. })) =>
+        {
+            let why = why_closed(from, how, report, context);
+            format!(
+                "refused by {} or on the way there, which was not seen ({answer}{after}){why}",
+                who(from, report, context)
+            )
+        }
+        Refuser::ThisNode | Refuser::Unseen => match predicted_end(report) {
             Some(Verdict::Rejected { with, by: Some(rule) }) => {
                 format!("rejected by {}{} with {with}{after}", rule_name(rule), comment_of(report, rule))
             }
@@ -123,8 +135,20 @@ fn refused(by: Refuser, from: SocketAddr, how: Refusal, after: &str, report: &Re
             Some(Verdict::Rejected { by: None, .. }) if report.finding.is_none() => {
                 format!("refused by this node ({answer}{after}){}", expectation(report))
             }
-            _ => format!("refused by this node ({answer}{after})"),
+            _ => {
+                let why = dropped_because(report, context).map(|why| format!(": {why}")).unwrap_or_default();
+                format!("refused by this node ({answer}{after}){why}")
+            }
         },
+    }
+}
+
+/// What the pod says of a refusal, or what is known of who listens there.
+fn why_closed(from: SocketAddr, how: Refusal, report: &Report, context: &Context<'_>) -> String {
+    match (inside::refused(report), &report.finding) {
+        (Some(why), _) => why,
+        (None, None) if how.is_port_closed() => listener::no_listener(from, report, context),
+        _ => String::new(),
     }
 }
 
@@ -160,12 +184,11 @@ fn dropped(reason: u32, report: &Report, context: &Context<'_>) -> String {
 
 /// The kernel's common reasons in words (include/net/dropreason-core.h).
 fn kernel_reason(name: &str, report: &Report) -> Option<String> {
-    let flow = &report.flow;
-    let to = flow.reply.map_or(flow.original.destination(), |reply| reply.source());
+    let to = end_of(report);
     Some(match name {
         "NO_SOCKET" => format!("nothing listens on {to}"),
         "IP_INNOROUTES" | "IP_OUTNOROUTES" => format!("no route to {}", to.ip()),
-        "IP_RPFILTER" => format!("rp_filter: the way back to {} leads elsewhere", flow.original.src),
+        "IP_RPFILTER" => format!("rp_filter: the way back to {} leads elsewhere", report.flow.original.src),
         "IP_LOCAL_SOURCE" | "IP_INVALID_SOURCE" | "IP_LOCALNET" => {
             "a martian address (127/8 needs route_localnet)".to_owned()
         }
@@ -179,6 +202,13 @@ fn kernel_reason(name: &str, report: &Report) -> Option<String> {
     })
 }
 
+/// Why the kernel says that it dropped the request, where that is a plain reason.
+fn dropped_because(report: &Report, context: &Context<'_>) -> Option<String> {
+    let is_request = |seen: &&Sighting| seen.event.kind == Kind::Dropped && seen.way == Way::Request;
+    let drop = report.flow.sightings.iter().find(is_request)?;
+    kernel_reason(&context.drop_reason(drop.event.reason), report)
+}
+
 fn silent(reached: Reached, tries: usize, report: &Report, context: &Context<'_>) -> (Mood, String) {
     let what = match report.flow.original.proto {
         Proto::Tcp => "SYN",
@@ -189,14 +219,31 @@ fn silent(reached: Reached, tries: usize, report: &Report, context: &Context<'_>
     let wait = duration(context.silence_ns);
     let udp = report.flow.original.proto == Proto::Udp;
     match reached {
-        Reached::Left { ifindex } => {
-            let interface = context.interfaces.name(ifindex);
-            let to = report.flow.reply.map_or(report.flow.original.destination(), |reply| reply.source());
+        // What comes back to it would not be seen either.
+        Reached::Confirmed if report.flow.input_ifindex().is_none() => {
+            let to = who(end_of(report), report, context);
+            (
+                Mood::Unsure,
+                format!("unknown: {what} passed all rules{times} towards {to}, and nothing further was seen"),
+            )
+        }
+        Reached::PostRouting => {
+            let (end, asks) = (end_of(report), if end_of(report).is_ipv4() { "ARP" } else { "NDP" });
+            let to = who(end, report, context);
             let text = format!(
-                "no answer: {what} left {interface}{times} for {}, nothing came back in {wait}",
-                who(to, report, context)
+                "no answer: {what} passed all rules{times} towards {to}, but left by no interface in {wait}, as where \
+                 nobody answers for an address on its link ({asks})"
             );
-            let text = format!("{text}{}", inside::silent(report, context));
+            (Mood::Bad, text)
+        }
+        Reached::Left { .. } | Reached::Confirmed => {
+            let to = who(end_of(report), report, context);
+            let way = match reached {
+                Reached::Left { ifindex } => format!("left {}{times} for {to}", context.interfaces.name(ifindex)),
+                _ => format!("passed all rules{times} towards {to} (where it went was not seen)"),
+            };
+            let inside = inside::silent(report, context);
+            let text = format!("no answer: {what} {way}, nothing came back in {wait}{inside}");
             if udp { (Mood::Unsure, format!("{text} (a UDP server need not answer)")) } else { (Mood::Bad, text) }
         }
         Reached::LocalIn => {

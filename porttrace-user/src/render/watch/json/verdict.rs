@@ -123,6 +123,7 @@ impl Outcome {
                     Refuser::Behind { ifindex } => ("behind", Some(interface(ifindex))),
                     Refuser::ThisNode => ("this-node", None),
                     Refuser::Client => ("client", None),
+                    Refuser::Unseen => ("unseen", None),
                 };
                 Self::Refused { by: from, after_ns, refuser, interface, how: how_refused(how) }
             }
@@ -138,6 +139,8 @@ impl Outcome {
                     Reached::LocalIn => ("local-in", None),
                     Reached::Left { ifindex } => ("left", Some(interface(ifindex))),
                     Reached::Sent => ("sent", None),
+                    Reached::Confirmed => ("confirmed", None),
+                    Reached::PostRouting => ("post-routing", None),
                 };
                 Self::Silent { tries, reached, interface }
             }
