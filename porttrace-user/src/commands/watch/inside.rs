@@ -2,13 +2,15 @@
 
 use super::note::Note;
 use super::output::Clock;
+use super::reading::{MOMENT, Reading};
 use porttrace_user::collect::attached::{self, Attached};
 use porttrace_user::collect::facts;
 use porttrace_user::collect::inside::{Insider, News, Told};
 use porttrace_user::collect::probe::{Lost, ProbeConfig};
+use porttrace_user::core::correlate::drops::Answer;
 use porttrace_user::core::correlate::flow::Flow;
 use porttrace_user::core::correlate::inside::{Inside, note_listeners, refuses_itself, tuple_outside};
-use porttrace_user::core::correlate::judge::judge;
+use porttrace_user::core::correlate::judge::{Outcome, Reached, judge};
 use porttrace_user::core::correlate::story::tell;
 use porttrace_user::core::correlate::{Correlator, Limits};
 use porttrace_user::core::kube::targets::NatTarget;
@@ -64,6 +66,8 @@ struct Pod {
     correlator: Correlator,
     interfaces: Interfaces,
     simulator: Option<Simulator>,
+    /// When its state was last asked for.
+    renewed: Reading,
     is_ready: bool,
     lost: Lost,
     /// All events before this (CLOCK_MONOTONIC) are in the correlator.
@@ -155,11 +159,14 @@ impl IntoPods {
         let seen =
             self.pods.get(&netns)?.correlator.opened_by(opening).filter(|seen| !seen.sightings.is_empty())?.clone();
         let mut inside = self.pods.get(&netns)?.told(seen, all);
-        // Before the pod's rules are said to be contradicted, they are read again.
-        if inside.story.contradicts() {
-            let insider = self.pods.get(&netns)?.insider.clone();
+        let has_failed = !matches!(inside.outcome, Outcome::Answered { .. } | Outcome::JoinedLate);
+        // Before the pod's rules are said to be contradicted, or a failure is laid to them, they are read again.
+        if inside.story.contradicts() || (has_failed && self.pods.get(&netns)?.may_be_old(flow.last_ns)) {
+            let (insider, begun_ns) = (self.pods.get(&netns)?.insider.clone(), Clock::now());
             self.until(insider.renew()).await;
-            inside = self.pods.get(&netns)?.told(inside.flow, all);
+            let pod = self.pods.get_mut(&netns)?;
+            pod.renewed = Reading::since(begun_ns);
+            inside = pod.told(inside.flow, all);
         }
         Some(inside.timed_by(flow))
     }
@@ -304,6 +311,7 @@ impl IntoPods {
                     correlator,
                     interfaces: Interfaces::default(),
                     simulator: None,
+                    renewed: Reading::at(0),
                     is_ready: false,
                     lost: Lost::default(),
                     until_ns: 0,
@@ -343,12 +351,24 @@ impl Pod {
         self.until_ns = self.until_ns.max(until_ns);
     }
 
+    /// Whether its state may have changed before that time, and may be read again.
+    fn may_be_old(&self, since: u64) -> bool {
+        self.renewed.begun_ns <= since && self.renewed.is_due(MOMENT)
+    }
+
     fn told(&self, flow: Flow, all: bool) -> Inside {
         let input = flow.input_ifindex().map(|index| self.interfaces.name(index).into());
         let packet = Packet::first_of(flow.original, input);
         let trace = self.simulator.as_ref().filter(|_| !flow.joined_late).map(|simulator| simulator.trace(&packet));
-        let story = tell(&flow, trace.as_ref(), &self.interfaces, all);
+        let mut story = tell(&flow, trace.as_ref(), &self.interfaces, all);
         let outcome = judge(&flow, &self.interfaces);
+        let answer = match outcome {
+            Outcome::Silent { reached: Reached::LocalIn, .. } => Some(Answer::owed(&flow)),
+            _ => Answer::dropped(&flow, &self.interfaces),
+        };
+        if let Some((answer, simulator)) = answer.zip(self.simulator.as_ref()) {
+            story.tell_answer(&answer.trace(simulator));
+        }
         Inside {
             name: self.attached.name.clone(),
             netns: self.attached.netns,

@@ -9,6 +9,7 @@ mod note;
 mod output;
 mod pods;
 mod probing;
+mod reading;
 mod rules;
 mod session;
 mod signals;

@@ -2,6 +2,7 @@
 
 use super::note::Note;
 use super::output::Clock;
+use super::reading::{MOMENT, Reading};
 use nix::sys::utsname::UtsName;
 use porttrace_user::collect::changes::NetworkChanges;
 use porttrace_user::collect::live::{self, Options};
@@ -51,26 +52,6 @@ pub struct Rules {
     is_behind: bool,
 }
 
-/// When something was read, CLOCK_MONOTONIC.
-#[derive(Clone, Copy)]
-struct Reading {
-    begun_ns: u64,
-    ended_ns: u64,
-}
-
-impl Reading {
-    /// One that was begun then, and ends now.
-    fn since(begun_ns: u64) -> Self {
-        Self { begun_ns, ended_ns: Clock::now() }
-    }
-
-    /// Whether it may be read again: not more often than this, and for at most a fifth of the time.
-    fn is_due(self, every: Duration) -> bool {
-        let every = u64::try_from(every.as_nanos()).unwrap_or(u64::MAX);
-        Clock::now().saturating_sub(self.ended_ns) >= every.max(4 * (self.ended_ns - self.begun_ns))
-    }
-}
-
 /// The names of this node and of its kernel.
 pub struct Node {
     pub name: String,
@@ -94,9 +75,6 @@ impl Node {
 /// Diagnostics that the header shows; the rest is counted.
 const MOST_WARNINGS: usize = 5;
 
-/// What changes without a word is not read more often than this, whatever fails.
-pub const MOMENT: Duration = Duration::from_millis(100);
-
 /// Whether legacy rules changed is only told by dumping them: how often that is done when nothing fails.
 const LEGACY_CHECK: Duration = Duration::from_secs(5);
 
@@ -112,7 +90,7 @@ impl Rules {
         // A watched connection is new to conntrack; entries of older ones would only stand in the way.
         state.conntrack = Some(Vec::new());
         // How long each takes by itself is not known yet.
-        let reading = Reading { begun_ns, ended_ns: begun_ns };
+        let reading = Reading::at(begun_ns);
         Self {
             owners: Arc::new(Owners::of(&state)),
             simulator: Arc::new(Simulator::new(&state)),

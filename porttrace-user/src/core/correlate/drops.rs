@@ -26,17 +26,17 @@ impl DroppedBy {
     }
 }
 
-/// An answer that was dropped, as it entered: what to ask the rules to learn where. `None`: nothing of that kind was seen, or where
-/// it entered was not.
+/// An answer that did not get back to the client, as it began or entered: what to ask the rules to learn why.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DroppedAnswer {
+pub struct Answer {
     packet: Packet,
     /// `None`: conntrack did not know it (ctstate INVALID).
     entry: Option<ConntrackEntry>,
 }
 
-impl DroppedAnswer {
-    pub fn of(flow: &Flow, interfaces: &Interfaces) -> Option<Self> {
+impl Answer {
+    /// The one that was seen to be dropped. `None`: nothing of that kind was seen, or where it entered was not.
+    pub fn dropped(flow: &Flow, interfaces: &Interfaces) -> Option<Self> {
         let dropped = |seen: &&Sighting| seen.event.kind == Kind::Dropped && seen.way == Way::Reply;
         let event = &flow.sightings.iter().find(dropped)?.event;
         let entered = flow.seen(Way::Reply).find(|seen| seen.event.kind == Kind::TcIngress);
@@ -45,13 +45,22 @@ impl DroppedAnswer {
         let (tuple, input) = match (entered, event.conntrack) {
             (Some(entered), _) => (entered.event.packet?, Some(entered.event.ifindex)),
             (None, Some(entry)) if is_own() => (entry.reply, None),
-            (None, None) if event.ifindex != 0 => (event.packet?, Some(event.ifindex)),
-            _ => return None,
+            // Few pods use conntrack.
+            (None, None) if is_own() => (event.packet?, None),
+            (None, None) => (event.packet?, Some(event.ifindex)),
+            (None, Some(_)) => return None,
         };
         let packet = Packet::first_of(tuple, input.map(|ifindex| interfaces.name(ifindex).into()));
         let known = event.conntrack;
         let entry = known.map(|one| ConntrackEntry { mark: one.mark, ..ConntrackEntry::of(one.original, one.reply) });
         Some(Self { packet: Packet { tcp_flags: event.l4_flags, ..packet }, entry })
+    }
+
+    /// The one that sockets here owe to a request which was handed to them. Without a route back nothing is sent
+    /// (`inet_csk_route_req`, net/ipv4/inet_connection_sock.c), and nothing is said of it.
+    pub fn owed(flow: &Flow) -> Self {
+        let reply = flow.reply.unwrap_or_else(|| flow.original.inverted());
+        Self { packet: Packet::first_of(reply, None), entry: Some(ConntrackEntry::of(flow.original, reply)) }
     }
 
     /// What the rules say of it.

@@ -37,11 +37,13 @@ pub struct Inside {
 }
 
 impl Inside {
-    /// Whether the cause of a failure is in the pod and is not what listens there: its own rules, or whom it passes on to.
+    /// Whether the cause of a failure is in the pod and is not what listens there: its own rules, whom it passes on to, or that it
+    /// cannot answer.
     pub fn explains(&self) -> bool {
         let passes_on = self.flow.dnat().flatten().is_some();
         let refuses = matches!(self.outcome, Outcome::Refused { .. }) && !refuses_itself(self);
-        passes_on || refuses || matches!(self.outcome, Outcome::Dropped { .. })
+        let cannot_answer = matches!(self.story.answer_end, Some(Verdict::Dropped { .. } | Verdict::Rejected { .. }));
+        passes_on || refuses || cannot_answer || matches!(self.outcome, Outcome::Dropped { .. })
     }
 
     /// Counts the story's times from `node`'s first sighting.

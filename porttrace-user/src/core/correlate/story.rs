@@ -121,7 +121,7 @@ pub struct Story {
     pub disagrees: bool,
     /// It was answered, though by the rules it cannot be.
     pub is_unexplained: bool,
-    /// How an answer that was dropped ends by the rules, where [`Story::tell_answer`] was told.
+    /// How an answer that did not get back ends by the rules, where [`Story::tell_answer`] was told.
     pub answer_end: Option<Verdict>,
 }
 

@@ -1,11 +1,11 @@
 //! What a verdict says of the pod's own view of a connection.
 
 use super::predicted::refused_by_kernel;
-use super::words::{duration, rule_name};
+use super::words::{dropper, duration, rule_name};
 use super::{Context, Report};
 use crate::core::correlate::inside::Inside;
 use crate::core::correlate::judge::{Outcome, Reached, Refuser};
-use crate::core::model::trace::Verdict;
+use crate::core::model::trace::{DropReason, Verdict};
 
 /// Where the pod sent an answered connection on to, if it did: ` (pod x passes it on to 10.96.0.10:80)`.
 pub(super) fn passed_on(report: &Report) -> String {
@@ -36,10 +36,19 @@ pub(super) fn silent(report: &Report, context: &Context<'_>) -> String {
                 Some(Verdict::Dropped { by: Some(rule), .. }) => format!(" by {}", rule_name(rule)),
                 _ => String::new(),
             };
-            format!("; inside {pod} it was dropped{by} ({})", context.drop_reason(*reason))
+            let why = if is_elsewhere(inside) {
+                format!(": {} is not its address", inside.flow.original.dst)
+            } else {
+                String::new()
+            };
+            format!("; inside {pod} it was dropped{by} ({}){why}", context.drop_reason(*reason))
         }
         Outcome::Silent { reached: Reached::LocalIn, .. } => {
-            format!("; inside {pod} it was handed to the pod's own sockets")
+            let why = match inside.story.answer_end.as_ref().map(refused_by_kernel).unwrap_or_default() {
+                none if none.is_empty() => none,
+                why => format!(", whose answer cannot leave{why}"),
+            };
+            format!("; inside {pod} it was handed to the pod's own sockets{why}")
         }
         Outcome::Silent { reached: Reached::Left { ifindex }, .. } => {
             let to = inside.flow.reply.map_or(inside.flow.original.destination(), |reply| reply.source());
@@ -55,14 +64,36 @@ pub(super) fn silent(report: &Report, context: &Context<'_>) -> String {
             format!("; {by} answered inside {pod} after {}, and the answer did not get here", duration(*after_ns))
         }
         Outcome::AnswerLost { by, entered: None, .. } => {
-            format!("; {by} answered inside {pod}, which dropped the answer itself")
+            format!("; {by} answered inside {pod}, which dropped the answer itself{}", why_lost(inside))
         }
         Outcome::AnswerLost { by, entered: Some(entered), .. } => {
             let interface = inside.interfaces.name(*entered);
-            format!("; {by} answered, but the answer entered {interface} of {pod} and never left it")
+            format!(
+                "; {by} answered, but the answer entered {interface} of {pod} and never left it{}",
+                why_lost(inside)
+            )
         }
         Outcome::Refused { .. } | Outcome::JoinedLate => String::new(),
     }
+}
+
+/// What the pod's rules say of an answer that it dropped.
+fn why_lost(inside: &Inside) -> String {
+    match (inside.story.answer_dropped_by(), &inside.story.answer_end) {
+        (Some(by), _) => format!(": {}", dropper(by)),
+        (None, Some(end)) => refused_by_kernel(end),
+        (None, None) => String::new(),
+    }
+}
+
+/// By the pod's routes, what it got is for somebody else.
+fn is_elsewhere(inside: &Inside) -> bool {
+    let is_rewritten = inside.flow.dnat().flatten().is_some();
+    let passes_on = matches!(
+        verdict(inside),
+        Some(Verdict::Forwarded { .. } | Verdict::Dropped { reason: DropReason::ForwardingDisabled, by: None })
+    );
+    passes_on && !is_rewritten
 }
 
 /// What the pod's rules say about a packet that vanished there.

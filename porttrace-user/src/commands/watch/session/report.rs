@@ -3,9 +3,9 @@
 use super::{HOUSEKEEPING, Session};
 use crate::commands::watch::intake::while_reading;
 use crate::commands::watch::output::Clock;
-use crate::commands::watch::rules::MOMENT;
+use crate::commands::watch::reading::MOMENT;
 use porttrace_ebpf::Kind;
-use porttrace_user::core::correlate::drops::DroppedAnswer;
+use porttrace_user::core::correlate::drops::Answer;
 use porttrace_user::core::correlate::flow::Flow;
 use porttrace_user::core::correlate::inside::Inside;
 use porttrace_user::core::correlate::judge::{Outcome, judge};
@@ -87,7 +87,7 @@ impl Session<'_> {
     fn compare(&self, flow: &Flow) -> (Option<Trace>, Story) {
         let trace = self.predict(flow);
         let mut story = tell(flow, trace.as_ref(), &self.interfaces, self.args.verbose > 0);
-        if let Some(answer) = DroppedAnswer::of(flow, &self.interfaces) {
+        if let Some(answer) = Answer::dropped(flow, &self.interfaces) {
             story.tell_answer(&answer.trace(&self.rules.simulator));
         }
         (trace, story)
