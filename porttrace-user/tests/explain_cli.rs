@@ -54,6 +54,29 @@ fn services_pods_and_ports_with_several_owners() {
     insta::assert_snapshot!("matrix_frontend", text(&["matrix", "svc/frontend", "--snapshot", FIXED]));
 }
 
+/// Somebody's own DNAT rule is no hostPort, and the port is not nobody's.
+#[test]
+fn a_port_that_other_rules_take_is_not_refused() {
+    let recorded = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/cases/recorded").join(&FIXED[1..]);
+    let node = tempfile::tempdir().expect("a directory");
+    for entry in std::fs::read_dir(recorded).expect("the recorded node") {
+        let path = entry.expect("a file").path();
+        let mut text = std::fs::read_to_string(&path).expect("text");
+        if path.ends_with("iptables-save.txt") {
+            let (before, after) = text.split_once("-A PREROUTING").expect("rules of nat PREROUTING");
+            assert!(before.contains("*nat"));
+            let own = "-A PREROUTING -p tcp -m tcp --dport 12345 -j DNAT --to-destination 10.244.1.9:80";
+            text = format!("{before}{own}\n-A PREROUTING{after}");
+        }
+        std::fs::write(node.path().join(path.file_name().expect("a name")), text).expect("a copy");
+    }
+    let told = text(&["explain", "12345", "--snapshot", node.path().to_str().expect("UTF-8")]);
+    let plain = told.split_whitespace().collect::<Vec<_>>().join(" ");
+    let line = "tcp 12345 on worker3 is no NodePort and no hostPort, but other rules take it:";
+    assert!(plain.contains(&format!("{line} it goes on to 10.244.1.9 by ")), "{told}");
+    assert!(!plain.contains("nobody claims"), "{told}");
+}
+
 /// With the image's ExposedPorts, and every fact.
 #[test]
 fn the_image_is_asked_where_the_runtime_is_known() {

@@ -209,7 +209,9 @@ fn reached(flow: &Flow, interfaces: &Interfaces) -> Reached {
     if requests().any(|seen| seen.event.kind == Kind::LocalIn) {
         return Reached::LocalIn;
     }
-    if requests().any(|seen| seen.event.kind == Kind::AfterSnat && seen.event.hook == POSTROUTING) {
+    let passed = |seen: &Sighting| seen.event.kind == Kind::AfterSnat && seen.event.hook == POSTROUTING;
+    let on_loopback = || requests().any(|seen| seen.event.kind == Kind::TcEgress);
+    if requests().any(passed) && !on_loopback() {
         return Reached::PostRouting;
     }
     if flow.sightings.iter().any(|seen| seen.event.kind == Kind::Confirmed) {

@@ -1,8 +1,8 @@
 //! A port that nobody claims on the node: often it is a number of the right workload, of the wrong kind.
 
 use super::Line;
-use crate::core::model::flow::Proto;
-use crate::core::reach::Outcome;
+use crate::core::model::flow::{Family, Proto};
+use crate::core::reach::{self, Outcome, Reach};
 use crate::core::world::World;
 use std::collections::BTreeSet;
 
@@ -33,6 +33,9 @@ fn without_rules(world: &World<'_>, port: u16, proto: Option<Proto>, node: &str)
     });
     let mut lines: Vec<Line> = node_ports.collect();
     if lines.is_empty() {
+        lines = by_other_rules(world, port, proto, node);
+    }
+    if lines.is_empty() {
         lines.push(line(match network {
             Some(network) => format!(
                 "no rule of {node} claims port {port}{sockets}; {} serves {} in eBPF here, and this may be one of them",
@@ -41,6 +44,28 @@ fn without_rules(world: &World<'_>, port: u16, proto: Option<Proto>, node: &str)
             ),
             None => format!("nobody claims port {port} on {node}: it is no NodePort and no hostPort{sockets}"),
         }));
+    }
+    lines
+}
+
+/// Where rules of neither kube-proxy nor portmap rewrite what comes to it from outside.
+fn by_other_rules(world: &World<'_>, port: u16, proto: Option<Proto>, node: &str) -> Vec<Line> {
+    let mut lines: Vec<Line> = Vec::new();
+    for proto in proto.map_or_else(|| vec![Proto::Tcp, Proto::Udp, Proto::Sctp], |proto| vec![proto]) {
+        for family in [Family::V4, Family::V6] {
+            let Some(address) = world.node_address(family) else { continue };
+            let trace = world.trace(proto, World::outsider(family), address, port);
+            let asked = trace.packet.tuple.destination();
+            if trace.branches.iter().all(|branch| branch.final_tuple.destination() == asked) {
+                continue;
+            }
+            let Reach { outcome, reason, .. } = reach::of_trace(world, &trace);
+            let sentence =
+                format!("{proto} {port} on {node} is no NodePort and no hostPort, but other rules take it: {reason}");
+            if lines.iter().all(|line| line.sentence != sentence) {
+                lines.push(Line { outcome, sentence, change: None });
+            }
+        }
     }
     lines
 }

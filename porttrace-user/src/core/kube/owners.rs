@@ -1,6 +1,7 @@
 //! Who claims a port on this node, and who stands behind an address, read from the rules and sockets alone.
 
 use super::hash;
+use super::targets::{NatTarget, nat_targets};
 use crate::core::model::flow::{Family, Proto};
 use crate::core::model::name::Name;
 use crate::core::model::rules::{Chain, MatchKind, NatRange, Net, PortSide, Rule, Ruleset, Table, Target};
@@ -75,6 +76,11 @@ impl Owners {
     /// All claims to a port, rules before sockets, in the order of the rules.
     pub fn claims(&self, port: u16) -> impl Iterator<Item = &Claim> {
         self.all().filter(move |claim| claim.port == port)
+    }
+
+    /// Where any DNAT rule may send a connection to a port, whatever its other conditions.
+    pub fn may_lead(&self, port: u16) -> BTreeSet<NatTarget> {
+        nat_targets(self.of_rules.rulesets.iter().map(Arc::as_ref), &[port])
     }
 
     /// All claims, rules before sockets, in the order of the rules.

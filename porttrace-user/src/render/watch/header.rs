@@ -6,6 +6,7 @@ use crate::core::model::flow::Proto;
 use crate::core::quantity::count;
 use crate::render::style::{Style, columns, wrap};
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 
 /// What is known as soon as the probes are attached, before the rules are read.
 #[derive(Clone, Debug)]
@@ -45,13 +46,7 @@ pub fn opening(opening: &Opening<'_>, style: Style) -> String {
 pub fn header(header: &Header<'_>, style: Style) -> String {
     let mut out = String::new();
     for &port in header.ports {
-        let claims = merged(header.owners.claims(port));
-        if claims.is_empty() {
-            let text =
-                "no rule of this node claims it (as hostPort, NodePort or Service port), and no process listens on it";
-            out.push_str(&entry(&port.to_string(), text, style));
-        }
-        for (label, text) in claims {
+        for (label, text) in what_it_is(header.owners, port) {
             out.push_str(&entry(&label, &text, style));
         }
     }
@@ -67,6 +62,28 @@ pub fn header(header: &Header<'_>, style: Style) -> String {
     out.push_str(&entry("marks", super::block::LEGEND, style));
     out.push_str(&style.dim(format!("ready after {}; Ctrl-C ends\n\n", words::duration(header.ready_ns))));
     out
+}
+
+/// Who claims a port, with a label for each; where no rule does that is known to, what others may do with it.
+fn what_it_is(owners: &Owners, port: u16) -> Vec<(String, String)> {
+    const MOST: usize = 4;
+    let mut claims = merged(owners.claims(port));
+    if owners.claims(port).any(|claim| !matches!(claim.kind, ClaimKind::Listener { .. })) {
+        return claims;
+    }
+    let targets: BTreeSet<SocketAddr> = owners.may_lead(port).into_iter().map(|(_, to)| to).collect();
+    if !targets.is_empty() {
+        let said: Vec<String> = targets.iter().take(MOST).map(SocketAddr::to_string).collect();
+        let more = targets.len().saturating_sub(MOST);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        let what = "no hostPort, NodePort or Service port, but a DNAT rule of another kind may send it to";
+        claims.insert(0, (port.to_string(), format!("{what} {}{more}", said.join(" or "))));
+    } else if claims.is_empty() {
+        let what =
+            "no rule of this node claims it (as hostPort, NodePort or Service port), and no process listens on it";
+        claims.push((port.to_string(), what.to_owned()));
+    }
+    claims
 }
 
 /// One aligned entry, wrapped under itself.
@@ -183,4 +200,28 @@ pub fn summary(summary: &Summary<'_>, style: Style) -> String {
         out.push_str(&format!("{}\n", style.bad(format!("! {lost}"))));
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::model::flow::Family;
+    use crate::core::model::state::NodeState;
+    use crate::core::model::trace::Flavour;
+    use crate::core::parse::iptables::parse;
+    use std::sync::Arc;
+
+    #[test]
+    fn a_port_of_somebodys_own_rule_is_not_nobodys() {
+        let rules = "*nat
+:PREROUTING ACCEPT [0:0]
+-A PREROUTING -p tcp -m tcp --dport 9088 -j DNAT --to-destination 10.99.1.9:80
+COMMIT
+";
+        let (ruleset, _) = parse(rules, "rules", Flavour::IptablesNft, Family::V4);
+        let owners = Owners::of(&NodeState { rulesets: vec![Arc::new(ruleset)], ..NodeState::default() });
+        let said = |port| what_it_is(&owners, port).into_iter().map(|(_, text)| text).collect::<Vec<_>>().join("\n");
+        assert!(said(9088).ends_with("a DNAT rule of another kind may send it to 10.99.1.9:80"), "{}", said(9088));
+        assert!(said(9099).starts_with("no rule of this node claims it"), "{}", said(9099));
+    }
 }

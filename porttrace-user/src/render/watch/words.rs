@@ -219,6 +219,13 @@ fn silent(reached: Reached, tries: usize, report: &Report, context: &Context<'_>
     let wait = duration(context.silence_ns);
     let udp = report.flow.original.proto == Proto::Udp;
     match reached {
+        // Where eBPF decides, a packet that it rewrites looks like none of this connection, and so does its answer.
+        Reached::Entered { .. } | Reached::Sent | Reached::PostRouting | Reached::Confirmed
+            if is_beyond_rules(report) =>
+        {
+            let text = format!("unknown: {what} was seen{times}, but not what became of it, and no answer in {wait}");
+            (Mood::Unsure, text)
+        }
         // What comes back to it would not be seen either.
         Reached::Confirmed if report.flow.input_ifindex().is_none() => {
             let to = who(end_of(report), report, context);
@@ -250,11 +257,6 @@ fn silent(reached: Reached, tries: usize, report: &Report, context: &Context<'_>
             let text =
                 format!("no answer: {what} was handed to this node's own sockets{times}, nothing came back in {wait}");
             (if udp { Mood::Unsure } else { Mood::Bad }, text)
-        }
-        // Where eBPF decides, a packet that it rewrites looks like none of this connection, and so does its answer.
-        Reached::Entered { .. } | Reached::Sent if is_beyond_rules(report) => {
-            let text = format!("unknown: {what} was seen{times}, but not what became of it, and no answer in {wait}");
-            (Mood::Unsure, text)
         }
         Reached::Entered { ifindex } => {
             let text = format!(
