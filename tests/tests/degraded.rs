@@ -146,6 +146,22 @@ fn without_types_and_events_nat_is_predicted_and_says_so() {
         "{}",
         told.report()
     );
+    // What left for the pod under another tuple is not called lost.
+    let pod = lab.pod("frontend", NodeName::Worker3).unwrap();
+    lab.tools.iptables(&pod.netns, "-A INPUT -p tcp --dport 80 -j DROP").unwrap();
+    let timeout = Duration::from_millis(200);
+    let request = Connect { timeout, ..Connect::new(Transport::Tcp, answer.to) };
+    let answer = lab.connect(Origin::Outside, &request).unwrap();
+    assert_eq!(answer.result, Outcome::Timeout);
+    let told = watch.connection(Tuple::new(Proto::Tcp, answer.local, answer.to), WAIT).unwrap();
+    assert_eq!(told.verdict["outcome"], "silent", "{}", told.report());
+    let text = told.verdict["text"].as_str().unwrap();
+    let went_on = format!(
+        "by the rules it went on to {}:80 by {}, which is not seen here",
+        pod.addresses()[0],
+        pod.host_interface
+    );
+    assert!(text.starts_with("no answer: ") && text.ends_with(&went_on), "{text}");
 }
 
 #[test]

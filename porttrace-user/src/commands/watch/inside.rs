@@ -11,7 +11,8 @@ use porttrace_user::core::correlate::drops::Answer;
 use porttrace_user::core::correlate::flow::Flow;
 use porttrace_user::core::correlate::inside::{Inside, note_listeners, refuses_itself, tuple_outside};
 use porttrace_user::core::correlate::judge::{Outcome, Reached, judge};
-use porttrace_user::core::correlate::story::tell;
+use porttrace_user::core::correlate::sight::Sight;
+use porttrace_user::core::correlate::story::{Story, tell};
 use porttrace_user::core::correlate::{Correlator, Limits};
 use porttrace_user::core::kube::targets::NatTarget;
 use porttrace_user::core::model::cluster::{Part, Sandbox};
@@ -19,7 +20,7 @@ use porttrace_user::core::model::event::Event;
 use porttrace_user::core::model::interfaces::Interfaces;
 use porttrace_user::core::model::pods::PodSockets;
 use porttrace_user::core::model::state::Socket;
-use porttrace_user::core::model::trace::Packet;
+use porttrace_user::core::model::trace::{Packet, Verdict};
 use porttrace_user::core::simulate::Simulator;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -66,6 +67,7 @@ struct Pod {
     correlator: Correlator,
     interfaces: Interfaces,
     simulator: Option<Simulator>,
+    sight: Sight,
     /// When its state was last asked for.
     renewed: Reading,
     is_ready: bool,
@@ -243,6 +245,7 @@ impl IntoPods {
         match news {
             News::Ready(info) => {
                 pod.is_ready = true;
+                pod.sight = info.conntrack_backend.sight();
                 let name = &pod.attached.name;
                 if self.has_started {
                     self.notes.push(Note::of(format!("pod {name} is followed inside")));
@@ -311,6 +314,7 @@ impl IntoPods {
                     correlator,
                     interfaces: Interfaces::default(),
                     simulator: None,
+                    sight: Sight::WHOLE,
                     renewed: Reading::at(0),
                     is_ready: false,
                     lost: Lost::default(),
@@ -362,8 +366,14 @@ impl Pod {
         let trace = self.simulator.as_ref().filter(|_| !flow.joined_late).map(|simulator| simulator.trace(&packet));
         let mut story = tell(&flow, trace.as_ref(), &self.interfaces, all);
         let outcome = judge(&flow, &self.interfaces);
+        let was_delivered = |story: &Story| {
+            matches!(self.sight.misses(flow.original, story.branch.as_ref()), Some(Verdict::Delivered { .. }))
+        };
         let answer = match outcome {
             Outcome::Silent { reached: Reached::LocalIn, .. } => Some(Answer::owed(&flow)),
+            Outcome::Silent { reached: Reached::Entered { .. }, .. } if was_delivered(&story) => {
+                Some(Answer::owed(&flow))
+            }
             _ => Answer::dropped(&flow, &self.interfaces),
         };
         if let Some((answer, simulator)) = answer.zip(self.simulator.as_ref()) {
@@ -373,6 +383,7 @@ impl Pod {
             name: self.attached.name.clone(),
             netns: self.attached.netns,
             interfaces: self.interfaces.clone(),
+            sight: self.sight,
             flow,
             story,
             outcome,

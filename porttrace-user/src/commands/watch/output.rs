@@ -342,9 +342,11 @@ impl Printer {
         let flow = &report.flow;
         let client = if self.verdicts.len() < MAX_SHAPES { flow.original.src.to_string() } else { "any".to_owned() };
         let end = flow.reply.map_or(flow.original.destination(), |reply| reply.source());
+        // An answer goes back to whom the server saw.
+        let seen_as = flow.snat().flatten().map_or_else(String::new, |tuple| format!(" as {}", tuple.src));
         let agrees = if report.story.contradicts() { " against the rules" } else { "" };
         let proto = flow.original.proto;
-        Shape(format!("{proto} {client} {} {end} {verdict}{agrees}", flow.original.destination()).into())
+        Shape(format!("{proto} {client}{seen_as} {} {end} {verdict}{agrees}", flow.original.destination()).into())
     }
 
     /// `lead` and `text` on one line where they fit, else `text` indented below.

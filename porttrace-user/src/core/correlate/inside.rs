@@ -3,6 +3,7 @@
 
 use super::flow::{Flow, Way};
 use super::judge::{Outcome, Refuser};
+use super::sight::Sight;
 use super::story::{Certainty, Line, Story, What};
 use crate::core::diagnose::Finding;
 use crate::core::model::flow::Tuple;
@@ -31,6 +32,8 @@ pub struct Inside {
     /// Inode number of the namespace.
     pub netns: u32,
     pub interfaces: Interfaces,
+    /// What of the pod's part of the way would have been seen.
+    pub sight: Sight,
     pub flow: Flow,
     pub story: Story,
     pub outcome: Outcome,
@@ -135,7 +138,15 @@ mod tests {
         let flow = in_the_pod();
         let story = tell(&flow, None, &interfaces(), false);
         let outcome = judge(&flow, &interfaces());
-        Inside { name: "frontend".into(), netns: 7, interfaces: interfaces(), flow, story, outcome }
+        Inside {
+            name: "frontend".into(),
+            netns: 7,
+            interfaces: interfaces(),
+            sight: Sight::WHOLE,
+            flow,
+            story,
+            outcome,
+        }
     }
 
     #[test]

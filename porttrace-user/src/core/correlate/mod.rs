@@ -13,6 +13,7 @@ pub mod inside;
 pub mod judge;
 mod react;
 pub mod route;
+pub mod sight;
 pub mod story;
 pub mod unexplained;
 
@@ -259,12 +260,10 @@ impl Correlator {
             && let Some(flow) = self.flows.get(&id)
             && !begins_anew(flow, event)
         {
-            let way = match (event.conntrack, packet) {
-                (_, Some(tuple)) => flow.way_of(tuple).unwrap_or(Way::Request),
-                (Some(entry), None) if entry.is_reply => Way::Reply,
-                _ => Way::Request,
-            };
-            return Some((id, way));
+            // A tuple that is not known yet is one after NAT: conntrack knows which way it goes.
+            let by_entry =
+                || if event.conntrack.is_some_and(|entry| entry.is_reply) { Way::Reply } else { Way::Request };
+            return Some((id, packet.and_then(|tuple| flow.way_of(tuple)).unwrap_or_else(by_entry)));
         }
         self.open(event, packet?)
     }

@@ -283,6 +283,19 @@ fn an_answer_that_does_not_leave_is_lost() {
     assert!(matches!(outcome, Outcome::AnswerLost { entered: Some(VETH), .. }), "{outcome:?}");
 }
 
+/// Where nothing else tells of NAT, the drop of an answer is the first to.
+#[test]
+fn a_drop_that_brings_the_rewritten_tuple_goes_the_way_that_conntrack_says() {
+    let asked = event(1000, Kind::TcIngress, ETH0, CLIENT, SYN);
+    let mut dropped = with_conntrack(event(31_000, Kind::Dropped, VETH, FROM_POD, SYN | ACK), CLIENT, FROM_POD);
+    dropped.is_reply = true;
+    if let Some(entry) = &mut dropped.conntrack {
+        entry.is_reply = true;
+    }
+    let outcome = judge(&reported(vec![asked, dropped], 1_100 * MS), &interfaces());
+    assert!(matches!(outcome, Outcome::AnswerLost { entered: None, .. }), "{outcome:?}");
+}
+
 #[test]
 fn an_answer_of_this_node_that_is_dropped_at_once_is_lost() {
     let mut dropped = event(31_000, Kind::Dropped, 0, "172.18.0.3:9088 → 172.18.0.4:60218", SYN | ACK);

@@ -44,11 +44,7 @@ pub(super) fn silent(report: &Report, context: &Context<'_>) -> String {
             format!("; inside {pod} it was dropped{by} ({}){why}", context.drop_reason(*reason))
         }
         Outcome::Silent { reached: Reached::LocalIn, .. } => {
-            let why = match inside.story.answer_end.as_ref().map(refused_by_kernel).unwrap_or_default() {
-                none if none.is_empty() => none,
-                why => format!(", whose answer cannot leave{why}"),
-            };
-            format!("; inside {pod} it was handed to the pod's own sockets{why}")
+            format!("; inside {pod} it was handed to the pod's own sockets{}", why_unanswered(inside))
         }
         Outcome::Silent { reached: Reached::Left { ifindex }, .. } => {
             let to = inside.flow.reply.map_or(inside.flow.original.destination(), |reply| reply.source());
@@ -57,9 +53,16 @@ pub(super) fn silent(report: &Report, context: &Context<'_>) -> String {
                 inside.interfaces.name(*ifindex)
             )
         }
-        Outcome::Silent { .. } => {
-            format!("; inside {pod} it arrived and went no further{}", expectation(inside))
-        }
+        Outcome::Silent { .. } => match inside.sight.misses(inside.flow.original, inside.story.branch.as_ref()) {
+            Some(Verdict::Forwarded { interface, to, .. }) => {
+                format!("; inside {pod} it arrived, and by its rules it went on to {} by {interface}", to.destination())
+            }
+            Some(_) => format!(
+                "; inside {pod} it arrived, and by its rules the pod's own sockets got it{}",
+                why_unanswered(inside)
+            ),
+            None => format!("; inside {pod} it arrived and went no further{}", expectation(inside)),
+        },
         Outcome::Answered { by, after_ns } => {
             format!("; {by} answered inside {pod} after {}, and the answer did not get here", duration(*after_ns))
         }
@@ -74,6 +77,14 @@ pub(super) fn silent(report: &Report, context: &Context<'_>) -> String {
             )
         }
         Outcome::Refused { .. } | Outcome::JoinedLate => String::new(),
+    }
+}
+
+/// What keeps the pod's sockets from answering, by its routes.
+fn why_unanswered(inside: &Inside) -> String {
+    match inside.story.answer_end.as_ref().map(refused_by_kernel).unwrap_or_default() {
+        none if none.is_empty() => none,
+        why => format!(", whose answer cannot leave{why}"),
     }
 }
 

@@ -6,11 +6,13 @@ mod inside;
 pub mod json;
 mod listener;
 pub mod predicted;
+mod silence;
 pub mod words;
 
 pub use crate::core::correlate::inside::Report;
 
 use crate::core::correlate::inside::Inside;
+use crate::core::correlate::sight::Sight;
 use crate::core::kube::owners::Owners;
 use crate::core::model::interfaces::Interfaces;
 use crate::core::model::pods::PodSockets;
@@ -29,6 +31,8 @@ pub struct Context<'a> {
     pub workloads: &'a Workloads,
     /// `enum skb_drop_reason` of the running kernel.
     pub drop_reasons: &'a BTreeMap<u32, String>,
+    /// What of the node's own part of the way would have been seen.
+    pub sight: Sight,
     /// The silence after which a connection was judged, nanoseconds.
     pub silence_ns: u64,
 }

@@ -1,10 +1,10 @@
 //! The words of the live log: verdict sentences, packet labels, durations, sizes.
 
-use super::predicted::{expectation, is_beyond_rules, predicted_end, refused_by_kernel};
-use super::{Context, Report, inside, listener};
+use super::predicted::{expectation, predicted_end, refused_by_kernel};
+use super::{Context, Report, inside, listener, silence};
 use crate::core::correlate::drops::DroppedBy;
 use crate::core::correlate::flow::{ACK, FIN, RST, SYN, Sighting, Way};
-use crate::core::correlate::judge::{Outcome, Reached, Refusal, Refuser};
+use crate::core::correlate::judge::{Outcome, Refusal, Refuser};
 use crate::core::correlate::story::PacketSeen;
 use crate::core::diagnose::Severity;
 use crate::core::model::flow::Proto;
@@ -63,7 +63,7 @@ fn seen(report: &Report, context: &Context<'_>, timed: bool) -> (Mood, String) {
             (Mood::Bad, format!("{} answered, but {lost}{}", who(*by, report, context), why_lost(report)))
         }
         Outcome::Dropped { reason, .. } => (Mood::Bad, dropped(*reason, report, context)),
-        Outcome::Silent { reached, tries } => silent(*reached, *tries, report, context),
+        Outcome::Silent { reached, tries } => silence::silent(*reached, *tries, report, context),
         Outcome::JoinedLate => {
             (Mood::Unsure, "already open when porttrace began: its first packet was not seen".to_owned())
         }
@@ -93,12 +93,12 @@ pub fn advice(report: &Report, context: &Context<'_>) -> Option<String> {
 }
 
 /// Where its request ends after all NAT, as conntrack says.
-fn end_of(report: &Report) -> SocketAddr {
+pub(super) fn end_of(report: &Report) -> SocketAddr {
     report.flow.reply.map_or(report.flow.original.destination(), |reply| reply.source())
 }
 
 /// `10.244.1.9:80 (default/frontend)`.
-fn who(address: SocketAddr, report: &Report, context: &Context<'_>) -> String {
+pub(super) fn who(address: SocketAddr, report: &Report, context: &Context<'_>) -> String {
     match context.owners.name_of(report.flow.original.proto, address) {
         Some(name) => format!("{address} ({name})"),
         None => address.to_string(),
@@ -122,6 +122,9 @@ fn refused(by: Refuser, from: SocketAddr, how: Refusal, after: &str, report: &Re
             if !matches!(predicted_end(report), Some(Verdict::Rejected { .. } | Verdict::Delivered { .. })) =>
         {
             let why = why_closed(from, how, report, context);
+            if let Some(end) = silence::misses(report, context) {
+                return format!("refused ({answer}{after}); {end}");
+            }
             format!(
                 "refused by {} or on the way there, which was not seen ({answer}{after}){why}",
                 who(from, report, context)
@@ -207,69 +210,6 @@ fn dropped_because(report: &Report, context: &Context<'_>) -> Option<String> {
     let is_request = |seen: &&Sighting| seen.event.kind == Kind::Dropped && seen.way == Way::Request;
     let drop = report.flow.sightings.iter().find(is_request)?;
     kernel_reason(&context.drop_reason(drop.event.reason), report)
-}
-
-fn silent(reached: Reached, tries: usize, report: &Report, context: &Context<'_>) -> (Mood, String) {
-    let what = match report.flow.original.proto {
-        Proto::Tcp => "SYN",
-        Proto::Sctp => "INIT",
-        _ => "the datagram",
-    };
-    let times = if tries > 1 { format!(" {tries} times") } else { String::new() };
-    let wait = duration(context.silence_ns);
-    let udp = report.flow.original.proto == Proto::Udp;
-    match reached {
-        // Where eBPF decides, a packet that it rewrites looks like none of this connection, and so does its answer.
-        Reached::Entered { .. } | Reached::Sent | Reached::PostRouting | Reached::Confirmed
-            if is_beyond_rules(report) =>
-        {
-            let text = format!("unknown: {what} was seen{times}, but not what became of it, and no answer in {wait}");
-            (Mood::Unsure, text)
-        }
-        // What comes back to it would not be seen either.
-        Reached::Confirmed if report.flow.input_ifindex().is_none() => {
-            let to = who(end_of(report), report, context);
-            (
-                Mood::Unsure,
-                format!("unknown: {what} passed all rules{times} towards {to}, and nothing further was seen"),
-            )
-        }
-        Reached::PostRouting => {
-            let (end, asks) = (end_of(report), if end_of(report).is_ipv4() { "ARP" } else { "NDP" });
-            let to = who(end, report, context);
-            let text = format!(
-                "no answer: {what} passed all rules{times} towards {to}, but left by no interface in {wait}, as where \
-                 nobody answers for an address on its link ({asks})"
-            );
-            (Mood::Bad, text)
-        }
-        Reached::Left { .. } | Reached::Confirmed => {
-            let to = who(end_of(report), report, context);
-            let way = match reached {
-                Reached::Left { ifindex } => format!("left {}{times} for {to}", context.interfaces.name(ifindex)),
-                _ => format!("passed all rules{times} towards {to} (where it went was not seen)"),
-            };
-            let inside = inside::silent(report, context);
-            let text = format!("no answer: {what} {way}, nothing came back in {wait}{inside}");
-            if udp { (Mood::Unsure, format!("{text} (a UDP server need not answer)")) } else { (Mood::Bad, text) }
-        }
-        Reached::LocalIn => {
-            let text =
-                format!("no answer: {what} was handed to this node's own sockets{times}, nothing came back in {wait}");
-            (if udp { Mood::Unsure } else { Mood::Bad }, text)
-        }
-        Reached::Entered { ifindex } => {
-            let text = format!(
-                "lost on this node: {what} entered {}{times} and went no further",
-                context.interfaces.name(ifindex)
-            );
-            (Mood::Bad, format!("{text}{}", expectation(report)))
-        }
-        Reached::Sent => (
-            Mood::Bad,
-            format!("lost on this node: {what} was sent by a local process and never left{}", expectation(report)),
-        ),
-    }
 }
 
 /// `filter KUBE-FORWARD #1`, or `filter FORWARD policy`.

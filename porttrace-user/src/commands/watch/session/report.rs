@@ -48,6 +48,7 @@ impl Session<'_> {
             pods: self.pods.sockets(),
             workloads: &self.pods.workloads,
             drop_reasons: &drop_reasons,
+            sight: self.probe.info().conntrack_backend.sight(),
             silence_ns: self.limits.silence_ns,
         };
         let report = Report { flow, story, outcome, finding, inside };

@@ -1,0 +1,86 @@
+//! The verdict of a connection without an answer: how far it came, as far as that is seen.
+
+use super::predicted::{expectation, is_beyond_rules};
+use super::words::{Mood, duration, end_of, who};
+use super::{Context, Report, inside};
+use crate::core::correlate::judge::Reached;
+use crate::core::model::flow::Proto;
+use crate::core::model::trace::Verdict;
+
+/// `tries`: how often it was sent.
+pub(super) fn silent(reached: Reached, tries: usize, report: &Report, context: &Context<'_>) -> (Mood, String) {
+    let what = match report.flow.original.proto {
+        Proto::Tcp => "SYN",
+        Proto::Sctp => "INIT",
+        _ => "the datagram",
+    };
+    let times = if tries > 1 { format!(" {tries} times") } else { String::new() };
+    let wait = duration(context.silence_ns);
+    let udp = report.flow.original.proto == Proto::Udp;
+    let mood = if udp { Mood::Unsure } else { Mood::Bad };
+    let end = end_of(report);
+    let to = who(end, report, context);
+    // Where eBPF decides, a packet that it rewrites looks like none of this connection, and so does its answer.
+    if is_beyond_rules(report) && !matches!(reached, Reached::Left { .. } | Reached::LocalIn) {
+        let text = format!("unknown: {what} was seen{times}, but not what became of it, and no answer in {wait}");
+        return (Mood::Unsure, text);
+    }
+    match (reached, misses(report, context)) {
+        (Reached::Entered { ifindex }, Some(end)) => {
+            let interface = context.interfaces.name(ifindex);
+            (mood, format!("no answer: {what} entered {interface}{times}, nothing came back in {wait}; {end}"))
+        }
+        // What comes back to a process of this node would not be seen either.
+        (Reached::Sent, Some(end)) => {
+            (Mood::Unsure, format!("unknown: {what} was sent by a local process{times}; {end}"))
+        }
+        (Reached::Confirmed, _) if report.flow.input_ifindex().is_none() => (
+            Mood::Unsure,
+            format!("unknown: {what} passed all rules{times} towards {to}, and nothing further was seen"),
+        ),
+        (Reached::Entered { ifindex }, None) => {
+            let interface = context.interfaces.name(ifindex);
+            let expectation = expectation(report);
+            (
+                Mood::Bad,
+                format!("lost on this node: {what} entered {interface}{times} and went no further{expectation}"),
+            )
+        }
+        (Reached::Sent, None) => {
+            let expectation = expectation(report);
+            (Mood::Bad, format!("lost on this node: {what} was sent by a local process and never left{expectation}"))
+        }
+        (Reached::PostRouting, _) => {
+            let asks = if end.is_ipv4() { "ARP" } else { "NDP" };
+            let text = format!(
+                "no answer: {what} passed all rules{times} towards {to}, but left by no interface in {wait}, as where \
+                 nobody answers for an address on its link ({asks})"
+            );
+            (Mood::Bad, text)
+        }
+        (Reached::Left { .. } | Reached::Confirmed, _) => {
+            let way = match reached {
+                Reached::Left { ifindex } => format!("left {}{times} for {to}", context.interfaces.name(ifindex)),
+                _ => format!("passed all rules{times} towards {to} (where it went was not seen)"),
+            };
+            let inside = inside::silent(report, context);
+            let text = format!("no answer: {what} {way}, nothing came back in {wait}{inside}");
+            (mood, if udp { format!("{text} (a UDP server need not answer)") } else { text })
+        }
+        (Reached::LocalIn, _) => (
+            mood,
+            format!("no answer: {what} was handed to this node's own sockets{times}, nothing came back in {wait}"),
+        ),
+    }
+}
+
+/// How the request ends by the rules, where that would not have been seen.
+pub(super) fn misses(report: &Report, context: &Context<'_>) -> Option<String> {
+    let end = context.sight.misses(report.flow.original, report.story.branch.as_ref())?;
+    Some(match end {
+        Verdict::Forwarded { interface, to, .. } => {
+            format!("by the rules it went on to {} by {interface}, which is not seen here", to.destination())
+        }
+        _ => "by the rules this node's own sockets got it, which is not seen here".to_owned(),
+    })
+}
