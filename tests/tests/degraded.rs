@@ -146,8 +146,10 @@ fn without_types_and_events_nat_is_predicted_and_says_so() {
         "{}",
         told.report()
     );
-    // What left for the pod under another tuple is not called lost.
     let pod = lab.pod("frontend", NodeName::Worker3).unwrap();
+    let stands_for = format!("answered by {} (by the rules that is {}:80", answer.to, pod.addresses()[0]);
+    assert!(told.verdict["text"].as_str().unwrap().starts_with(&stands_for), "{}", told.report());
+    // What left for the pod under another tuple is not called lost.
     lab.tools.iptables(&pod.netns, "-A INPUT -p tcp --dport 80 -j DROP").unwrap();
     let timeout = Duration::from_millis(200);
     let request = Connect { timeout, ..Connect::new(Transport::Tcp, answer.to) };

@@ -191,6 +191,11 @@ fn an_answer_of_the_node_itself_that_a_rule_drops_is_told() {
         assert!(text(&told).contains(&words), "{}", told.report());
         iptables(&lab, node, &format!("-t {table} -D {drop}"));
     }
+    // Without a way back none is made.
+    node.exec(["ip", "route", "add", "blackhole", &format!("{OUTSIDE_V4}/32")]).unwrap();
+    let told = attempt(&lab, &mut watch, Type::STREAM, OUTSIDE_V4, CLOSED);
+    assert_eq!((&told.verdict["outcome"], &told.verdict["reached"]), (&json!("silent"), &json!("local-in")));
+    assert!(text(&told).ends_with(": their answer cannot leave; predicted: a blackhole route"), "{}", told.report());
 }
 
 /// A SYN ACK with a wrong checksum: conntrack calls it INVALID.

@@ -82,10 +82,8 @@ pub(super) fn silent(report: &Report, context: &Context<'_>) -> String {
 
 /// What keeps the pod's sockets from answering, by its routes.
 fn why_unanswered(inside: &Inside) -> String {
-    match inside.story.answer_end.as_ref().map(refused_by_kernel).unwrap_or_default() {
-        none if none.is_empty() => none,
-        why => format!(", whose answer cannot leave{why}"),
-    }
+    let why = inside.story.answer_end.as_ref().map(refused_by_kernel).filter(|why| !why.is_empty());
+    why.map_or_else(String::new, |why| format!(", whose answer cannot leave{why}"))
 }
 
 /// What the pod's rules say of an answer that it dropped.

@@ -1,6 +1,6 @@
-//! The verdict of a connection without an answer: how far it came, as far as that is seen.
+//! The verdict of a connection without an answer, and what was not seen of any: how far it came, as far as that is seen.
 
-use super::predicted::{expectation, is_beyond_rules};
+use super::predicted::{expectation, is_beyond_rules, refused_by_kernel};
 use super::words::{Mood, duration, end_of, who};
 use super::{Context, Report, inside};
 use crate::core::correlate::judge::Reached;
@@ -67,10 +67,14 @@ pub(super) fn silent(reached: Reached, tries: usize, report: &Report, context: &
             let text = format!("no answer: {what} {way}, nothing came back in {wait}{inside}");
             (mood, if udp { format!("{text} (a UDP server need not answer)") } else { text })
         }
-        (Reached::LocalIn, _) => (
-            mood,
-            format!("no answer: {what} was handed to this node's own sockets{times}, nothing came back in {wait}"),
-        ),
+        (Reached::LocalIn, _) => {
+            let text =
+                format!("no answer: {what} was handed to this node's own sockets{times}, nothing came back in {wait}");
+            match report.story.answer_end.as_ref().map(refused_by_kernel).filter(|why| !why.is_empty()) {
+                Some(why) => (Mood::Bad, format!("{text}: their answer cannot leave{why}")),
+                None => (mood, text),
+            }
+        }
     }
 }
 
@@ -83,4 +87,14 @@ pub(super) fn misses(report: &Report, context: &Context<'_>) -> Option<String> {
         }
         _ => "by the rules this node's own sockets got it, which is not seen here".to_owned(),
     })
+}
+
+/// Whom the node's address stands for by the rules, where the rewrite was not seen: ` (by the rules that is 10.244.1.9:80)`.
+pub(super) fn stands_for(report: &Report, context: &Context<'_>) -> String {
+    match context.sight.misses(report.flow.original, report.story.branch.as_ref()) {
+        Some(Verdict::Forwarded { to, .. }) if report.flow.reply.is_none() => {
+            format!(" (by the rules that is {})", who(to.destination(), report, context))
+        }
+        _ => String::new(),
+    }
 }

@@ -47,7 +47,8 @@ fn seen(report: &Report, context: &Context<'_>, timed: bool) -> (Mood, String) {
     match &report.outcome {
         Outcome::Answered { by, after_ns } => {
             let onward = inside::passed_on(report);
-            (Mood::Good, format!("answered by {}{onward}{}", who(*by, report, context), time(*after_ns)))
+            let stands_for = silence::stands_for(report, context);
+            (Mood::Good, format!("answered by {}{stands_for}{onward}{}", who(*by, report, context), time(*after_ns)))
         }
         Outcome::Refused { by, from, how, after_ns } => {
             (Mood::Bad, refused(*by, *from, *how, &time(*after_ns), report, context))

@@ -8,7 +8,7 @@ use porttrace_ebpf::Kind;
 use porttrace_user::core::correlate::drops::Answer;
 use porttrace_user::core::correlate::flow::Flow;
 use porttrace_user::core::correlate::inside::Inside;
-use porttrace_user::core::correlate::judge::{Outcome, judge};
+use porttrace_user::core::correlate::judge::{Outcome, Reached, judge};
 use porttrace_user::core::correlate::story::{Story, tell};
 use porttrace_user::core::model::trace::{Packet, Trace};
 use porttrace_user::render::watch::{Context, Report};
@@ -25,10 +25,10 @@ impl Session<'_> {
         }
         let outcome = judge(&flow, &self.interfaces);
         let has_failed = !matches!(outcome, Outcome::Answered { .. } | Outcome::JoinedLate);
-        let (mut trace, mut story) = self.compare(&flow);
+        let (mut trace, mut story) = self.compare(&flow, &outcome);
         // Before a failure is explained, or the rules are said to be contradicted, what may have changed a moment ago is read again.
         if (has_failed || story.contradicts()) && self.catch_up(&flow).await? {
-            (trace, story) = self.compare(&flow);
+            (trace, story) = self.compare(&flow, &outcome);
         }
         let inside = self.look_inside(&flow).await;
         let drop_reasons = self.drop_reasons(&flow, inside.as_deref());
@@ -85,10 +85,14 @@ impl Session<'_> {
     }
 
     /// What the rules say of a connection, and its story by them.
-    fn compare(&self, flow: &Flow) -> (Option<Trace>, Story) {
+    fn compare(&self, flow: &Flow, outcome: &Outcome) -> (Option<Trace>, Story) {
         let trace = self.predict(flow);
         let mut story = tell(flow, trace.as_ref(), &self.interfaces, self.args.verbose > 0);
-        if let Some(answer) = Answer::dropped(flow, &self.interfaces) {
+        let answer = match outcome {
+            Outcome::Silent { reached: Reached::LocalIn, .. } => Some(Answer::owed(flow)),
+            _ => Answer::dropped(flow, &self.interfaces),
+        };
+        if let Some(answer) = answer {
             story.tell_answer(&answer.trace(&self.rules.simulator));
         }
         (trace, story)
