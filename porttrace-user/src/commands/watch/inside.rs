@@ -10,9 +10,9 @@ use porttrace_user::collect::probe::{Lost, ProbeConfig};
 use porttrace_user::core::correlate::drops::Answer;
 use porttrace_user::core::correlate::flow::Flow;
 use porttrace_user::core::correlate::inside::{Inside, note_listeners, refuses_itself, tuple_outside};
-use porttrace_user::core::correlate::judge::{Outcome, Reached, judge};
+use porttrace_user::core::correlate::judge::{Outcome, judge};
 use porttrace_user::core::correlate::sight::Sight;
-use porttrace_user::core::correlate::story::{Story, tell};
+use porttrace_user::core::correlate::story::tell;
 use porttrace_user::core::correlate::{Correlator, Limits};
 use porttrace_user::core::kube::targets::NatTarget;
 use porttrace_user::core::model::cluster::{Part, Sandbox};
@@ -20,7 +20,7 @@ use porttrace_user::core::model::event::Event;
 use porttrace_user::core::model::interfaces::Interfaces;
 use porttrace_user::core::model::pods::PodSockets;
 use porttrace_user::core::model::state::Socket;
-use porttrace_user::core::model::trace::{Packet, Verdict};
+use porttrace_user::core::model::trace::Packet;
 use porttrace_user::core::simulate::Simulator;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -366,16 +366,7 @@ impl Pod {
         let trace = self.simulator.as_ref().filter(|_| !flow.joined_late).map(|simulator| simulator.trace(&packet));
         let mut story = tell(&flow, trace.as_ref(), &self.interfaces, all);
         let outcome = judge(&flow, &self.interfaces);
-        let was_delivered = |story: &Story| {
-            matches!(self.sight.misses(flow.original, story.branch.as_ref()), Some(Verdict::Delivered { .. }))
-        };
-        let answer = match outcome {
-            Outcome::Silent { reached: Reached::LocalIn, .. } => Some(Answer::owed(&flow)),
-            Outcome::Silent { reached: Reached::Entered { .. }, .. } if was_delivered(&story) => {
-                Some(Answer::owed(&flow))
-            }
-            _ => Answer::dropped(&flow, &self.interfaces),
-        };
+        let answer = Answer::missed(&flow, &outcome, story.branch.as_ref(), self.sight, &self.interfaces);
         if let Some((answer, simulator)) = answer.zip(self.simulator.as_ref()) {
             story.tell_answer(&answer.trace(simulator));
         }

@@ -1,6 +1,8 @@
 //! Which rule dropped a packet, where the rules that are predicted for it name one.
 
 use super::flow::{Flow, Sighting, Way};
+use super::judge::{Outcome, Reached};
+use super::sight::Sight;
 use super::story::{Story, What};
 use crate::core::model::interfaces::Interfaces;
 use crate::core::model::state::ConntrackEntry;
@@ -35,8 +37,27 @@ pub struct Answer {
 }
 
 impl Answer {
+    /// The one that did not get back in a connection that came out so: where a socket here got the request (seen, or by its
+    /// branch where `sight` would not have shown it), what that owes.
+    pub fn missed(
+        flow: &Flow,
+        outcome: &Outcome,
+        branch: Option<&Branch>,
+        sight: Sight,
+        interfaces: &Interfaces,
+    ) -> Option<Self> {
+        let was_delivered = match outcome {
+            Outcome::Silent { reached: Reached::LocalIn, .. } => true,
+            Outcome::Silent { reached: Reached::Entered { .. } | Reached::Confirmed, .. } => {
+                matches!(sight.misses(flow.original, branch), Some(Verdict::Delivered { .. }))
+            }
+            _ => false,
+        };
+        if was_delivered { Some(Self::owed(flow)) } else { Self::dropped(flow, interfaces) }
+    }
+
     /// The one that was seen to be dropped. `None`: nothing of that kind was seen, or where it entered was not.
-    pub fn dropped(flow: &Flow, interfaces: &Interfaces) -> Option<Self> {
+    fn dropped(flow: &Flow, interfaces: &Interfaces) -> Option<Self> {
         let dropped = |seen: &&Sighting| seen.event.kind == Kind::Dropped && seen.way == Way::Reply;
         let event = &flow.sightings.iter().find(dropped)?.event;
         let entered = flow.seen(Way::Reply).find(|seen| seen.event.kind == Kind::TcIngress);
@@ -58,7 +79,7 @@ impl Answer {
 
     /// The one that sockets here owe to a request which was handed to them. Without a route back nothing is sent
     /// (`inet_csk_route_req`, net/ipv4/inet_connection_sock.c), and nothing is said of it.
-    pub fn owed(flow: &Flow) -> Self {
+    fn owed(flow: &Flow) -> Self {
         let reply = flow.reply.unwrap_or_else(|| flow.original.inverted());
         Self { packet: Packet::first_of(reply, None), entry: Some(ConntrackEntry::of(flow.original, reply)) }
     }

@@ -53,16 +53,27 @@ pub(super) fn silent(report: &Report, context: &Context<'_>) -> String {
                 inside.interfaces.name(*ifindex)
             )
         }
-        Outcome::Silent { .. } => match inside.sight.misses(inside.flow.original, inside.story.branch.as_ref()) {
-            Some(Verdict::Forwarded { interface, to, .. }) => {
-                format!("; inside {pod} it arrived, and by its rules it went on to {} by {interface}", to.destination())
+        Outcome::Silent { reached, .. } => {
+            match inside.sight.misses(inside.flow.original, inside.story.branch.as_ref()) {
+                Some(Verdict::Forwarded { interface, to, .. }) => {
+                    format!(
+                        "; inside {pod} it arrived, and by its rules it went on to {} by {interface}",
+                        to.destination()
+                    )
+                }
+                Some(_) => format!(
+                    "; inside {pod} it arrived, and by its rules the pod's own sockets got it{}",
+                    why_unanswered(inside)
+                ),
+                None if *reached == Reached::PostRouting => {
+                    format!("; inside {pod} it passed all rules and left by no interface")
+                }
+                None if *reached == Reached::Confirmed => {
+                    format!("; inside {pod} it passed all rules, and where it went was not seen")
+                }
+                None => format!("; inside {pod} it arrived and went no further{}", expectation(inside)),
             }
-            Some(_) => format!(
-                "; inside {pod} it arrived, and by its rules the pod's own sockets got it{}",
-                why_unanswered(inside)
-            ),
-            None => format!("; inside {pod} it arrived and went no further{}", expectation(inside)),
-        },
+        }
         Outcome::Answered { by, after_ns } => {
             format!("; {by} answered inside {pod} after {}, and the answer did not get here", duration(*after_ns))
         }

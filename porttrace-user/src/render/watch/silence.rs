@@ -26,9 +26,13 @@ pub(super) fn silent(reached: Reached, tries: usize, report: &Report, context: &
         return (Mood::Unsure, text);
     }
     match (reached, misses(report, context)) {
-        (Reached::Entered { ifindex }, Some(end)) => {
-            let interface = context.interfaces.name(ifindex);
-            (mood, format!("no answer: {what} entered {interface}{times}, nothing came back in {wait}; {end}"))
+        (Reached::Entered { .. } | Reached::Confirmed, Some(end)) if report.flow.input_ifindex().is_some() => {
+            let way = match reached {
+                Reached::Entered { ifindex } => format!("entered {}{times}", context.interfaces.name(ifindex)),
+                _ => format!("passed all rules{times}"),
+            };
+            let text = format!("no answer: {what} {way}, nothing came back in {wait}; {end}");
+            owed_by_sockets(mood, text, report)
         }
         // What comes back to a process of this node would not be seen either.
         (Reached::Sent, Some(end)) => {
@@ -38,7 +42,7 @@ pub(super) fn silent(reached: Reached, tries: usize, report: &Report, context: &
             Mood::Unsure,
             format!("unknown: {what} passed all rules{times} towards {to}, and nothing further was seen"),
         ),
-        (Reached::Entered { ifindex }, None) => {
+        (Reached::Entered { ifindex }, _) => {
             let interface = context.interfaces.name(ifindex);
             let expectation = expectation(report);
             (
@@ -70,11 +74,16 @@ pub(super) fn silent(reached: Reached, tries: usize, report: &Report, context: &
         (Reached::LocalIn, _) => {
             let text =
                 format!("no answer: {what} was handed to this node's own sockets{times}, nothing came back in {wait}");
-            match report.story.answer_end.as_ref().map(refused_by_kernel).filter(|why| !why.is_empty()) {
-                Some(why) => (Mood::Bad, format!("{text}: their answer cannot leave{why}")),
-                None => (mood, text),
-            }
+            owed_by_sockets(mood, text, report)
         }
+    }
+}
+
+/// The verdict on what this node's sockets got, with what keeps them from answering by its routes.
+fn owed_by_sockets(mood: Mood, text: String, report: &Report) -> (Mood, String) {
+    match report.story.answer_end.as_ref().map(refused_by_kernel) {
+        Some(why) if !why.is_empty() => (Mood::Bad, format!("{text}: their answer cannot leave{why}")),
+        _ => (mood, text),
     }
 }
 

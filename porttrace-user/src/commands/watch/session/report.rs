@@ -8,7 +8,7 @@ use porttrace_ebpf::Kind;
 use porttrace_user::core::correlate::drops::Answer;
 use porttrace_user::core::correlate::flow::Flow;
 use porttrace_user::core::correlate::inside::Inside;
-use porttrace_user::core::correlate::judge::{Outcome, Reached, judge};
+use porttrace_user::core::correlate::judge::{Outcome, judge};
 use porttrace_user::core::correlate::story::{Story, tell};
 use porttrace_user::core::model::trace::{Packet, Trace};
 use porttrace_user::render::watch::{Context, Report};
@@ -88,11 +88,8 @@ impl Session<'_> {
     fn compare(&self, flow: &Flow, outcome: &Outcome) -> (Option<Trace>, Story) {
         let trace = self.predict(flow);
         let mut story = tell(flow, trace.as_ref(), &self.interfaces, self.args.verbose > 0);
-        let answer = match outcome {
-            Outcome::Silent { reached: Reached::LocalIn, .. } => Some(Answer::owed(flow)),
-            _ => Answer::dropped(flow, &self.interfaces),
-        };
-        if let Some(answer) = answer {
+        let sight = self.probe.info().conntrack_backend.sight();
+        if let Some(answer) = Answer::missed(flow, outcome, story.branch.as_ref(), sight, &self.interfaces) {
             story.tell_answer(&answer.trace(&self.rules.simulator));
         }
         (trace, story)
