@@ -1,7 +1,6 @@
 //! What to watch, what runs, what went wrong, what was lost.
 
 use crate::collect::links::LinkError;
-use crate::core::correlate::sight::Sight;
 use crate::core::model::event::DecodeError;
 use porttrace_ebpf as wire;
 use std::time::Duration;
@@ -34,18 +33,6 @@ pub enum ConntrackBackend {
     Kprobe,
     Ctnetlink,
     None,
-}
-
-impl ConntrackBackend {
-    /// What is seen with it of a packet's way behind the rules.
-    pub const fn sight(self) -> Sight {
-        match self {
-            Self::Netfilter => Sight::WHOLE,
-            // Only where conntrack is in use, by what it confirms.
-            Self::Kprobe | Self::Ctnetlink => Sight { delivery: false, rewritten: true },
-            Self::None => Sight { delivery: false, rewritten: false },
-        }
-    }
 }
 
 impl fmt::Display for ConntrackBackend {

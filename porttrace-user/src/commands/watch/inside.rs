@@ -2,6 +2,7 @@
 
 use super::note::Note;
 use super::output::Clock;
+use super::probing::sight;
 use super::reading::{MOMENT, Reading};
 use porttrace_user::collect::attached::{self, Attached};
 use porttrace_user::collect::facts;
@@ -245,7 +246,7 @@ impl IntoPods {
         match news {
             News::Ready(info) => {
                 pod.is_ready = true;
-                pod.sight = info.conntrack_backend.sight();
+                pod.sight = sight(info.conntrack_backend);
                 let name = &pod.attached.name;
                 if self.has_started {
                     self.notes.push(Note::of(format!("pod {name} is followed inside")));

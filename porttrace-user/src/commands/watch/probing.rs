@@ -2,6 +2,7 @@
 
 use super::args::{Args, BackendChoice, ProtoChoice, TcChoice};
 use porttrace_user::collect::probe::{Backend, ConntrackBackend, Lost, ProbeConfig, ProbeInfo, Protos, TcMode};
+use porttrace_user::core::correlate::sight::Sight;
 use porttrace_user::core::quantity::count;
 use std::time::Duration;
 
@@ -60,5 +61,15 @@ const fn tc_name(mode: TcMode) -> &'static str {
     match mode {
         TcMode::Tcx => "tcx",
         TcMode::Clsact => "clsact",
+    }
+}
+
+/// What is seen with a backend of a packet's way behind the rules.
+pub const fn sight(backend: ConntrackBackend) -> Sight {
+    match backend {
+        ConntrackBackend::Netfilter => Sight::WHOLE,
+        // Only where conntrack is in use, by what it confirms.
+        ConntrackBackend::Kprobe | ConntrackBackend::Ctnetlink => Sight { delivery: false, rewritten: true },
+        ConntrackBackend::None => Sight { delivery: false, rewritten: false },
     }
 }

@@ -3,6 +3,7 @@
 use super::{HOUSEKEEPING, Session};
 use crate::commands::watch::intake::while_reading;
 use crate::commands::watch::output::Clock;
+use crate::commands::watch::probing::sight;
 use crate::commands::watch::reading::MOMENT;
 use porttrace_ebpf::Kind;
 use porttrace_user::core::correlate::drops::Answer;
@@ -48,7 +49,7 @@ impl Session<'_> {
             pods: self.pods.sockets(),
             workloads: &self.pods.workloads,
             drop_reasons: &drop_reasons,
-            sight: self.probe.info().conntrack_backend.sight(),
+            sight: sight(self.probe.info().conntrack_backend),
             silence_ns: self.limits.silence_ns,
         };
         let report = Report { flow, story, outcome, finding, inside };
@@ -88,7 +89,7 @@ impl Session<'_> {
     fn compare(&self, flow: &Flow, outcome: &Outcome) -> (Option<Trace>, Story) {
         let trace = self.predict(flow);
         let mut story = tell(flow, trace.as_ref(), &self.interfaces, self.args.verbose > 0);
-        let sight = self.probe.info().conntrack_backend.sight();
+        let sight = sight(self.probe.info().conntrack_backend);
         if let Some(answer) = Answer::missed(flow, outcome, story.branch.as_ref(), sight, &self.interfaces) {
             story.tell_answer(&answer.trace(&self.rules.simulator));
         }
