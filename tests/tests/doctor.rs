@@ -68,7 +68,9 @@ fn without_rights_it_says_so_and_fails() {
     let directory = std::env::temp_dir().join(format!("ptdoctor-{}", std::process::id()));
     std::fs::create_dir(&directory).unwrap();
     let binary = directory.join("porttrace");
-    std::fs::copy(porttrace().unwrap(), &binary).unwrap();
+    // By a process of its own: a child that another test is just starting would hold a descriptor of ours to it, open for writing,
+    // and what is open for writing cannot be run (ETXTBSY).
+    assert!(Command::new("cp").args([&porttrace().unwrap(), &binary]).status().unwrap().success());
     let nobody = 65534;
     let mut command = Command::new(&binary);
     command.uid(nobody).gid(nobody);
