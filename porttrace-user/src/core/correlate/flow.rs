@@ -63,6 +63,8 @@ pub struct Flow {
     pub reply: Option<Tuple>,
     /// The first event of the flow that carried a conntrack entry said that the entry was made by this very packet.
     pub entry_was_new: Option<bool>,
+    /// The kernel was seen to make its NAT: since then its packets are recognised at every interface, whatever their tuple.
+    pub is_followed: bool,
     /// Set when the first packet that was seen is not the first of the connection.
     pub joined_late: bool,
     /// TCP sequence number of the packet that opened the flow: a SYN with another one is another connection.
@@ -81,7 +83,7 @@ pub struct Flow {
 }
 
 /// `NF_INET_LOCAL_OUT`: the hook that packets pass which this node sends.
-pub const OUTPUT: u8 = 3;
+const OUTPUT: u8 = 3;
 /// `NF_INET_POST_ROUTING`: the last hook of packets that are to leave.
 pub const POSTROUTING: u8 = 4;
 /// How many events of one connection are kept.
@@ -151,6 +153,14 @@ impl Flow {
         let changed = self.reply != Some(entry.reply);
         self.reply = Some(entry.reply);
         changed
+    }
+
+    /// Of a flow that was told as unanswered, only the newest drop is kept: it may say why an error comes late.
+    pub fn keep_drop(&mut self, event: Event, way: Way) {
+        // The first sighting says where the request came from.
+        let mut is_first = true;
+        self.sightings.retain(|seen| std::mem::take(&mut is_first) || seen.event.kind != Kind::Dropped);
+        self.add(event, way);
     }
 
     /// Adds an event. Retransmissions are marked; what exceeds [`MAX_SIGHTINGS`] is counted.

@@ -1,6 +1,6 @@
 //! The outcome of a connection, from what was seen of it alone (the rules are not asked here).
 
-use super::flow::{ACK, Flow, OUTPUT, POSTROUTING, RST, SYN, Sighting, Way};
+use super::flow::{ACK, Flow, POSTROUTING, RST, SYN, Sighting, Way};
 use crate::core::model::flow::Proto;
 use crate::core::model::interfaces::Interfaces;
 use porttrace_ebpf::Kind;
@@ -184,16 +184,15 @@ fn refusal(flow: &Flow, interfaces: &Interfaces) -> Option<Outcome> {
     Some(Outcome::Refused { by, from, how, after_ns: since(flow, seen) })
 }
 
-/// Whether something shows that this node itself refused: that it dropped the request or sent a reset, the request's way to its own
-/// sockets, or the refusal's through the hook of what begins here. By ctnetlink, what comes back through an interface is not seen
-/// there where the rules did not predict it.
+/// Whether a refusal that was seen to leave began on this node: it would have been seen to come in, or something else shows it
+/// (this node dropped the request, sent a reset, handed the request to its own sockets). By ctnetlink, what comes back through an
+/// interface is not seen there where the rules did not predict it.
 fn begins_here(flow: &Flow, refusal: &Sighting, interfaces: &Interfaces) -> bool {
-    interfaces.is_loopback(refusal.event.ifindex)
-        || flow.sightings.iter().any(|seen| match (seen.event.kind, seen.way) {
-            (Kind::ResetSent | Kind::LocalIn, _) | (Kind::Dropped, Way::Request) => true,
-            (Kind::AfterConntrack | Kind::AfterDnat | Kind::AfterSnat, Way::Reply) | (Kind::IcmpError, _) => {
-                seen.event.hook == OUTPUT
-            }
+    flow.is_followed
+        || interfaces.is_loopback(refusal.event.ifindex)
+        || flow.sightings.iter().any(|seen| match seen.event.kind {
+            Kind::ResetSent | Kind::LocalIn => true,
+            Kind::Dropped => seen.way == Way::Request,
             _ => false,
         })
 }

@@ -130,9 +130,12 @@ impl Correlator {
         };
         let Some(flow) = self.flows.get_mut(&id) else { return };
         let learned = event.conntrack.as_ref().is_some_and(|entry| flow.learn(entry));
+        flow.is_followed |=
+            matches!(event.kind, Kind::AfterConntrack | Kind::AfterDnat | Kind::AfterSnat | Kind::NatSetup);
         let changes = react(flow, &event, way, &self.limits);
         match flow.stage {
             Stage::Open | Stage::Late => flow.add(event, way),
+            Stage::Unanswered if event.kind == Kind::Dropped => flow.keep_drop(event, way),
             // Told; only its end is waited for.
             Stage::Unanswered | Stage::Reported | Stage::Ended => flow.last_ns = flow.last_ns.max(event.time_ns),
         }
@@ -299,6 +302,7 @@ impl Correlator {
             original,
             reply: None,
             entry_was_new: None,
+            is_followed: false,
             joined_late: !is_first,
             first_seq: event.tcp_seq,
             start_ns: event.time_ns,

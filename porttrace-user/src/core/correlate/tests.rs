@@ -275,6 +275,24 @@ fn a_refusal_is_this_nodes_own_only_where_something_shows_it() {
     assert_eq!(judged(&[&asked]), Outcome::Silent { reached: Reached::Entered { ifindex: ETH0 }, tries: 1 });
 }
 
+/// A neighbour is given up after seconds, and where the client's own is asked for then, its error leaves after the drop.
+#[test]
+fn a_drop_before_a_late_error_is_kept_for_it() {
+    let mut correlator = Correlator::new([9088], Limits::default());
+    refused().into_iter().take(3).for_each(|event| correlator.push(event));
+    assert!(matches!(correlator.tick(1_100 * MS).as_slice(), [Update::Reported(_)]));
+    for at in [2_000 * MS, 3_000 * MS] {
+        correlator.push(Event { reason: 46, ..event(at, Kind::Dropped, VETH, TO_POD, SYN) });
+    }
+    correlator.push(event(3_000 * MS + 50_000, Kind::IcmpError, 0, CLIENT, 0));
+    let updates = correlator.tick(4_000 * MS);
+    let [Update::Amended(flow)] = updates.as_slice() else { panic!("{updates:?}") };
+    assert!(matches!(judge(flow, &interfaces()), Outcome::Refused { by: Refuser::ThisNode, .. }), "{flow:?}");
+    let drops: Vec<u64> =
+        flow.sightings.iter().filter(|seen| seen.event.kind == Kind::Dropped).map(|seen| seen.event.time_ns).collect();
+    assert_eq!(drops, [3_000 * MS]);
+}
+
 #[test]
 fn an_answer_that_does_not_leave_is_lost() {
     let mut events: Vec<Event> = refused().into_iter().take(4).collect();
