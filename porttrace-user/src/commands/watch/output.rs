@@ -341,7 +341,7 @@ impl Printer {
     fn shape(&self, report: &Report, verdict: &str) -> Shape {
         let flow = &report.flow;
         let client = if self.verdicts.len() < MAX_SHAPES { flow.original.src.to_string() } else { "any".to_owned() };
-        let end = flow.reply.map_or(flow.original.destination(), |reply| reply.source());
+        let end = flow.destination();
         // An answer goes back to whom the server saw.
         let seen_as = flow.snat().flatten().map_or_else(String::new, |tuple| format!(" as {}", tuple.src));
         let agrees = if report.story.contradicts() { " against the rules" } else { "" };

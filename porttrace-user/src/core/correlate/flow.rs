@@ -3,6 +3,7 @@
 use crate::core::model::event::{Conntrack, Event};
 use crate::core::model::flow::{Proto, Tuple};
 use porttrace_ebpf::Kind;
+use std::net::SocketAddr;
 
 pub const FIN: u8 = 1;
 pub const SYN: u8 = 2;
@@ -100,6 +101,11 @@ pub struct End {
 }
 
 impl Flow {
+    /// Where its request ends after all NAT, as conntrack says; without its word, what it asked for.
+    pub fn destination(&self) -> SocketAddr {
+        self.reply.map_or(self.original.destination(), |reply| reply.source())
+    }
+
     /// The request after the destination was rewritten, `Some(None)` when it was not; `None`: conntrack was not observed.
     pub fn dnat(&self) -> Option<Option<Tuple>> {
         let reply = self.reply?;

@@ -95,7 +95,7 @@ pub fn refuses_itself(inside: &Inside) -> bool {
 
 /// Says at the end of the pod's lines what listens there.
 pub fn note_listeners(inside: &mut Inside, sockets: &PodSockets) {
-    let asked = inside.flow.reply.map_or(inside.flow.original.destination(), |reply| reply.source());
+    let asked = inside.flow.destination();
     let proto = inside.flow.original.proto;
     let Some(ports) = sockets.ports(proto, asked.ip()) else { return };
     let said: Vec<String> = ports.iter().take(4).map(|(port, process)| listener(*port, *process)).collect();

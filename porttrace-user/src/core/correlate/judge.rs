@@ -173,7 +173,7 @@ fn refusal(flow: &Flow, interfaces: &Interfaces) -> Option<Outcome> {
     } else {
         Refuser::Unseen
     };
-    let asked = flow.reply.map_or(flow.original.destination(), |reply| reply.source());
+    let asked = flow.destination();
     let from = match (seen.event.kind, seen.event.icmp_sender) {
         // Behind NAT its sender was another.
         (Kind::IcmpError, Some(sender)) if by == Refuser::Unseen && sender == flow.original.dst => asked,

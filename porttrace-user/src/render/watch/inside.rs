@@ -47,7 +47,7 @@ pub(super) fn silent(report: &Report, context: &Context<'_>) -> String {
             format!("; inside {pod} it was handed to the pod's own sockets{}", why_unanswered(inside))
         }
         Outcome::Silent { reached: Reached::Left { ifindex }, .. } => {
-            let to = inside.flow.reply.map_or(inside.flow.original.destination(), |reply| reply.source());
+            let to = inside.flow.destination();
             format!(
                 "; {pod} sent it on to {to} by {}, and no answer came back there either",
                 inside.interfaces.name(*ifindex)

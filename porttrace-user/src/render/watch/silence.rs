@@ -1,7 +1,7 @@
 //! The verdict of a connection without an answer, and what was not seen of any: how far it came, as far as that is seen.
 
 use super::predicted::{expectation, is_beyond_rules, refused_by_kernel};
-use super::words::{Mood, duration, end_of, who};
+use super::words::{Mood, duration, who};
 use super::{Context, Report, inside};
 use crate::core::correlate::judge::Reached;
 use crate::core::model::flow::Proto;
@@ -18,7 +18,7 @@ pub(super) fn silent(reached: Reached, tries: usize, report: &Report, context: &
     let wait = duration(context.silence_ns);
     let udp = report.flow.original.proto == Proto::Udp;
     let mood = if udp { Mood::Unsure } else { Mood::Bad };
-    let end = end_of(report);
+    let end = report.flow.destination();
     let to = who(end, report, context);
     // Where eBPF decides, a packet that it rewrites looks like none of this connection, and so does its answer.
     if is_beyond_rules(report) && !matches!(reached, Reached::Left { .. } | Reached::LocalIn) {

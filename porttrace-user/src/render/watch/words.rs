@@ -93,11 +93,6 @@ pub fn advice(report: &Report, context: &Context<'_>) -> Option<String> {
     if closed { listener::advice(*from, report, context) } else { None }
 }
 
-/// Where its request ends after all NAT, as conntrack says.
-pub(super) fn end_of(report: &Report) -> SocketAddr {
-    report.flow.reply.map_or(report.flow.original.destination(), |reply| reply.source())
-}
-
 /// `10.244.1.9:80 (default/frontend)`.
 pub(super) fn who(address: SocketAddr, report: &Report, context: &Context<'_>) -> String {
     match context.owners.name_of(report.flow.original.proto, address) {
@@ -122,10 +117,10 @@ fn refused(by: Refuser, from: SocketAddr, how: Refusal, after: &str, report: &Re
         Refuser::Unseen
             if !matches!(predicted_end(report), Some(Verdict::Rejected { .. } | Verdict::Delivered { .. })) =>
         {
-            let why = why_closed(from, how, report, context);
             if let Some(end) = silence::misses(report, context) {
                 return format!("refused ({answer}{after}); {end}");
             }
+            let why = why_closed(from, how, report, context);
             format!(
                 "refused by {} or on the way there, which was not seen ({answer}{after}){why}",
                 who(from, report, context)
@@ -188,7 +183,7 @@ fn dropped(reason: u32, report: &Report, context: &Context<'_>) -> String {
 
 /// The kernel's common reasons in words (include/net/dropreason-core.h).
 fn kernel_reason(name: &str, report: &Report) -> Option<String> {
-    let to = end_of(report);
+    let to = report.flow.destination();
     Some(match name {
         "NO_SOCKET" => format!("nothing listens on {to}"),
         "IP_INNOROUTES" | "IP_OUTNOROUTES" => format!("no route to {}", to.ip()),

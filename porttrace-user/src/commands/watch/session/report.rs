@@ -14,7 +14,6 @@ use porttrace_user::core::correlate::story::{Story, tell};
 use porttrace_user::core::model::trace::{Packet, Trace};
 use porttrace_user::render::watch::{Context, Report};
 use std::collections::BTreeMap;
-use std::net::IpAddr;
 
 impl Session<'_> {
     /// Tells a connection, or (`amends`) what became of one that was told as unanswered.
@@ -65,7 +64,7 @@ impl Session<'_> {
     async fn is_counted(&mut self, flow: &Flow) -> bool {
         let mut like = self.alike.find(flow, &self.rules, &self.pods);
         if like.as_ref().is_some_and(|told| told.has_failed) {
-            self.pods.refresh(sent_to(flow)).await;
+            self.pods.refresh(flow.destination().ip()).await;
             self.rules.follow_settings(flow.last_ns, HOUSEKEEPING).await;
             like = self.alike.find(flow, &self.rules, &self.pods);
         }
@@ -81,7 +80,7 @@ impl Session<'_> {
         self.tell_change(note)?;
         self.rules.follow_settings(flow.last_ns, MOMENT).await;
         self.rules.follow_sockets(flow.last_ns).await;
-        self.pods.refresh(sent_to(flow)).await;
+        self.pods.refresh(flow.destination().ip()).await;
         Ok(self.rules.generation != before)
     }
 
@@ -131,9 +130,4 @@ impl Session<'_> {
         let packet = Packet::first_of(flow.original, input);
         Some(self.rules.simulator.trace(&packet))
     }
-}
-
-/// Where the connection ended up, or was to.
-fn sent_to(flow: &Flow) -> IpAddr {
-    flow.reply.map_or(flow.original.dst, |reply| reply.src)
 }
