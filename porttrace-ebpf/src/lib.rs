@@ -188,15 +188,19 @@ pub struct Event {
 }
 
 impl Event {
-    /// Of the bytes of a record, `None` when there are more or fewer than any has.
-    pub fn from_record(record: &[u8]) -> Option<Self> {
-        if !matches!(record.len(), WHOLE | HEAD) {
+    /// What a record tells: its head, and the whole where that was sent. `None` when it has more or fewer bytes than any has, or does
+    /// not lie as the kernel lays them.
+    pub fn in_record(record: &[u8]) -> Option<(&Head, Option<&Self>)> {
+        let start = record.as_ptr();
+        if !start.cast::<Self>().is_aligned() {
             return None;
         }
-        let mut event = Self::default();
-        // SAFETY: every bit pattern is a value, and the record is no longer than the event.
-        unsafe { core::ptr::copy_nonoverlapping(record.as_ptr(), (&raw mut event).cast(), record.len()) };
-        Some(event)
+        // SAFETY: the record is aligned and as long as what it is taken for, of which every bit pattern is a value.
+        match record.len() {
+            HEAD => Some((unsafe { &*start.cast::<Head>() }, None)),
+            WHOLE => Some(unsafe { &*start.cast::<Self>() }).map(|whole| (&whole.head, Some(whole))),
+            _ => None,
+        }
     }
 }
 

@@ -286,8 +286,8 @@ fn drain_all(ring: &mut Ring, mut take: impl FnMut(Event, bool)) -> Result<(), P
 
 fn drain_some(ring: &mut Ring, mut take: impl FnMut(Event, bool)) -> Result<bool, ProbeError> {
     ring.read(BATCH, |record| {
-        let raw = wire::Event::from_record(record).ok_or(DecodeError::Size { found: record.len() })?;
-        take(Event::try_from(&raw)?, raw.head.flags & wire::PREDICTED != 0);
+        let (head, whole) = wire::Event::in_record(record).ok_or(DecodeError::Size { found: record.len() })?;
+        take(Event::decode(head, whole)?, head.flags & wire::PREDICTED != 0);
         Ok(())
     })
 }

@@ -78,8 +78,8 @@ pub struct Flow {
     pub stage: Stage,
     /// Something came back: a packet of the other side, or an ICMP error.
     pub answered: bool,
-    /// When to report the outcome.
-    pub decide_at: u64,
+    /// When its outcome is to be reported, or it is to be forgotten.
+    pub due_at: u64,
     pub end: Option<End>,
 }
 
@@ -143,8 +143,12 @@ impl Flow {
 
     /// The tuples that packets of this flow can carry, each in one direction.
     pub fn tuples(&self) -> impl Iterator<Item = Tuple> {
-        let rewritten = self.reply.into_iter().flat_map(|reply| [reply, self.after_dnat(reply)]);
-        std::iter::once(self.original).chain(rewritten)
+        std::iter::once(self.original).chain(self.rewritten().into_iter().flatten())
+    }
+
+    /// What NAT makes of the request, as far as conntrack was observed: with another destination, with another source.
+    pub fn rewritten(&self) -> [Option<Tuple>; 2] {
+        [self.dnat().flatten(), self.snat().flatten()]
     }
 
     /// The flow with all that was seen of it; what stays has only the tuples, which are needed to see its end.

@@ -9,6 +9,7 @@ pub mod alike;
 pub mod drops;
 pub mod flow;
 pub mod fold;
+mod held;
 pub mod inside;
 pub mod judge;
 mod react;
@@ -20,10 +21,10 @@ pub mod unexplained;
 use crate::core::model::event::Event;
 use crate::core::model::flow::{Proto, Tuple};
 use flow::{ACK, End, Flow, RST, SYN, Stage, Way};
-use foldhash::{HashMap, HashMapExt as _};
+use held::{Held, Place};
 use porttrace_ebpf::Kind;
 use react::{Change, react};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 /// Time limits, nanoseconds, and size limits.
 #[derive(Clone, Debug)]
@@ -82,13 +83,9 @@ const USUAL_SIGHTINGS: usize = 9;
 pub struct Correlator {
     limits: Limits,
     ports: BTreeSet<u16>,
-    flows: BTreeMap<u64, Box<Flow>>,
+    held: Held,
     /// How many of them wait for their outcome.
     open: usize,
-    /// Tuple in either direction → the newest flow that can carry it. Looked up only, never listed.
-    index: HashMap<Undirected, u64>,
-    /// (when, flow): outcomes to report and flows to forget.
-    timers: BTreeSet<(u64, u64)>,
     next_id: u64,
     updates: Vec<Update>,
     counts: Counts,
@@ -99,10 +96,8 @@ impl Correlator {
         Self {
             limits,
             ports: ports.into_iter().collect(),
-            flows: BTreeMap::new(),
+            held: Held::default(),
             open: 0,
-            index: HashMap::new(),
-            timers: BTreeSet::new(),
             next_id: 1,
             updates: Vec::new(),
             counts: Counts::default(),
@@ -114,22 +109,24 @@ impl Correlator {
     }
 
     /// Connections held now.
-    pub fn len(&self) -> usize {
-        self.flows.len()
+    pub const fn len(&self) -> usize {
+        self.held.len()
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.flows.is_empty()
+    pub const fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     /// Takes one event. Events of one CPU come in order; across CPUs they may swap by microseconds.
     pub fn push(&mut self, event: Event) {
-        let Some((id, way)) = self.place(&event) else {
+        let Some((place, way)) = self.place(&event) else {
             self.counts.strays += 1;
             return;
         };
-        let Some(flow) = self.flows.get_mut(&id) else { return };
-        let learned = event.conntrack.as_ref().is_some_and(|entry| flow.learn(entry));
+        if let Some(entry) = &event.conntrack {
+            self.held.learn(place, entry);
+        }
+        let Some(flow) = self.held.get_mut(place) else { return };
         flow.is_followed |=
             matches!(event.kind, Kind::AfterConntrack | Kind::AfterDnat | Kind::AfterSnat | Kind::NatSetup);
         let changes = react(flow, &event, way, &self.limits);
@@ -139,18 +136,11 @@ impl Correlator {
             // Told; only its end is waited for.
             Stage::Unanswered | Stage::Reported | Stage::Ended => flow.last_ns = flow.last_ns.max(event.time_ns),
         }
-        if learned {
-            self.index.extend(flow.tuples().map(|tuple| (Undirected::of(tuple), id)));
-        }
         match changes {
             Change::None => {}
-            Change::DecideBy(at) => {
-                self.timers.remove(&(flow.decide_at, id));
-                flow.decide_at = at;
-                self.timers.insert((at, id));
-            }
+            Change::DecideBy(at) => self.held.set_due(place, at),
             Change::Ended(end) => {
-                let update = Update::Ended { id, original: flow.original, start_ns: flow.start_ns, end };
+                let update = Update::Ended { id: flow.id, original: flow.original, start_ns: flow.start_ns, end };
                 flow.stage = Stage::Ended;
                 self.updates.push(update);
             }
@@ -159,29 +149,25 @@ impl Correlator {
 
     /// The newest connection that this tuple opened, with what was seen of it and not yet reported.
     pub fn opened_by(&self, original: Tuple) -> Option<&Flow> {
-        let flow = self.flows.get(self.index.get(&Undirected::of(original))?)?;
+        let flow = self.held.get(self.held.find(original)?)?;
         (flow.original == original).then_some(flow)
     }
 
     /// Lets time pass until `now_ns` and hands out what there is to say, in order of time.
     pub fn tick(&mut self, now_ns: u64) -> Vec<Update> {
-        while let Some(&(at, id)) = self.timers.first() {
-            if at > now_ns {
-                break;
-            }
-            self.timers.pop_first();
-            self.expire(at, id);
+        while let Some((at, place)) = self.held.take_due(now_ns) {
+            self.expire(at, place);
         }
         std::mem::take(&mut self.updates)
     }
 
     /// Reports every connection that is still open, as at the end of a session, and answers that have just come late.
     pub fn finish(&mut self) -> Vec<Update> {
-        let pending: Vec<(u64, Stage)> = self.flows.values().map(|flow| (flow.id, flow.stage)).collect();
-        for (id, stage) in pending {
+        let pending: Vec<(Place, Stage)> = self.held.by_age().map(|(place, flow)| (place, flow.stage)).collect();
+        for (place, stage) in pending {
             match stage {
-                Stage::Open => self.report(id),
-                Stage::Late => self.amend(id),
+                Stage::Open => self.report(place),
+                Stage::Late => self.amend(place),
                 Stage::Unanswered | Stage::Reported | Stage::Ended => {}
             }
         }
@@ -190,25 +176,23 @@ impl Correlator {
 
     /// When [`Self::tick`] next has work; `None`: nothing is pending.
     pub fn next_deadline(&self) -> Option<u64> {
-        self.timers.first().map(|&(at, _)| at)
+        self.held.first_due()
     }
 
-    fn expire(&mut self, at: u64, id: u64) {
-        let Some(flow) = self.flows.get_mut(&id) else { return };
+    /// Does what was due for a connection `at` this time.
+    fn expire(&mut self, at: u64, place: Place) {
+        let Some(flow) = self.held.get(place) else { return };
+        let forget_at = flow.last_ns + self.limits.forget_ns;
         match flow.stage {
-            Stage::Open => self.report(id),
-            Stage::Late => self.amend(id),
-            Stage::Unanswered | Stage::Reported if flow.last_ns + self.limits.forget_ns > at => {
-                flow.decide_at = flow.last_ns + self.limits.forget_ns;
-                self.timers.insert((flow.decide_at, id));
-            }
-            Stage::Unanswered | Stage::Reported | Stage::Ended => self.forget(id),
+            Stage::Open => self.report(place),
+            Stage::Late => self.amend(place),
+            Stage::Unanswered | Stage::Reported if forget_at > at => self.held.set_due(place, forget_at),
+            Stage::Unanswered | Stage::Reported | Stage::Ended => self.held.remove(place),
         }
     }
 
-    fn report(&mut self, id: u64) {
-        let Some(flow) = self.flows.get_mut(&id) else { return };
-        self.timers.remove(&(flow.decide_at, id));
+    fn report(&mut self, place: Place) {
+        let Some(flow) = self.held.get_mut(place) else { return };
         self.open -= 1;
         let waits = !flow.answered && !flow.joined_late && flow.end.is_none();
         let told = flow.take_story();
@@ -217,61 +201,49 @@ impl Correlator {
             flow.sightings = told.sightings.first().cloned().into_iter().collect();
         }
         self.updates.push(Update::Reported(Box::new(told)));
-        self.keep(id, if waits { Stage::Unanswered } else { Stage::Reported });
+        self.keep(place, if waits { Stage::Unanswered } else { Stage::Reported });
     }
 
     /// Reports the late answer.
-    fn amend(&mut self, id: u64) {
-        let Some(flow) = self.flows.get_mut(&id) else { return };
+    fn amend(&mut self, place: Place) {
+        let Some(flow) = self.held.get_mut(place) else { return };
         let told = flow.take_story();
         self.updates.push(Update::Amended(Box::new(told)));
-        self.keep(id, Stage::Reported);
+        self.keep(place, Stage::Reported);
     }
 
     /// Keeps a flow that was told, for what may follow.
-    fn keep(&mut self, id: u64, stage: Stage) {
-        let Some(flow) = self.flows.get_mut(&id) else { return };
+    fn keep(&mut self, place: Place, stage: Stage) {
+        let Some(flow) = self.held.get_mut(place) else { return };
         let (stage, keep) = match flow.end {
             Some(_) => (Stage::Ended, self.limits.grace_ns),
             None => (stage, self.limits.forget_ns),
         };
-        self.timers.remove(&(flow.decide_at, id));
         flow.stage = stage;
-        flow.decide_at = flow.last_ns + keep;
-        self.timers.insert((flow.decide_at, id));
-    }
-
-    fn forget(&mut self, id: u64) {
-        let Some(flow) = self.flows.remove(&id) else { return };
-        self.timers.remove(&(flow.decide_at, id));
-        for tuple in flow.tuples().map(Undirected::of) {
-            if self.index.get(&tuple) == Some(&id) {
-                self.index.remove(&tuple);
-            }
-        }
+        let due_at = flow.last_ns + keep;
+        self.held.set_due(place, due_at);
     }
 
     /// The flow of an event and the way of its packet; opens a new flow where the event begins one.
-    fn place(&mut self, event: &Event) -> Option<(u64, Way)> {
+    fn place(&mut self, event: &Event) -> Option<(Place, Way)> {
         let packet = event.packet.or_else(|| event.conntrack.map(|entry| entry.original));
         let known = event
             .conntrack
-            .and_then(|entry| self.index.get(&Undirected::of(entry.original)))
-            .or_else(|| packet.and_then(|tuple| self.index.get(&Undirected::of(tuple))))
-            .copied();
-        if let Some(id) = known
-            && let Some(flow) = self.flows.get(&id)
+            .and_then(|entry| self.held.find(entry.original))
+            .or_else(|| packet.and_then(|tuple| self.held.find(tuple)));
+        if let Some(place) = known
+            && let Some(flow) = self.held.get(place)
             && !begins_anew(flow, event)
         {
             // A tuple that is not known yet is one after NAT: conntrack knows which way it goes.
             let by_entry =
                 || if event.conntrack.is_some_and(|entry| entry.is_reply) { Way::Reply } else { Way::Request };
-            return Some((id, packet.and_then(|tuple| flow.way_of(tuple)).unwrap_or_else(by_entry)));
+            return Some((place, packet.and_then(|tuple| flow.way_of(tuple)).unwrap_or_else(by_entry)));
         }
         self.open(event, packet?)
     }
 
-    fn open(&mut self, event: &Event, packet: Tuple) -> Option<(u64, Way)> {
+    fn open(&mut self, event: &Event, packet: Tuple) -> Option<(Place, Way)> {
         if matches!(event.kind, Kind::Destroyed | Kind::IcmpError) {
             return None;
         }
@@ -281,11 +253,11 @@ impl Correlator {
             None if self.ports.contains(&packet.dport) || !self.ports.contains(&packet.sport) => (packet, Way::Request),
             None => (packet.inverted(), Way::Reply),
         };
-        if self.flows.len() >= self.limits.max_flows {
+        if self.held.len() >= self.limits.max_flows {
             self.evict();
         }
-        if self.flows.len() == self.limits.max_flows / 2 {
-            self.size_index();
+        if self.held.len() == self.limits.max_flows / 2 {
+            self.held.expect(self.limits.max_flows);
         }
         if self.open >= self.limits.max_open {
             self.hurry();
@@ -296,7 +268,6 @@ impl Correlator {
         let tcp = original.proto == Proto::Tcp;
         let creates_entry = event.conntrack.is_some_and(|entry| entry.is_new && !entry.is_reply);
         let is_first = way == Way::Request && (!tcp || creates_entry || event.l4_flags & (SYN | ACK) == SYN);
-        let decide_at = event.time_ns + self.limits.silence_ns;
         let flow = Flow {
             id,
             original,
@@ -311,51 +282,28 @@ impl Correlator {
             more_sightings: 0,
             stage: Stage::Open,
             answered: false,
-            decide_at,
+            due_at: event.time_ns + self.limits.silence_ns,
             end: None,
         };
-        self.index.extend(flow.tuples().map(|tuple| (Undirected::of(tuple), id)));
-        self.timers.insert((decide_at, id));
-        self.flows.insert(id, Box::new(flow));
-        Some((id, way))
-    }
-
-    /// Gives the index its final size. Left alone it would take that at some later moment, when what was removed has left it so
-    /// full of gaps that it counts as full; with twice the room it closes its gaps in place.
-    fn size_index(&mut self) {
-        /// The original tuple, the reply's, and the state between the two halves of NAT.
-        const TUPLES: usize = 3;
-        let room = 2 * TUPLES * self.limits.max_flows;
-        self.index.reserve(room.saturating_sub(self.index.len()));
+        Some((self.held.add(flow), way))
     }
 
     /// Reports the open connections that are due first: a part of them, so that the way past those that are told is not gone for
     /// each.
     fn hurry(&mut self) {
-        let is_open = |id: &u64| self.flows.get(id).is_some_and(|flow| flow.stage == Stage::Open);
-        let due = self.timers.iter().map(|(_, id)| *id).filter(is_open);
-        let due: Vec<u64> = due.take(self.limits.max_open.div_ceil(16)).collect();
+        let open = self.held.by_due().filter(|(_, flow)| flow.stage == Stage::Open).map(|(place, _)| place);
+        let due: Vec<Place> = open.take(self.limits.max_open.div_ceil(16)).collect();
         self.counts.evicted += due.len() as u64;
-        due.into_iter().for_each(|id| self.report(id));
+        due.into_iter().for_each(|place| self.report(place));
     }
 
     fn evict(&mut self) {
-        let Some(id) = self.flows.keys().next().copied() else { return };
-        if self.flows.get(&id).is_some_and(|flow| flow.stage == Stage::Open) {
+        let Some(place) = self.held.oldest() else { return };
+        if self.held.get(place).is_some_and(|flow| flow.stage == Stage::Open) {
             self.counts.evicted += 1;
-            self.report(id);
+            self.report(place);
         }
-        self.forget(id);
-    }
-}
-
-/// A tuple of either direction: a packet and its answer have the same.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-struct Undirected(Tuple);
-
-impl Undirected {
-    fn of(tuple: Tuple) -> Self {
-        Self(tuple.min(tuple.inverted()))
+        self.held.remove(place);
     }
 }
 

@@ -36,7 +36,7 @@ pub(super) fn react(flow: &mut Flow, event: &Event, way: Way, limits: &Limits) -
         }
         Stage::Open if answer || matches!(event.kind, Kind::Dropped | Kind::ResetSent | Kind::Destroyed) => {
             // The first of them counts.
-            if by < flow.decide_at || flow.decide_at < event.time_ns { Change::DecideBy(by) } else { Change::None }
+            if by < flow.due_at || flow.due_at < event.time_ns { Change::DecideBy(by) } else { Change::None }
         }
         _ => Change::None,
     }

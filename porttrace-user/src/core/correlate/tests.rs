@@ -403,7 +403,7 @@ fn a_late_answer_is_told_once_and_its_end_follows() {
     let updates = correlator.tick(3_000 * MS);
     assert!(matches!(updates.as_slice(), [Update::Ended { id: 1, .. }]), "{updates:?}");
     correlator.tick(1_000_000 * MS);
-    assert!(correlator.is_empty() && correlator.index.is_empty() && correlator.timers.is_empty());
+    assert!(correlator.is_empty() && correlator.held.is_clean());
 }
 
 #[test]
@@ -463,7 +463,7 @@ fn memory_is_bounded_and_what_it_costs_is_counted() {
     assert_eq!(correlator.tick(2000).len(), 90, "those that had to go were reported");
     assert_eq!(correlator.tick(2_000 * MS).len(), 10);
     correlator.tick(1_000_000 * MS);
-    assert!(correlator.is_empty() && correlator.index.is_empty() && correlator.timers.is_empty());
+    assert!(correlator.is_empty() && correlator.held.is_clean());
 }
 
 #[test]

@@ -81,53 +81,59 @@ pub enum DecodeError {
     Kind { found: u8 },
 }
 
-impl TryFrom<&wire::Event> for Event {
-    type Error = DecodeError;
-
-    fn try_from(raw: &wire::Event) -> Result<Self, DecodeError> {
-        if raw.head.version != wire::WIRE_VERSION {
-            return Err(DecodeError::Version { found: raw.head.version });
+impl Event {
+    /// Of what a record tells, see [`wire::Event::in_record`].
+    pub fn decode(head: &wire::Head, whole: Option<&wire::Event>) -> Result<Self, DecodeError> {
+        if head.version != wire::WIRE_VERSION {
+            return Err(DecodeError::Version { found: head.version });
         }
-        let kind = Kind::from_u8(raw.head.kind).ok_or(DecodeError::Kind { found: raw.head.kind })?;
-        let conntrack = (raw.head.flags & wire::HAS_CONNTRACK != 0)
-            .then(|| {
-                Some(Conntrack {
-                    original: tuple(&raw.original)?,
-                    reply: tuple(&raw.reply)?,
-                    id: raw.head.ct_id,
-                    status: raw.head.ct_status,
-                    mark: raw.head.ct_mark,
-                    is_new: raw.head.flags & wire::CT_NEW != 0,
-                    is_reply: raw.head.flags & wire::CT_REPLY != 0,
-                })
-            })
-            .flatten();
+        let kind = Kind::from_u8(head.kind).ok_or(DecodeError::Kind { found: head.kind })?;
         Ok(Self {
-            time_ns: raw.head.time_ns,
+            time_ns: head.time_ns,
             kind,
-            packet: (raw.head.flags & wire::HAS_PACKET != 0).then(|| tuple(&raw.head.packet)).flatten(),
-            conntrack,
-            is_reply: raw.head.flags & wire::CT_REPLY != 0,
-            icmp_sender: if kind == Kind::IcmpError { tuple(&raw.original).map(|outer| outer.src) } else { None },
-            netns: raw.head.netns,
-            ifindex: raw.head.ifindex,
-            out_ifindex: raw.head.out_ifindex,
-            route: route(raw),
-            hook: raw.head.hook,
-            mark: raw.head.mark,
-            reason: raw.head.reason,
-            length: raw.head.length,
-            payload: raw.head.payload,
-            l4_flags: raw.head.l4_flags,
-            tcp_seq: raw.head.tcp_seq,
-            tcp_ack: raw.head.tcp_ack,
-            ttl: raw.head.ttl,
-            icmp_type: raw.head.icmp_type,
-            icmp_code: raw.head.icmp_code,
-            orig_bytes: raw.head.orig_bytes,
-            reply_bytes: raw.head.reply_bytes,
+            packet: (head.flags & wire::HAS_PACKET != 0).then(|| tuple(&head.packet)).flatten(),
+            conntrack: whole.and_then(conntrack),
+            is_reply: head.flags & wire::CT_REPLY != 0,
+            icmp_sender: whole
+                .filter(|_| kind == Kind::IcmpError)
+                .and_then(|whole| tuple(&whole.original))
+                .map(|outer| outer.src),
+            netns: head.netns,
+            ifindex: head.ifindex,
+            out_ifindex: head.out_ifindex,
+            route: route(head, whole),
+            hook: head.hook,
+            mark: head.mark,
+            reason: head.reason,
+            length: head.length,
+            payload: head.payload,
+            l4_flags: head.l4_flags,
+            tcp_seq: head.tcp_seq,
+            tcp_ack: head.tcp_ack,
+            ttl: head.ttl,
+            icmp_type: head.icmp_type,
+            icmp_code: head.icmp_code,
+            orig_bytes: head.orig_bytes,
+            reply_bytes: head.reply_bytes,
         })
     }
+}
+
+/// The entry of an event's packet, if the event has it.
+fn conntrack(whole: &wire::Event) -> Option<Conntrack> {
+    let head = &whole.head;
+    if head.flags & wire::HAS_CONNTRACK == 0 {
+        return None;
+    }
+    Some(Conntrack {
+        original: tuple(&whole.original)?,
+        reply: tuple(&whole.reply)?,
+        id: head.ct_id,
+        status: head.ct_status,
+        mark: head.ct_mark,
+        is_new: head.flags & wire::CT_NEW != 0,
+        is_reply: head.flags & wire::CT_REPLY != 0,
+    })
 }
 
 fn tuple(raw: &WireTuple) -> Option<Tuple> {
@@ -149,8 +155,8 @@ fn address(family: u8, bytes: &[u8; 16]) -> Option<IpAddr> {
 }
 
 /// The route of an event; `None` also for a type that ends no path (RTN_NAT, RTN_XRESOLVE).
-fn route(raw: &wire::Event) -> Option<RouteTaken> {
-    let kind = match raw.head.route_type {
+fn route(head: &wire::Head, whole: Option<&wire::Event>) -> Option<RouteTaken> {
+    let kind = match head.route_type {
         1 => RouteKind::Unicast,
         2 => RouteKind::Local,
         3 => RouteKind::Broadcast,
@@ -161,5 +167,5 @@ fn route(raw: &wire::Event) -> Option<RouteTaken> {
         8 => RouteKind::Prohibit,
         _ => return None,
     };
-    Some(RouteTaken { kind, gateway: address(raw.head.next_hop_family, &raw.next_hop) })
+    Some(RouteTaken { kind, gateway: whole.and_then(|whole| address(head.next_hop_family, &whole.next_hop)) })
 }
