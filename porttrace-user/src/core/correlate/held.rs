@@ -197,3 +197,82 @@ impl Held {
 fn is_at(places: &[Option<Box<Flow>>], place: Place, id: u64) -> bool {
     places.get(place.0 as usize).and_then(Option::as_deref).is_some_and(|flow| flow.id == id)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{CLIENT, ETH0, FROM_POD, TO_CLIENT, TO_POD, event, tuple, with_conntrack};
+    use super::super::{Correlator, Limits};
+    use super::*;
+    use porttrace_ebpf::Kind;
+
+    const OTHER_POD: &str = "10.244.1.7:8081 → 172.18.0.4:60218";
+
+    /// A connection from [`CLIENT`].
+    fn flow(id: u64) -> Flow {
+        let mut correlator = Correlator::new([9088], Limits::default());
+        correlator.push(event(1000, Kind::TcIngress, ETH0, CLIENT, 2));
+        Flow { id, ..correlator.opened_by(tuple(CLIENT)).expect("it was opened").clone() }
+    }
+
+    fn entry(reply: &str) -> Conntrack {
+        with_conntrack(event(2000, Kind::AfterDnat, ETH0, TO_POD, 2), CLIENT, reply).conntrack.expect("an entry")
+    }
+
+    #[test]
+    fn a_tuple_leads_to_the_newest_and_not_away_from_it() {
+        let mut held = Held::default();
+        let old = held.add(flow(1));
+        let new = held.add(flow(2));
+        assert_eq!((held.find(tuple(CLIENT)), held.find(tuple(TO_CLIENT))), (Some(new), Some(new)));
+        held.remove(old);
+        assert_eq!(held.find(tuple(CLIENT)), Some(new));
+        held.remove(new);
+        assert!(held.is_clean());
+    }
+
+    #[test]
+    fn what_nat_made_of_it_leads_to_it_and_what_nat_took_back_does_not() {
+        let mut held = Held::default();
+        let place = held.add(flow(1));
+        held.learn(place, &entry(TO_CLIENT));
+        assert_eq!(held.find(tuple(FROM_POD)), None);
+        held.learn(place, &entry(FROM_POD));
+        assert_eq!((held.find(tuple(FROM_POD)), held.find(tuple(TO_POD))), (Some(place), Some(place)));
+        held.learn(place, &entry(OTHER_POD));
+        assert_eq!((held.find(tuple(FROM_POD)), held.find(tuple(OTHER_POD))), (None, Some(place)));
+        held.remove(place);
+        assert!(held.is_clean(), "and whoever is held there next is not taken for it");
+    }
+
+    #[test]
+    fn the_order_of_age_does_not_grow_with_those_that_are_gone() {
+        let mut held = Held::default();
+        let oldest = held.add(flow(1));
+        for id in 2..1000 {
+            let place = held.add(flow(id));
+            held.remove(place);
+        }
+        let newest = held.add(flow(1000));
+        assert!(held.places.len() == 2 && held.opened.len() <= 4, "{held:?}");
+        assert_eq!((held.oldest(), held.by_age().count()), (Some(oldest), 2));
+        held.remove(oldest);
+        assert_eq!(held.oldest(), Some(newest));
+    }
+
+    #[test]
+    fn what_is_due_is_handed_out_once_in_order() {
+        let mut held = Held::default();
+        let (one, other) = (held.add(flow(1)), held.add(flow(2)));
+        held.set_due(one, 30);
+        held.set_due(other, 20);
+        assert_eq!((held.first_due(), held.take_due(10)), (Some(20), None));
+        assert_eq!(
+            (held.take_due(40), held.take_due(40), held.take_due(40)),
+            (Some((20, other)), Some((30, one)), None)
+        );
+        held.set_due(other, 50);
+        held.remove(one);
+        held.remove(other);
+        assert!(held.is_clean());
+    }
+}
