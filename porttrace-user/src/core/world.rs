@@ -187,7 +187,12 @@ impl<'a> World<'a> {
         candidates.extend(
             self.facts.state.routes.iter().flatten().filter(|route| is_host(route)).map(|route| route.dst.addr()),
         );
-        candidates.retain(|address| Family::of(*address) == family && self.facts.is_own(*address) != Some(true));
+        // A link-local address is every interface's, whether or not anybody uses IPv6, and reaches no further.
+        let counts = |address: &IpAddr| match address {
+            IpAddr::V4(four) => family == Family::V4 && !four.is_link_local(),
+            IpAddr::V6(six) => family == Family::V6 && !six.is_unicast_link_local(),
+        };
+        candidates.retain(|address| counts(address) && self.facts.is_own(*address) != Some(true));
         candidates.sort_unstable();
         candidates.dedup();
         let behind = |address| {
