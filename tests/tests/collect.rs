@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use porttrace_tests::netns::Netns;
 use porttrace_tests::privilege::may_run;
-use porttrace_user::collect::{conntrack, live, netlink, ruleset, snapshot};
+use porttrace_user::collect::{conntrack, live, netlink, nftables, ruleset, snapshot};
 use porttrace_user::core::model::flow::{Family, Proto};
 use porttrace_user::core::model::rules::Ruleset;
 use porttrace_user::core::model::state::{Address, ConntrackEntry, Link, Neighbour, NodeState, PolicyRule, RouteEntry};
@@ -340,5 +340,45 @@ fn a_fingerprint_changes_with_the_rules() -> Result<()> {
     let (sets, problems) = netns.run_in(ruleset::read_all)?;
     assert_eq!(sets.len(), 2);
     assert_eq!(problems, []);
+    Ok(())
+}
+
+/// Base chains of every type and IP family, beside those that IP packets do not meet or that say nothing.
+const NATIVE: &str = "
+add table ip kube-proxy
+add chain ip kube-proxy nat-prerouting { type nat hook prerouting priority -100; }
+add chain ip kube-proxy nat-postrouting { type nat hook postrouting priority 100; }
+add chain ip kube-proxy services
+add chain ip kube-proxy empty { type filter hook output priority 0; }
+add chain ip kube-proxy closed { type filter hook forward priority 5; policy drop; }
+add rule ip kube-proxy nat-prerouting jump services
+add rule ip kube-proxy nat-postrouting accept
+add table inet fw
+add chain inet fw marking { type route hook output priority -150; }
+add chain inet fw guard { type filter hook input priority -10; }
+add rule inet fw marking meta mark set 1
+add rule inet fw guard accept
+add table bridge b
+add chain bridge b in { type filter hook input priority 0; }
+add rule bridge b in accept
+";
+
+#[test]
+fn netlink_says_which_native_base_chains_there_are() -> Result<()> {
+    if !may_run("collecting in a namespace") {
+        return Ok(());
+    }
+    let netns = Netns::new("collect-native")?;
+    netns.exec_with(["nft", "-f", "-"], NATIVE)?;
+    netns.exec(["iptables-nft", "-t", "nat", "-A", "PREROUTING", "-j", "ACCEPT"])?;
+    let found = netns.run_in(nftables::bases)??;
+    let mut told = parse::nftables::bases_of_ruleset(&netns.exec(["nft", "-j", "list", "ruleset"])?)?;
+    told.retain(|base| base.chain != "empty");
+    told.sort();
+    assert_eq!(found, told);
+    let state = netns.run_in(|| live::node(live::Options::default()).state)?;
+    assert_eq!((&state.native, state.native_dnat().as_deref()), (&found, Some("ip kube-proxy")));
+    let names: Vec<&str> = found.iter().map(|base| base.chain.as_str()).collect();
+    assert_eq!(names, ["guard", "marking", "closed", "nat-postrouting", "nat-prerouting"]);
     Ok(())
 }

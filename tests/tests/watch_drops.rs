@@ -143,6 +143,53 @@ fn a_rule_that_drops_the_answer_is_named() {
     assert!(text(&told).ends_with("never left towards the client; predicted: a blackhole route"), "{}", text(&told));
 }
 
+/// Rules as kube-proxy has them in nftables mode, for two ports that no iptables rule claims.
+const NATIVE: &str = "table ip kube-proxy {
+    map service-nodeports {
+        type inet_proto . inet_service : verdict
+        elements = { tcp . ASTRAY : goto endpoint, tcp . CLOSED : drop }
+    }
+    chain nat-prerouting {
+        type nat hook prerouting priority -100; policy accept;
+        fib daddr type local meta l4proto . th dport vmap @service-nodeports
+    }
+    chain endpoint {
+        meta mark set 0x4000
+        meta l4proto tcp dnat to POD
+    }
+    chain nat-postrouting {
+        type nat hook postrouting priority 100; policy accept;
+        meta mark 0x4000 masquerade fully-random
+    }
+}";
+
+#[test]
+fn what_native_nftables_rules_do_is_seen_and_no_contradiction() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let lab = Lab::up(LabOptions { phase: Phase::Fixed, ..LabOptions::default() }).unwrap();
+    let pod = SocketAddr::from((NODE.pod_v4(FRONTEND), 80));
+    let ports = [("ASTRAY", ASTRAY.to_string()), ("CLOSED", CLOSED.to_string()), ("POD", pod.to_string())];
+    let rules = ports.iter().fold(NATIVE.to_owned(), |rules, (name, value)| rules.replace(name, value));
+    lab.node(NODE).exec_with(["nft", "-f", "-"], &rules).unwrap();
+    let mut watch = watch(&lab);
+
+    let answered = attempt(&lab, &mut watch, Type::STREAM, OUTSIDE_V4, ASTRAY);
+    assert_eq!((&answered.verdict["outcome"], &answered.verdict["agrees"]), (&json!("answered"), &Value::Null));
+    let rewrites: Vec<_> = answered.hops.iter().filter(|hop| hop["kind"] == "rewrite").collect();
+    let seen = |hop: &&Value| hop["certainty"] == "observed";
+    assert!(rewrites.len() == 2 && rewrites.iter().all(seen), "{}", answered.report());
+    assert!(answered.report().contains("nftables table ip kube-proxy may send it elsewhere"), "{}", answered.report());
+
+    let dropped = attempt(&lab, &mut watch, Type::STREAM, OUTSIDE_V4, CLOSED);
+    assert!(text(&dropped).contains("native nftables rules may (ip kube-proxy)"), "{}", dropped.report());
+
+    // And what iptables rules do beside them is still told with them.
+    let plain = attempt(&lab, &mut watch, Type::STREAM, OUTSIDE_V4, HOST_PORT);
+    assert_eq!(plain.verdict["agrees"], true, "{}", plain.report());
+}
+
 /// A packet whose neighbour does not answer waits behind the last hook; the kernel gives up after some seconds.
 #[test]
 fn what_waits_for_its_neighbour_is_told_so() {

@@ -171,6 +171,7 @@ fn rule_texts(found: &mut Found) {
     referred(found, mentions(rulesets::OF_SETS), mentions(rulesets::OF_RECENT));
     found.files.extend(files);
     found.missing.extend(missing);
+    native(found);
 }
 
 /// Rules as values, and what they refer to.
@@ -180,6 +181,15 @@ fn read_rules(found: &mut Found) {
     referred(found, any(|rules| rules.wants_sets), any(|rules| rules.wants_recent));
     found.missing.append(&mut rules.missing);
     found.rules = Some(rules);
+    native(found);
+}
+
+/// Where native nftables rules have a say. That they cannot be listed is said where their tables are asked for.
+fn native(found: &mut Found) {
+    let bases = nftables::bases().unwrap_or_default();
+    if !bases.is_empty() {
+        found.text("nft-hooks.txt", parse::nftables::write(&bases));
+    }
 }
 
 /// What rules refer to: ipsets and recent lists.

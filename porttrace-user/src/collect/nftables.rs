@@ -5,11 +5,14 @@ use super::netlink::socket::{Connection, NetlinkError};
 use super::tool;
 use crate::core::model::cluster::Part;
 use crate::core::model::facts::NativeTable;
+use crate::core::model::state::NativeBase;
 use crate::core::parse;
 use std::collections::BTreeSet;
 
-/// `NFNL_SUBSYS_NFTABLES << 8` with `NFT_MSG_GETTABLE` and `NFT_MSG_GETGEN` (include/uapi/linux/netfilter/nf_tables.h).
+/// `NFNL_SUBSYS_NFTABLES << 8` with `NFT_MSG_GETTABLE`, `NFT_MSG_GETCHAIN` and `NFT_MSG_GETGEN`
+/// (include/uapi/linux/netfilter/nf_tables.h).
 const GET_TABLE: u16 = 0x0a01;
+const GET_CHAIN: u16 = 0x0a04;
 const GET_GENERATION: u16 = 0x0a10;
 
 /// A table's family (`ip`, `ip6`, `inet`, `bridge`, `arp`, `netdev`) and name.
@@ -44,6 +47,40 @@ pub fn tables() -> Result<BTreeSet<Table>, NetlinkError> {
     Ok(tables.into_iter().collect())
 }
 
+/// Base chains of native rules that IP packets meet, but for empty ones.
+///
+/// # Errors
+/// As [`generation`].
+pub fn bases() -> Result<Vec<NativeBase>, NetlinkError> {
+    let mut connection = Connection::open(netlink_sys::protocols::NETLINK_NETFILTER)?;
+    let mut found = connection.dump(GET_CHAIN, &[0; 4], |_, payload| base(payload))?;
+    found.retain(|base| !parse::nftables::is_iptables(&base.family, &base.table));
+    found.sort();
+    Ok(found)
+}
+
+/// One of an answer to `NFT_MSG_GETCHAIN`.
+fn base(payload: &[u8]) -> Option<NativeBase> {
+    /// `NF_ACCEPT`.
+    const ACCEPT: u32 = 1;
+    /// As libnftables calls the hooks of these families (`enum nf_inet_hooks`).
+    const HOOKS: [&str; 5] = ["prerouting", "input", "forward", "output", "postrouting"];
+    let family = family(*payload.first()?);
+    let chain = |wanted: u16| attributes(payload.get(4..)?).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
+    let text = |value: &[u8]| {
+        let name = value.split(|byte| *byte == 0).next().unwrap_or_default();
+        String::from_utf8_lossy(name).into_owned()
+    };
+    // NFTA_CHAIN_TABLE, _NAME, _HOOK, _POLICY, _USE, _TYPE
+    let (table, name, hook, kind) = (text(chain(1)?), text(chain(3)?), chain(4)?, text(chain(7)?));
+    let does_nothing = chain(6).and_then(be32) == Some(0) && chain(5).and_then(be32) == Some(ACCEPT);
+    // NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY
+    let of_hook = |wanted| attributes(hook).find(|(kind, _)| *kind == wanted).and_then(|(_, value)| be32(value));
+    let at = HOOKS.get(usize::try_from(of_hook(1)?).ok()?)?;
+    let priority = of_hook(2).map(u32::cast_signed);
+    if does_nothing { None } else { parse::nftables::base([family, &table, &name, &kind, at], priority) }
+}
+
 /// portmap's tables of native rules; `nft` is run only where there are any.
 pub fn portmap() -> Part<Vec<NativeTable>> {
     let tables = match tables() {
@@ -62,7 +99,7 @@ pub fn portmap() -> Part<Vec<NativeTable>> {
 
 /// Whether iptables-nft keeps its rules in a table of this name.
 pub fn is_iptables((family, name): &Table) -> bool {
-    matches!(*family, "ip" | "ip6") && matches!(name.as_str(), "raw" | "mangle" | "nat" | "filter" | "security")
+    parse::nftables::is_iptables(family, name)
 }
 
 /// `NFPROTO_*`.

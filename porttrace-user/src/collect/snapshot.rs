@@ -10,12 +10,13 @@ use std::path::{Component, Path, PathBuf};
 use thiserror::Error;
 
 /// The files that make up a snapshot; others in a directory or archive are passed over.
-pub const NAMES: [&str; 34] = [
+pub const NAMES: [&str; 35] = [
     "snapshot.json",
     "iptables-save.txt",
     "iptables-legacy-save.txt",
     "ip6tables-save.txt",
     "ip6tables-legacy-save.txt",
+    "nft-hooks.txt",
     "nft-ruleset.json",
     "nft-ruleset.txt",
     "ip-link.json",

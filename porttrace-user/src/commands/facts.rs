@@ -105,6 +105,12 @@ pub fn missing(facts: &Facts) -> Vec<String> {
     if let Some(network) = ebpf::serving(&facts.state) {
         sentences.push(format!("{}; NodePorts that it serves are not listed", network.sentence()));
     }
+    if let Some(tables) = facts.state.native_dnat() {
+        sentences.push(format!(
+            "native nftables rules (table {tables}) are not followed: what they serve is not listed, and what they send \
+             elsewhere is not foreseen"
+        ));
+    }
     if facts.state.sockets.is_none() {
         sentences.push("the node's own sockets are not known".to_owned());
     }

@@ -144,7 +144,7 @@ pub fn matrix(world: &World<'_>, subject: Subject, outside: Option<IpAddr>) -> R
         .flat_map(|family| clients(world, family, &ways, outside))
         .map(|client| Row { cells: ways.iter().map(|way| cell(world, &client, way)).collect(), client })
         .collect();
-    let doubt = world.replaced().map(Network::sentence);
+    let doubt = world.replaced().map(Network::sentence).or_else(|| world.native_sentence());
     Ok(Matrix { subject, node: world.facts.state.name.clone(), doubt, ways, rows })
 }
 
@@ -173,7 +173,8 @@ pub fn cell(world: &World<'_>, client: &Client, way: &Way) -> Option<Cell> {
 /// a pod of its own.
 pub fn probe_source(world: &World<'_>, client: &Client, way: &Way, reach: &Reach) -> Option<IpAddr> {
     let own = |address: IpAddr| world.facts.is_own(address) == Some(true) || world.behind(address).is_some();
-    let ends_here = if world.replaced().is_some() && way.kind != WayKind::Pod {
+    let rules_decide = world.replaced().is_none() && world.facts.state.native_dnat().is_none();
+    let ends_here = if !rules_decide && way.kind != WayKind::Pod {
         is_served_here(world, way)
     } else {
         let stays = reach.ends.iter().all(|end| own(end.ip()));

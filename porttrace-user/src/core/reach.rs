@@ -87,6 +87,16 @@ fn by_rules(world: &World<'_>, trace: &Trace) -> Reach {
         };
         return Reach { outcome: first.outcome, reason, rule: first.rule.clone(), ends };
     }
+    // Whatever the known ways come to, rules that are not followed may lead elsewhere first.
+    let is_open = |branch: &&Branch| matches!(branch.verdict, Verdict::Unknown { .. });
+    let open = each.iter().zip(&trace.branches).find(|(_, branch)| is_open(branch)).map(|(reach, _)| reach);
+    let mut known = each.iter().zip(&trace.branches).filter(|(_, branch)| !is_open(branch)).map(|(reach, _)| reach);
+    if let (Some(open), Some(one)) = (open, known.next())
+        && known.all(|other| other.outcome == one.outcome)
+    {
+        let else_so = format!("{}; otherwise: {}", open.reason, one.reason);
+        return Reach { outcome: Outcome::Unknown, reason: else_so, rule: one.rule.clone(), ends };
+    }
     let works = each.iter().filter(|one| one.outcome == Outcome::Works).count();
     let worst = each.iter().find(|one| one.outcome != Outcome::Works).unwrap_or(first);
     // What fails in some branches is worth more words than what is not known in others.

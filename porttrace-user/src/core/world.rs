@@ -16,6 +16,10 @@ use std::sync::Arc;
 /// A client's port in predictions: within the ephemeral range of every system.
 const CLIENT_PORT: u16 = 40_000;
 
+/// What to do where native nftables rules may decide.
+pub const NATIVE_ADVICE: &str =
+    "see what they do with it (`nft list ruleset`), and go by what `porttrace watch` observes";
+
 /// [`Facts`] with what is computed from them once.
 #[derive(Debug)]
 pub struct World<'a> {
@@ -71,6 +75,20 @@ impl<'a> World<'a> {
         let network = ebpf::serving(&self.facts.state)?;
         let writes_nftables = self.facts.native.iter().any(|table| table.name == "kube-proxy");
         (!writes_nftables).then_some(network)
+    }
+
+    /// That native nftables rules may send connections elsewhere, and what it costs, in a sentence.
+    pub fn native_sentence(&self) -> Option<String> {
+        let tables = self.facts.state.native_dnat()?;
+        let whose = if self.facts.state.native.iter().any(|base| base.table == "kube-proxy" && base.is_dnat()) {
+            "kube-proxy runs in nftables mode"
+        } else {
+            "native nftables rules may send connections elsewhere"
+        };
+        Some(format!(
+            "{whose} here (table {tables}), which porttrace does not follow yet: what it predicts for Services and ports of this \
+             node may not hold"
+        ))
     }
 
     /// The Services that Kubernetes knows to have this NodePort, whatever the rules say.

@@ -6,6 +6,7 @@
 //! comes after the deadline amends it; its end is reported last.
 
 pub mod alike;
+mod branch;
 pub mod drops;
 pub mod flow;
 pub mod fold;

@@ -1,5 +1,6 @@
 //! One connection told: what was observed, joined with what the rules predict.
 
+use super::branch::{choose, left_open};
 use super::drops::DroppedBy;
 use super::flow::{Flow, Way};
 use super::route::{self, Taken};
@@ -123,13 +124,17 @@ pub struct Story {
     pub is_unexplained: bool,
     /// How an answer that did not get back ends by the rules, where [`Story::tell_answer`] was told.
     pub answer_end: Option<Verdict>,
+    /// Tables of native nftables rules that it may have met, which are not followed.
+    pub unfollowed: Vec<String>,
 }
 
 /// Tells `flow` against `trace`. `all` keeps rules without effect and every packet.
 pub fn tell(flow: &Flow, trace: Option<&Trace>, interfaces: &Interfaces, all: bool) -> Story {
     let taken = Taken::of(flow, interfaces);
     let branch = trace.and_then(|trace| choose(flow, trace, taken.as_ref()));
-    let disagrees = flow.reply.is_some() && branch.is_none() && trace.is_some_and(|trace| !trace.branches.is_empty());
+    let differs = flow.reply.is_some() && branch.is_none() && trace.is_some_and(|trace| !trace.branches.is_empty());
+    let open = trace.and_then(left_open).filter(|_| differs);
+    let disagrees = differs && open.is_none();
     let mut lines = Vec::new();
     let mut seen = observed(flow, all).into_iter().peekable();
     match seen.next_if(|line| matches!(line.what, What::Packet { way: Way::Request, .. }) && !flow.is_local_client()) {
@@ -142,7 +147,17 @@ pub fn tell(flow: &Flow, trace: Option<&Trace>, interfaces: &Interfaces, all: bo
         None => {}
     }
     match (branch, trace) {
-        (Some(branch), _) => lines.extend(predicted(flow, branch, taken.as_ref(), interfaces, all)),
+        (Some(branch), _) => {
+            lines.extend(predicted(flow, branch, taken.as_ref(), interfaces, all));
+            if flow.reply.is_some_and(|reply| reply.dst != branch.reply_tuple.dst) {
+                lines.extend(rewrites(flow, Certainty::Observed).into_iter().filter(is_snat));
+            }
+        }
+        (None, _) if let Some(open) = open => {
+            lines.push(note(open));
+            lines.extend(rewrites(flow, Certainty::Observed));
+            lines.extend(taken.map(Taken::line));
+        }
         (None, Some(trace)) if disagrees => {
             lines.extend(disagreement(flow, trace));
             lines.extend(taken.map(Taken::line));
@@ -157,33 +172,10 @@ pub fn tell(flow: &Flow, trace: Option<&Trace>, interfaces: &Interfaces, all: bo
         }
     }
     lines.extend(seen);
-    let story = Story { lines, branch: branch.cloned(), disagrees, is_unexplained: false, answer_end: None };
+    let unfollowed = trace.map(|trace| trace.unfollowed.tables.clone()).unwrap_or_default();
+    let story =
+        Story { lines, branch: branch.cloned(), disagrees, is_unexplained: false, answer_end: None, unfollowed };
     story.with_dropper().with_unexplained(flow, trace, interfaces)
-}
-
-/// The branch that did what conntrack says was done (where several did, the one whose route was taken); without conntrack the
-/// only branch, or the one that fits a sighting.
-fn choose<'t>(flow: &Flow, trace: &'t Trace, taken: Option<&Taken>) -> Option<&'t Branch> {
-    let routed = |branch: &Branch| taken.is_some_and(|taken| taken.ends(branch));
-    let by_probability = |a: &&Branch, b: &&Branch| {
-        routed(a).cmp(&routed(b)).then(a.probability.as_f64().total_cmp(&b.probability.as_f64()))
-    };
-    if let Some(reply) = flow.reply {
-        return trace
-            .branches
-            .iter()
-            .filter(|branch| {
-                let predicted = branch.reply_tuple;
-                // MASQUERADE may take another source port (nf_nat_core.c, get_unique_tuple), so ports decide only for DNAT.
-                predicted.source() == reply.source() && predicted.dst == reply.dst
-            })
-            .max_by(by_probability);
-    }
-    if let [only] = trace.branches.as_slice() {
-        return Some(only);
-    }
-    let left = flow.seen(Way::Request).filter(|seen| seen.event.kind == Kind::TcEgress).last()?.event.packet?;
-    trace.branches.iter().filter(|branch| branch.final_tuple.destination() == left.destination()).max_by(by_probability)
 }
 
 fn note(text: String) -> Line {
@@ -276,6 +268,10 @@ fn rewrites(flow: &Flow, certainty: Certainty) -> Vec<Line> {
         }
     }
     lines
+}
+
+const fn is_snat(line: &Line) -> bool {
+    matches!(line.what, What::Rewrite { manip: Manip::Snat, .. })
 }
 
 /// When a half of NAT was first seen done.

@@ -106,14 +106,19 @@ pub(super) fn trace(final_tuple: &str) -> Trace {
         probability: Fraction::ONE,
         final_tuple: tuple(final_tuple),
         reply_tuple: tuple(final_tuple).inverted(),
-        verdict: Verdict::Unknown { because: "a test".into(), by: None },
+        verdict: Verdict::Delivered { to: tuple(final_tuple), listening: None },
         decisions: Decisions::new(),
         hops: Default::default(),
         masquerade: false,
         sport_chosen: false,
         out_interface: None,
     };
-    Trace { packet: Packet::first_of(tuple(CLIENT), None), branches: vec![branch], assumptions: Vec::new() }
+    Trace {
+        packet: Packet::first_of(tuple(CLIENT), None),
+        branches: vec![branch],
+        assumptions: Vec::new(),
+        unfollowed: Default::default(),
+    }
 }
 
 #[test]

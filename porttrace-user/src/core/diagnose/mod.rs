@@ -116,7 +116,7 @@ impl<'f> Scene<'_, 'f> {
 type Check = (&'static str, fn(&Scene<'_, '_>) -> Checked);
 
 /// All checks.
-const CHECKS: [Check; 32] = [
+const CHECKS: [Check; 33] = [
     ("no-listener", listeners::no_listener),
     ("listens-on-loopback-only", listeners::loopback_only),
     ("stale-hostport", stale::stale),
@@ -149,6 +149,7 @@ const CHECKS: [Check; 32] = [
     ("legacy-and-nft-rules", tables::both_flavours),
     ("kube-proxy-replaced", tables::replaced),
     ("ipvs-not-followed", tables::ipvs),
+    ("nftables-not-followed", tables::native),
 ];
 
 /// The ids of all checks, in the order of docs/findings.md.

@@ -6,7 +6,7 @@ use crate::core::kube::owners::{Claim, ClaimKind};
 use crate::core::model::flow::{Family, Proto};
 use crate::core::model::state::ConntrackEntry;
 use crate::core::model::trace::Flavour;
-use crate::core::world::World;
+use crate::core::world::{NATIVE_ADVICE, World};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
@@ -172,6 +172,18 @@ pub(super) fn replaced(scene: &Scene<'_, '_>) -> Checked {
     let cause = format!("{} serves {} in eBPF, and kube-proxy has no rules", network.name(), network.serves());
     let finding = Finding::new(Severity::Warning, network.sentence(), network.advice().to_owned());
     Ok(vec![finding.because(cause).with(evidence).of_node()])
+}
+
+/// Native nftables rules may decide where connections go, and are not followed.
+pub(super) fn native(scene: &Scene<'_, '_>) -> Checked {
+    let world = scene.world;
+    let Some(sentence) = world.native_sentence() else { return Ok(Vec::new()) };
+    let bases = world.facts.state.native.iter().filter(|base| base.is_dnat());
+    let evidence = bases.map(|base| {
+        let place = format!("nftables {} {}", base.table(), base.chain);
+        Evidence::new("rule", place, format!("type {} hook {} priority {}", base.kind, base.hook, base.priority))
+    });
+    Ok(vec![Finding::new(Severity::Warning, sentence, NATIVE_ADVICE.to_owned()).with(evidence).of_node()])
 }
 
 /// kube-proxy in IPVS mode: the kernel's virtual servers decide, which are not followed.

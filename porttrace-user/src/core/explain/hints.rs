@@ -3,7 +3,7 @@
 use super::Line;
 use crate::core::model::flow::{Family, Proto};
 use crate::core::reach::{self, Outcome, Reach};
-use crate::core::world::World;
+use crate::core::world::{NATIVE_ADVICE, World};
 use std::collections::BTreeSet;
 
 /// What the number may be instead.
@@ -19,8 +19,10 @@ pub(super) fn unclaimed(world: &World<'_>, port: u16, proto: Option<Proto>, node
 fn without_rules(world: &World<'_>, port: u16, proto: Option<Proto>, node: &str) -> Vec<Line> {
     let sockets = if world.facts.state.sockets.is_some() { ", and no process of the node listens on it" } else { "" };
     let network = world.replaced();
-    let outcome = if network.is_some() { Outcome::Unknown } else { Outcome::Refused };
-    let change = network.map(|network| network.advice().to_owned());
+    let native = world.facts.state.native_dnat();
+    let outcome = if network.is_some() || native.is_some() { Outcome::Unknown } else { Outcome::Refused };
+    let ask_nft = || native.as_ref().map(|_| NATIVE_ADVICE.to_owned());
+    let change = network.map(|network| network.advice().to_owned()).or_else(ask_nft);
     let line = |sentence| Line { outcome, sentence, change: change.clone() };
     let node_ports = world.with_node_port(port, proto).map(|(service, of)| {
         let place = format!("{} {port} on {node} is NodePort of Service {}", of.proto, service.name);
@@ -28,7 +30,10 @@ fn without_rules(world: &World<'_>, port: u16, proto: Option<Proto>, node: &str)
             Some(network) => {
                 format!("{place}, which {} serves in eBPF: no rule tells what a client meets{sockets}", network.name())
             }
-            None => format!("{place}, but no rule of this node serves it{sockets}"),
+            None => match &native {
+                Some(tables) => format!("{place}; no iptables rule serves it{sockets}; {}", may_serve(tables)),
+                None => format!("{place}, but no rule of this node serves it{sockets}"),
+            },
         })
     });
     let mut lines: Vec<Line> = node_ports.collect();
@@ -42,10 +47,19 @@ fn without_rules(world: &World<'_>, port: u16, proto: Option<Proto>, node: &str)
                 network.name(),
                 network.serves()
             ),
-            None => format!("nobody claims port {port} on {node}: it is no NodePort and no hostPort{sockets}"),
+            None => match &native {
+                Some(tables) => {
+                    format!("no iptables rule of {node} claims port {port}{sockets}; {}", may_serve(tables))
+                }
+                None => format!("nobody claims port {port} on {node}: it is no NodePort and no hostPort{sockets}"),
+            },
         }));
     }
     lines
+}
+
+fn may_serve(tables: &str) -> String {
+    format!("native nftables rules may ({tables}), which are not followed")
 }
 
 /// Where rules of neither kube-proxy nor portmap rewrite what comes to it from outside.

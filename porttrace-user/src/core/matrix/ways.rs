@@ -102,7 +102,7 @@ fn without_rules(world: &World<'_>, port: u16, proto: Option<Proto>, ways: &mut 
     for (service, of) in &known {
         on_node(of.proto, format!("NodePort {port} of Service {}, by no rule", service.name));
     }
-    if known.is_empty() && world.replaced().is_some() {
+    if known.is_empty() && (world.replaced().is_some() || world.facts.state.native_dnat().is_some()) {
         on_node(proto.unwrap_or(Proto::Tcp), "claimed by no rule".to_owned());
     }
     for (service, _) in known {

@@ -3,9 +3,9 @@
 
 use super::flow::{Direction, Family, Proto, Tuple};
 use super::rules::Ruleset;
-use super::trace::RouteKind;
+use super::trace::{Hook, RouteKind};
 use ipnet::IpNet;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -35,10 +35,60 @@ pub struct NodeState {
     pub neighbours: Option<Vec<Neighbour>>,
     /// What IPVS takes for itself; empty where the kernel has no IPVS.
     pub ipvs: Option<Vec<VirtualServer>>,
+    /// Where native nftables rules have a say; what they say is not followed.
+    pub native: Vec<NativeBase>,
     /// Packets that the kernel dropped, by its own counts.
     pub drops: DropCounts,
     /// What could not be read or understood, each a sentence with its place.
     pub diagnostics: Vec<Diagnostic>,
+}
+
+impl NodeState {
+    /// The tables of native nftables rules that may send connections elsewhere, in a row; `None` where there are none.
+    pub fn native_dnat(&self) -> Option<String> {
+        let tables: BTreeSet<String> =
+            self.native.iter().filter(|base| base.is_dnat()).map(NativeBase::table).collect();
+        (!tables.is_empty()).then(|| tables.into_iter().collect::<Vec<_>>().join(", "))
+    }
+}
+
+/// A base chain of native nftables rules, in a table of IPv4, IPv6 or both.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct NativeBase {
+    /// `ip`, `ip6`, `inet`.
+    pub family: String,
+    pub table: String,
+    pub chain: String,
+    /// `filter`, `nat`, `route`.
+    pub kind: String,
+    pub hook: Hook,
+    pub priority: i32,
+}
+
+impl NativeBase {
+    /// Whether packets of the family meet it.
+    pub fn meets(&self, family: Family) -> bool {
+        match self.family.as_str() {
+            "ip" => family == Family::V4,
+            "ip6" => family == Family::V6,
+            _ => true,
+        }
+    }
+
+    /// Whether it may send connections elsewhere.
+    pub fn is_dnat(&self) -> bool {
+        self.kind == "nat" && matches!(self.hook, Hook::Prerouting | Hook::Output)
+    }
+
+    /// Whether it may give connections another source.
+    pub fn is_snat(&self) -> bool {
+        self.kind == "nat" && !self.is_dnat()
+    }
+
+    /// `ip kube-proxy`.
+    pub fn table(&self) -> String {
+        format!("{} {}", self.family, self.table)
+    }
 }
 
 /// Packets of all ports that were dropped in this network namespace since it was made; `None`: not counted, or not told.

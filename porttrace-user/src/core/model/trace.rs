@@ -382,6 +382,18 @@ pub struct Trace {
     pub branches: Vec<Branch>,
     /// What the model had to take for granted, in sentences (parts of the state that were missing, …).
     pub assumptions: Vec<String>,
+    /// What the packet may meet that is not followed; said in words among the assumptions and branches.
+    #[serde(skip)]
+    pub unfollowed: Unfollowed,
+}
+
+/// Native nftables rules that a packet may meet.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Unfollowed {
+    /// Family and name of each: `ip kube-proxy`.
+    pub tables: Vec<String>,
+    /// They may give the connection another source.
+    pub may_snat: bool,
 }
 
 #[cfg(test)]

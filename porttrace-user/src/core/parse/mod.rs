@@ -15,6 +15,7 @@ mod iptables_targets;
 pub mod ipvs;
 pub mod kube_proxy;
 pub mod listing;
+pub mod nftables;
 pub mod notes;
 pub mod objects;
 pub mod paste;

@@ -2,10 +2,10 @@
 
 use super::notes::Notes;
 use super::rulesets::FileRules;
-use super::{conntrack, drops, iproute, ipset, ipvs, recent, rulesets, sockets, sysctl};
+use super::{conntrack, drops, iproute, ipset, ipvs, nftables, recent, rulesets, sockets, sysctl};
 use crate::core::model::flow::Family;
 use crate::core::model::rules::Ruleset;
-use crate::core::model::state::{Diagnostic, NodeState, PolicyRule, RouteEntry, VirtualServer};
+use crate::core::model::state::{Diagnostic, NativeBase, NodeState, PolicyRule, RouteEntry, VirtualServer};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -78,6 +78,7 @@ fn with_rules(files: &Files, (rulesets, diagnostics): (Vec<Ruleset>, Vec<Diagnos
         sockets: reader.part("ss.txt", "which ports the node itself listens on is unknown", |text, notes| {
             Some(sockets::sockets(text, notes))
         }),
+        native: reader.native(),
         drops: drops::counts(reader.text("nf_conntrack.txt").as_deref(), reader.text("netstat.txt").as_deref()),
         ..NodeState::default()
     };
@@ -211,6 +212,23 @@ impl<'a> Reader<'a> {
         let mut notes = Notes::new(name);
         let found = ipvs::servers(&self.text(name)?, &mut notes);
         self.diagnostics.extend(notes.finish());
+        found
+    }
+
+    /// The kernel's base chains, or those of what nft printed. Nothing is said where there is neither: most nodes have none.
+    fn native(&mut self) -> Vec<NativeBase> {
+        const HOOKS: &str = "nft-hooks.txt";
+        const RULESET: &str = "nft-ruleset.json";
+        let (mut hooks, mut ruleset) = (Notes::new(HOOKS), Notes::new(RULESET));
+        let found = match (self.text(HOOKS), self.text(RULESET)) {
+            (Some(text), _) => nftables::bases(&text, &mut hooks),
+            (None, Some(text)) => nftables::bases_of_ruleset(&text).unwrap_or_else(|error| {
+                ruleset.add(error.line(), format!("not understood: {error}"));
+                Vec::new()
+            }),
+            (None, None) => Vec::new(),
+        };
+        self.diagnostics.extend(hooks.finish().into_iter().chain(ruleset.finish()));
         found
     }
 

@@ -4,6 +4,7 @@ use super::client_port;
 use super::config::Config;
 use super::index::{Index, LONG};
 use super::ipvs::Ipvs;
+use super::native;
 use super::orders;
 use super::routing::Routing;
 use super::sets::Sets;
@@ -11,7 +12,7 @@ use crate::core::kube::ebpf::{self, Network};
 use crate::core::model::flow::Family;
 use crate::core::model::name::Name;
 use crate::core::model::rules::{Chain, Ruleset};
-use crate::core::model::state::{NodeState, RecentEntry};
+use crate::core::model::state::{NativeBase, NodeState, RecentEntry};
 use crate::core::model::steps::{Lists, RuleAt};
 use crate::core::model::trace::{Chains, Flavour, Hook, RuleRef};
 use foldhash::HashMap;
@@ -31,6 +32,7 @@ pub struct Simulator {
     pub(super) config: Config,
     pub(super) sets: Sets,
     pub(super) ipvs: Ipvs,
+    pub(super) native: Vec<NativeBase>,
     pub(super) recent: Option<BTreeMap<String, Vec<RecentEntry>>>,
     /// Tables in which the order of the two iptables flavours decides and is not known, for IPv4 and IPv6.
     open_orders: [u8; 2],
@@ -59,6 +61,8 @@ pub(super) enum Entry {
     /// `ip_vs_remote_request` at LOCAL_IN, priority 99, and `ip_vs_local_request` at LOCAL_OUT, priority -98
     /// (net/netfilter/ipvs/ip_vs_core.c, `ip_vs_ops4`).
     Ipvs,
+    /// A base chain of native nftables rules that may send connections elsewhere: a place in [`Simulator::native`].
+    Native(u16),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -121,12 +125,14 @@ impl Simulator {
         let open_orders = [Family::V4, Family::V6].map(|family| orders::open(&tables, family));
         let ipvs = Ipvs::new(state);
         assumptions.extend(ipvs.in_use());
+        assumptions.extend(native::sentences(&state.native));
         assumptions.extend(ebpf::serving(state).map(Network::sentence));
         Self {
             timelines: (0..=open_orders[0] | open_orders[1])
-                .map(|order| timeline(&tables, order, ipvs.in_use().is_some()))
+                .map(|order| timeline(&tables, order, ipvs.in_use().is_some(), &state.native))
                 .collect(),
             ipvs,
+            native: state.native.clone(),
             open_orders,
             lists: Arc::new(Lists {
                 tables: tables.iter().map(|table| Arc::clone(&table.chains)).collect(),
@@ -207,7 +213,7 @@ pub(super) fn base_chains(tables: &[TableData], family: Family, hook: Hook) -> V
     found
 }
 
-fn timeline(tables: &[TableData], order: u8, ipvs: bool) -> Timeline {
+fn timeline(tables: &[TableData], order: u8, ipvs: bool, native: &[NativeBase]) -> Timeline {
     let mut timeline = Timeline::default();
     for family in [Family::V4, Family::V6] {
         for hook in HOOKS {
@@ -215,13 +221,14 @@ fn timeline(tables: &[TableData], order: u8, ipvs: bool) -> Timeline {
             let turned = |base: &BaseChain| order & orders::bit(&tables[usize::from(base.table)].name) != 0;
             let place = |base: &BaseChain| if turned(base) { u16::MAX - base.table } else { base.table };
             chains.sort_by_key(|(priority, base)| (*priority, place(base)));
-            timeline[slot(family, hook)] = entries(hook, &chains, ipvs);
+            timeline[slot(family, hook)] = entries(hook, &chains, ipvs, &native::dnat(native, family, hook));
         }
     }
     timeline
 }
 
-fn entries(hook: Hook, chains: &[(i32, BaseChain)], ipvs: bool) -> Vec<Entry> {
+/// `native`: chains of type nat, which are asked beside those of the NAT step; which of them first is not known.
+fn entries(hook: Hook, chains: &[(i32, BaseChain)], ipvs: bool, native: &[u16]) -> Vec<Entry> {
     let tracked = matches!(hook, Hook::Prerouting | Hook::Output);
     let nat = match hook {
         Hook::Prerouting | Hook::Output => Some(-100),
@@ -245,6 +252,7 @@ fn entries(hook: Hook, chains: &[(i32, BaseChain)], ipvs: bool) -> Vec<Entry> {
         Some((nat, step)) => {
             let takes = |at: Hook| (ipvs && hook == at).then_some(Entry::Ipvs);
             entries.extend(plain(-200, nat).chain(takes(Hook::Input)));
+            entries.extend(native.iter().map(|place| Entry::Native(*place)));
             entries.push(step);
             entries.extend(takes(Hook::Output).into_iter().chain(plain(nat, i32::MAX)));
         }

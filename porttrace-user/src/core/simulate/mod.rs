@@ -16,6 +16,7 @@ mod ipvs;
 mod matches;
 mod nat;
 mod nat_hash;
+mod native;
 mod orders;
 mod output;
 mod path;
@@ -67,7 +68,8 @@ impl Simulator {
         let next = run.receive(&mut walk);
         run.follow(walk, next);
         let assumptions = run.assumptions.into_iter().map(Into::into).collect();
-        Trace { packet: packet.clone(), branches: run.branches, assumptions }
+        let unfollowed = native::unfollowed(&self.native, packet.tuple.family());
+        Trace { packet: packet.clone(), branches: run.branches, assumptions, unfollowed }
     }
 }
 

@@ -141,6 +141,7 @@ impl<'s> Run<'s> {
             }
             Some(Entry::Nat(chains)) => self.nat(walk, chains),
             Some(Entry::Ipvs) => self.ipvs(walk),
+            Some(Entry::Native(place)) => self.native(walk, *place),
         }
     }
 
@@ -291,7 +292,7 @@ impl<'s> Run<'s> {
     }
 
     /// Ends a walk.
-    fn finish(&mut self, mut walk: Box<Walk<'s>>, verdict: Verdict) {
+    pub(super) fn finish(&mut self, mut walk: Box<Walk<'s>>, verdict: Verdict) {
         let arrived = matches!(verdict, Verdict::Delivered { .. } | Verdict::Forwarded { .. });
         if arrived {
             walk.way_back();

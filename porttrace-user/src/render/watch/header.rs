@@ -79,9 +79,16 @@ fn what_it_is(owners: &Owners, port: u16) -> Vec<(String, String)> {
         let what = "no hostPort, NodePort or Service port, but a DNAT rule of another kind may send it to";
         claims.insert(0, (port.to_string(), format!("{what} {}{more}", said.join(" or "))));
     } else if claims.is_empty() {
-        let what =
-            "no rule of this node claims it (as hostPort, NodePort or Service port), and no process listens on it";
-        claims.push((port.to_string(), what.to_owned()));
+        let what = "claims it (as hostPort, NodePort or Service port), and no process listens on it";
+        claims.push((
+            port.to_string(),
+            match &owners.native {
+                Some(tables) => format!(
+                    "no iptables rule of this node {what}; native nftables rules may ({tables}), which are not followed"
+                ),
+                None => format!("no rule of this node {what}"),
+            },
+        ));
     }
     claims
 }
@@ -209,6 +216,8 @@ mod tests {
     use crate::core::model::state::NodeState;
     use crate::core::model::trace::Flavour;
     use crate::core::parse::iptables::parse;
+    use crate::core::parse::nftables::bases;
+    use crate::core::parse::notes::Notes;
     use std::sync::Arc;
 
     #[test]
@@ -223,5 +232,14 @@ COMMIT
         let said = |port| what_it_is(&owners, port).into_iter().map(|(_, text)| text).collect::<Vec<_>>().join("\n");
         assert!(said(9088).ends_with("a DNAT rule of another kind may send it to 10.99.1.9:80"), "{}", said(9088));
         assert!(said(9099).starts_with("no rule of this node claims it"), "{}", said(9099));
+    }
+
+    #[test]
+    fn where_native_rules_may_claim_a_port_nobody_says_that_none_does() {
+        let hooks = "ip kube-proxy nat-prerouting nat prerouting -100";
+        let native = bases(hooks, &mut Notes::new("nft-hooks.txt"));
+        let owners = Owners::of(&NodeState { native, ..NodeState::default() });
+        let [(_, said)] = what_it_is(&owners, 9088).try_into().expect("one line");
+        assert!(said.ends_with("native nftables rules may (ip kube-proxy), which are not followed"), "{said}");
     }
 }

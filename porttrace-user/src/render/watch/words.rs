@@ -191,7 +191,13 @@ fn kernel_reason(name: &str, report: &Report) -> Option<String> {
         "IP_LOCAL_SOURCE" | "IP_INVALID_SOURCE" | "IP_LOCALNET" => {
             "a martian address (127/8 needs route_localnet)".to_owned()
         }
-        "NETFILTER_DROP" => "netfilter, and no rule that porttrace read explains it".to_owned(),
+        "NETFILTER_DROP" => match report.story.unfollowed.as_slice() {
+            [] => "netfilter, and no rule that porttrace read explains it".to_owned(),
+            tables => format!(
+                "netfilter, and no iptables rule explains it; native nftables rules may ({}), which are not followed",
+                tables.join(", ")
+            ),
+        },
         "NEIGH_FAILED" | "NEIGH_QUEUEFULL" | "NEIGH_DEAD" => format!("{} does not answer on its link", to.ip()),
         "PKT_TOO_BIG" => "it is too big for the next link".to_owned(),
         "XFRM_POLICY" => "an IPsec policy".to_owned(),
