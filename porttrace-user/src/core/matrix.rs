@@ -173,8 +173,7 @@ pub fn cell(world: &World<'_>, client: &Client, way: &Way) -> Option<Cell> {
 /// a pod of its own.
 pub fn probe_source(world: &World<'_>, client: &Client, way: &Way, reach: &Reach) -> Option<IpAddr> {
     let own = |address: IpAddr| world.facts.is_own(address) == Some(true) || world.behind(address).is_some();
-    let rules_decide = world.replaced().is_none() && world.facts.state.native_dnat().is_none();
-    let ends_here = if !rules_decide && way.kind != WayKind::Pod {
+    let ends_here = if !world.rules_decide() && way.kind != WayKind::Pod {
         is_served_here(world, way)
     } else {
         let stays = reach.ends.iter().all(|end| own(end.ip()));

@@ -77,6 +77,16 @@ impl<'a> World<'a> {
         (!writes_nftables).then_some(network)
     }
 
+    /// Whether nothing but the rules that are followed decides where connections to this node's ports and to Services go.
+    pub fn rules_decide(&self) -> bool {
+        self.replaced().is_none() && self.facts.state.native_dnat().is_none()
+    }
+
+    /// Who does not do what no rule that is followed does.
+    pub fn no_rule(&self) -> &'static str {
+        if self.facts.state.native_dnat().is_some() { "no iptables rule" } else { "no rule" }
+    }
+
     /// That native nftables rules may send connections elsewhere, and what it costs, in a sentence.
     pub fn native_sentence(&self) -> Option<String> {
         let tables = self.facts.state.native_dnat()?;

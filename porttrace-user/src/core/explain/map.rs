@@ -308,8 +308,8 @@ fn host_ports(world: &World<'_>, address: IpAddr) -> Vec<Word> {
                     format!("{number}/{}", port.proto),
                     format!("pod spec, container {}", container.name),
                 );
-                word.agrees = Some(false);
-                word.note = "no rule implements it".to_owned();
+                word.agrees = world.rules_decide().then_some(false);
+                word.note = format!("{} implements it", world.no_rule());
                 words.push(word);
             }
         }

@@ -100,10 +100,10 @@ fn without_rules(world: &World<'_>, port: u16, proto: Option<Proto>, ways: &mut 
     };
     let known: Vec<_> = world.with_node_port(port, proto).collect();
     for (service, of) in &known {
-        on_node(of.proto, format!("NodePort {port} of Service {}, by no rule", service.name));
+        on_node(of.proto, format!("NodePort {port} of Service {}, by {}", service.name, world.no_rule()));
     }
-    if known.is_empty() && (world.replaced().is_some() || world.facts.state.native_dnat().is_some()) {
-        on_node(proto.unwrap_or(Proto::Tcp), "claimed by no rule".to_owned());
+    if known.is_empty() && !world.rules_decide() {
+        on_node(proto.unwrap_or(Proto::Tcp), format!("claimed by {}", world.no_rule()));
     }
     for (service, _) in known {
         let _ = of_service_ports(world, &service.name, ways, Some(port));
