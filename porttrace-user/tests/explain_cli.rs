@@ -54,27 +54,53 @@ fn services_pods_and_ports_with_several_owners() {
     insta::assert_snapshot!("matrix_frontend", text(&["matrix", "svc/frontend", "--snapshot", FIXED]));
 }
 
-/// Somebody's own DNAT rule is no hostPort, and the port is not nobody's.
-#[test]
-fn a_port_that_other_rules_take_is_not_refused() {
+/// What is said of a port of the recorded node with some files changed: `change` gets each name with its text, and `more` are beside
+/// them.
+fn told_of(port: &str, change: impl Fn(&Path, String) -> String, more: &[(&str, &str)]) -> String {
     let recorded = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/cases/recorded").join(&FIXED[1..]);
     let node = tempfile::tempdir().expect("a directory");
     for entry in std::fs::read_dir(recorded).expect("the recorded node") {
         let path = entry.expect("a file").path();
-        let mut text = std::fs::read_to_string(&path).expect("text");
-        if path.ends_with("iptables-save.txt") {
-            let (before, after) = text.split_once("-A PREROUTING").expect("rules of nat PREROUTING");
-            assert!(before.contains("*nat"));
-            let own = "-A PREROUTING -p tcp -m tcp --dport 12345 -j DNAT --to-destination 10.244.1.9:80";
-            text = format!("{before}{own}\n-A PREROUTING{after}");
-        }
+        let text = change(&path, std::fs::read_to_string(&path).expect("text"));
         std::fs::write(node.path().join(path.file_name().expect("a name")), text).expect("a copy");
     }
-    let told = text(&["explain", "12345", "--snapshot", node.path().to_str().expect("UTF-8")]);
-    let plain = told.split_whitespace().collect::<Vec<_>>().join(" ");
+    for (name, text) in more {
+        std::fs::write(node.path().join(name), text).expect("a file");
+    }
+    let told = text(&["explain", port, "--snapshot", node.path().to_str().expect("UTF-8")]);
+    told.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Somebody's own DNAT rule is no hostPort, and the port is not nobody's.
+#[test]
+fn a_port_that_other_rules_take_is_not_refused() {
+    let own = "-A PREROUTING -p tcp -m tcp --dport 12345 -j DNAT --to-destination 10.244.1.9:80";
+    let with_own = |path: &Path, text: String| match text.split_once("-A PREROUTING") {
+        Some((before, after)) if path.ends_with("iptables-save.txt") => {
+            assert!(before.contains("*nat"));
+            format!("{before}{own}\n-A PREROUTING{after}")
+        }
+        _ => text,
+    };
+    let told = told_of("12345", with_own, &[]);
     let line = "tcp 12345 on worker3 is no NodePort and no hostPort, but other rules take it:";
-    assert!(plain.contains(&format!("{line} it goes on to 10.244.1.9 by ")), "{told}");
-    assert!(!plain.contains("nobody claims"), "{told}");
+    assert!(told.contains(&format!("{line} it goes on to 10.244.1.9 by ")), "{told}");
+    assert!(!told.contains("nobody claims"), "{told}");
+}
+
+/// Nor is one nobody's that IPVS or native nftables rules may serve.
+#[test]
+fn a_port_that_is_served_by_what_is_not_followed_is_not_refused() {
+    let as_it_is = |_: &Path, text: String| text;
+    assert!(told_of("12345", as_it_is, &[]).starts_with("✗ nobody claims port 12345 on worker3"));
+    let hooks = "ip kube-proxy nat-prerouting nat prerouting -100\n";
+    let native = told_of("12345", as_it_is, &[("nft-hooks.txt", hooks)]);
+    assert!(native.starts_with("? no iptables rule of worker3 claims port 12345"), "{native}");
+    assert!(native.contains("native nftables rules may (ip kube-proxy), which are not followed"), "{native}");
+    let servers = "Prot LocalAddress:Port Scheduler Flags\nTCP  172.18.0.3:12345 rr\n  -> 10.244.1.9:80 Masq 1 0 0\n";
+    let ipvs = told_of("12345", as_it_is, &[("ip_vs.txt", servers)]);
+    let line = "? IPVS takes port 12345 (virtual server tcp 172.18.0.3:12345), which is not followed";
+    assert!(ipvs.starts_with(line), "{ipvs}");
 }
 
 /// With the image's ExposedPorts, and every fact.

@@ -8,6 +8,7 @@ use porttrace_user::core::kube::ebpf;
 use porttrace_user::core::model::cluster::{ObjectName, Part};
 use porttrace_user::core::model::facts::Facts;
 use porttrace_user::core::parse::{self, Files};
+use porttrace_user::core::simulate::ipvs_in_use;
 use std::fs::File;
 use std::io::{Read, stdin};
 use std::path::{Path, PathBuf};
@@ -104,6 +105,9 @@ pub fn missing(facts: &Facts) -> Vec<String> {
     }
     if let Some(network) = ebpf::serving(&facts.state) {
         sentences.push(format!("{}; NodePorts that it serves are not listed", network.sentence()));
+    }
+    if let Some(sentence) = ipvs_in_use(&facts.state) {
+        sentences.push(format!("{sentence}; what it serves is not listed"));
     }
     if let Some(tables) = facts.state.native_dnat() {
         sentences.push(format!(

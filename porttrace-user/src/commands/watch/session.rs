@@ -120,6 +120,7 @@ impl Session<'_> {
         let header = Header {
             ports: &self.args.ports,
             owners: &self.rules.owners,
+            state: &self.rules.state,
             rules: self.rules.sentence(),
             inside: self.inside.as_ref().map(IntoPods::names),
             warnings: &warnings,

@@ -6,7 +6,7 @@ use crate::core::kube::owners::{Claim, ClaimKind};
 use crate::core::model::flow::{Family, Proto};
 use crate::core::model::state::ConntrackEntry;
 use crate::core::model::trace::Flavour;
-use crate::core::world::{NATIVE_ADVICE, World};
+use crate::core::world::{IPVS_ADVICE, NATIVE_ADVICE, World};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
@@ -203,6 +203,5 @@ pub(super) fn ipvs(scene: &Scene<'_, '_>) -> Checked {
         return Ok(Vec::new());
     }
     let sentence = "kube-proxy runs in IPVS mode, which porttrace does not follow: what it predicts for Services does not hold on this node".to_owned();
-    let change = "ask IPVS (`ipvsadm -Ln`), and go by what `porttrace watch` observes".to_owned();
-    Ok(vec![Finding::new(Severity::Warning, sentence, change).with(evidence).of_node()])
+    Ok(vec![Finding::new(Severity::Warning, sentence, IPVS_ADVICE.to_owned()).with(evidence).of_node()])
 }

@@ -3,7 +3,7 @@
 use super::Line;
 use crate::core::model::flow::{Family, Proto};
 use crate::core::reach::{self, Outcome, Reach};
-use crate::core::world::{NATIVE_ADVICE, World};
+use crate::core::world::{IPVS_ADVICE, NATIVE_ADVICE, World};
 use std::collections::BTreeSet;
 
 /// What the number may be instead.
@@ -39,6 +39,10 @@ fn without_rules(world: &World<'_>, port: u16, proto: Option<Proto>, node: &str)
     let mut lines: Vec<Line> = node_ports.collect();
     if lines.is_empty() {
         lines = by_other_rules(world, port, proto, node);
+    }
+    if let Some(servers) = world.facts.state.virtual_servers(port).filter(|_| lines.is_empty()) {
+        let sentence = format!("IPVS takes port {port} (virtual server {servers}), which is not followed{sockets}");
+        lines.push(Line { outcome: Outcome::Unknown, sentence, change: Some(IPVS_ADVICE.to_owned()) });
     }
     if lines.is_empty() {
         lines.push(line(match network {

@@ -44,8 +44,6 @@ pub struct Owners {
     of_rules: Arc<OfRules>,
     /// In the order of the sockets.
     listeners: Vec<Claim>,
-    /// Tables of native nftables rules, which may claim what they like: they are not followed.
-    pub native: Option<String>,
 }
 
 /// What the rules say.
@@ -60,8 +58,7 @@ struct OfRules {
 impl Owners {
     /// Reads the claims out of a state.
     pub fn of(state: &NodeState) -> Self {
-        let of_rules = Arc::new(OfRules::of(&state.rulesets));
-        Self { of_rules, listeners: listeners(state), native: state.native_dnat() }
+        Self { of_rules: Arc::new(OfRules::of(&state.rulesets)), listeners: listeners(state) }
     }
 
     /// Those of another state of the same node. Where the rules are the same, they are not read again, which takes much longer than
@@ -73,7 +70,7 @@ impl Owners {
         if !same {
             return Self::of(state);
         }
-        Self { of_rules: Arc::clone(&self.of_rules), listeners: listeners(state), native: state.native_dnat() }
+        Self { of_rules: Arc::clone(&self.of_rules), listeners: listeners(state) }
     }
 
     /// All claims to a port, rules before sockets, in the order of the rules.

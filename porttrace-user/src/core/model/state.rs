@@ -44,6 +44,20 @@ pub struct NodeState {
 }
 
 impl NodeState {
+    /// The virtual servers of IPVS with this port, in a row; `None` where there are none, or they are not known.
+    pub fn virtual_servers(&self, port: u16) -> Option<String> {
+        const MOST: usize = 3;
+        let of_port =
+            |server: &&VirtualServer| matches!(server.address, VirtualAddress::Endpoint { port: of, .. } if of == port);
+        let mut found: Vec<String> =
+            self.ipvs.iter().flatten().filter(of_port).map(|server| server.address.to_string()).collect();
+        found.sort_unstable();
+        let more = found.len().saturating_sub(MOST);
+        found.truncate(MOST);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        (!found.is_empty()).then(|| format!("{}{more}", found.join(", ")))
+    }
+
     /// The tables of native nftables rules that may send connections elsewhere, in a row; `None` where there are none.
     pub fn native_dnat(&self) -> Option<String> {
         let tables: BTreeSet<String> =

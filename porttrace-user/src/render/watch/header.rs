@@ -3,6 +3,7 @@
 use super::words;
 use crate::core::kube::owners::{Claim, ClaimKind, Owners};
 use crate::core::model::flow::Proto;
+use crate::core::model::state::NodeState;
 use crate::core::quantity::count;
 use crate::render::style::{Style, columns, wrap};
 use std::collections::BTreeSet;
@@ -23,6 +24,7 @@ pub struct Opening<'a> {
 pub struct Header<'a> {
     pub ports: &'a [u16],
     pub owners: &'a Owners,
+    pub state: &'a NodeState,
     /// One sentence on the rules: how many of which flavour, how fast.
     pub rules: String,
     /// With `--into-pods`: the pods that are followed inside.
@@ -46,7 +48,7 @@ pub fn opening(opening: &Opening<'_>, style: Style) -> String {
 pub fn header(header: &Header<'_>, style: Style) -> String {
     let mut out = String::new();
     for &port in header.ports {
-        for (label, text) in what_it_is(header.owners, port) {
+        for (label, text) in what_it_is(header.owners, header.state, port) {
             out.push_str(&entry(&label, &text, style));
         }
     }
@@ -65,7 +67,7 @@ pub fn header(header: &Header<'_>, style: Style) -> String {
 }
 
 /// Who claims a port, with a label for each; where no rule does that is known to, what others may do with it.
-fn what_it_is(owners: &Owners, port: u16) -> Vec<(String, String)> {
+fn what_it_is(owners: &Owners, state: &NodeState, port: u16) -> Vec<(String, String)> {
     const MOST: usize = 4;
     let mut claims = merged(owners.claims(port));
     if owners.claims(port).any(|claim| !matches!(claim.kind, ClaimKind::Listener { .. })) {
@@ -80,15 +82,14 @@ fn what_it_is(owners: &Owners, port: u16) -> Vec<(String, String)> {
         claims.insert(0, (port.to_string(), format!("{what} {}{more}", said.join(" or "))));
     } else if claims.is_empty() {
         let what = "claims it (as hostPort, NodePort or Service port), and no process listens on it";
-        claims.push((
-            port.to_string(),
-            match &owners.native {
-                Some(tables) => format!(
-                    "no iptables rule of this node {what}; native nftables rules may ({tables}), which are not followed"
-                ),
-                None => format!("no rule of this node {what}"),
-            },
-        ));
+        let said = match (state.virtual_servers(port), state.native_dnat()) {
+            (Some(servers), _) => format!("IPVS takes it (virtual server {servers}), which is not followed"),
+            (None, Some(tables)) => format!(
+                "no iptables rule of this node {what}; native nftables rules may ({tables}), which are not followed"
+            ),
+            (None, None) => format!("no rule of this node {what}"),
+        };
+        claims.push((port.to_string(), said));
     }
     claims
 }
@@ -213,9 +214,9 @@ pub fn summary(summary: &Summary<'_>, style: Style) -> String {
 mod tests {
     use super::*;
     use crate::core::model::flow::Family;
-    use crate::core::model::state::NodeState;
     use crate::core::model::trace::Flavour;
     use crate::core::parse::iptables::parse;
+    use crate::core::parse::ipvs::servers;
     use crate::core::parse::nftables::bases;
     use crate::core::parse::notes::Notes;
     use std::sync::Arc;
@@ -228,8 +229,14 @@ mod tests {
 COMMIT
 ";
         let (ruleset, _) = parse(rules, "rules", Flavour::IptablesNft, Family::V4);
-        let owners = Owners::of(&NodeState { rulesets: vec![Arc::new(ruleset)], ..NodeState::default() });
-        let said = |port| what_it_is(&owners, port).into_iter().map(|(_, text)| text).collect::<Vec<_>>().join("\n");
+        let state = NodeState { rulesets: vec![Arc::new(ruleset)], ..NodeState::default() };
+        let said = |port| {
+            what_it_is(&Owners::of(&state), &state, port)
+                .into_iter()
+                .map(|(_, text)| text)
+                .collect::<Vec<_>>()
+                .join("\n")
+        };
         assert!(said(9088).ends_with("a DNAT rule of another kind may send it to 10.99.1.9:80"), "{}", said(9088));
         assert!(said(9099).starts_with("no rule of this node claims it"), "{}", said(9099));
     }
@@ -238,8 +245,15 @@ COMMIT
     fn where_native_rules_may_claim_a_port_nobody_says_that_none_does() {
         let hooks = "ip kube-proxy nat-prerouting nat prerouting -100";
         let native = bases(hooks, &mut Notes::new("nft-hooks.txt"));
-        let owners = Owners::of(&NodeState { native, ..NodeState::default() });
-        let [(_, said)] = what_it_is(&owners, 9088).try_into().expect("one line");
-        assert!(said.ends_with("native nftables rules may (ip kube-proxy), which are not followed"), "{said}");
+        let ipvs =
+            servers("Prot LocalAddress:Port Scheduler Flags\nTCP  172.18.0.3:30080 rr\n", &mut Notes::new("ip_vs.txt"));
+        let state = NodeState { native, ipvs, ..NodeState::default() };
+        let said = |port| what_it_is(&Owners::of(&state), &state, port).remove(0).1;
+        assert!(
+            said(9088).ends_with("native nftables rules may (ip kube-proxy), which are not followed"),
+            "{}",
+            said(9088)
+        );
+        assert_eq!(said(30080), "IPVS takes it (virtual server tcp 172.18.0.3:30080), which is not followed");
     }
 }
