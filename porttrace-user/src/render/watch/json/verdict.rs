@@ -96,7 +96,10 @@ pub fn fields<'a>(report: &'a Report, context: &Context<'_>) -> Verdict<'a> {
         conntrack: flow.reply.map(|reply| Entry { original: flow.original, reply }),
         agrees: match branch {
             _ if report.story.contradicts() => Some(false),
-            Some(_) if !predicted::is_beyond_rules(report) => Some(true),
+            Some(branch) if !predicted::is_beyond_rules(report) => {
+                // Else rules that are not followed gave it another source.
+                flow.reply.is_none_or(|reply| reply.dst == branch.reply_tuple.dst).then_some(true)
+            }
             _ => None,
         },
         predicted: branch.map(Prediction::of),
