@@ -93,7 +93,7 @@ fn a_port_that_other_rules_take_is_not_refused() {
 fn a_port_that_is_served_by_what_is_not_followed_is_not_refused() {
     let as_it_is = |_: &Path, text: String| text;
     assert!(told_of("12345", as_it_is, &[]).starts_with("✗ nobody claims port 12345 on worker3"));
-    let hooks = "ip kube-proxy nat-prerouting nat prerouting -100\n";
+    let hooks = "ip kube-proxy nat-prerouting nat prerouting -100 dnat\n";
     let native = told_of("12345", as_it_is, &[("nft-hooks.txt", hooks)]);
     assert!(native.starts_with("? no iptables rule of worker3 claims port 12345"), "{native}");
     assert!(native.contains("native nftables rules may (ip kube-proxy), which are not followed"), "{native}");

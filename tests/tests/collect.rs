@@ -352,12 +352,26 @@ add chain ip kube-proxy services
 add chain ip kube-proxy empty { type filter hook output priority 0; }
 add chain ip kube-proxy closed { type filter hook forward priority 5; policy drop; }
 add rule ip kube-proxy nat-prerouting jump services
+add rule ip kube-proxy services tcp dport 30080 dnat to 10.244.1.9:80
 add rule ip kube-proxy nat-postrouting accept
 add table inet fw
 add chain inet fw marking { type route hook output priority -150; }
 add chain inet fw guard { type filter hook input priority -10; }
 add rule inet fw marking meta mark set 1
 add rule inet fw guard accept
+add table ip plain
+add chain ip plain pre { type nat hook prerouting priority -90; }
+add chain ip plain post { type nat hook postrouting priority 90; }
+add rule ip plain pre accept
+add rule ip plain post masquerade
+add table inet here
+add chain inet here out { type nat hook output priority -100; }
+add rule inet here out tcp dport 1 redirect to :2
+add table ip there
+add chain ip there pre { type nat hook prerouting priority -100; }
+add chain ip there more
+add rule ip there pre jump more
+add rule ip there more dnat to tcp dport map { 1 : 10.0.0.1 }
 add table bridge b
 add chain bridge b in { type filter hook input priority 0; }
 add rule bridge b in accept
@@ -377,8 +391,10 @@ fn netlink_says_which_native_base_chains_there_are() -> Result<()> {
     told.sort();
     assert_eq!(found, told);
     let state = netns.run_in(|| live::node(live::Options::default()).state)?;
-    assert_eq!((&state.native, state.native_dnat().as_deref()), (&found, Some("ip kube-proxy")));
+    let tables = Some("inet here, ip kube-proxy, ip there");
+    assert_eq!((&state.native, state.native_dnat().as_deref()), (&found, tables), "what only masquerades does not");
     let names: Vec<&str> = found.iter().map(|base| base.chain.as_str()).collect();
-    assert_eq!(names, ["guard", "marking", "closed", "nat-postrouting", "nat-prerouting"]);
+    let wanted = ["guard", "marking", "out", "closed", "nat-postrouting", "nat-prerouting", "post", "pre", "pre"];
+    assert_eq!(names, wanted);
     Ok(())
 }

@@ -9,10 +9,11 @@ use crate::core::model::state::NativeBase;
 use crate::core::parse;
 use std::collections::BTreeSet;
 
-/// `NFNL_SUBSYS_NFTABLES << 8` with `NFT_MSG_GETTABLE`, `NFT_MSG_GETCHAIN` and `NFT_MSG_GETGEN`
+/// `NFNL_SUBSYS_NFTABLES << 8` with `NFT_MSG_GETTABLE`, `NFT_MSG_GETCHAIN`, `NFT_MSG_GETRULE` and `NFT_MSG_GETGEN`
 /// (include/uapi/linux/netfilter/nf_tables.h).
 const GET_TABLE: u16 = 0x0a01;
 const GET_CHAIN: u16 = 0x0a04;
+const GET_RULE: u16 = 0x0a07;
 const GET_GENERATION: u16 = 0x0a10;
 
 /// A table's family (`ip`, `ip6`, `inet`, `bridge`, `arp`, `netdev`) and name.
@@ -55,8 +56,56 @@ pub fn bases() -> Result<Vec<NativeBase>, NetlinkError> {
     let mut connection = Connection::open(netlink_sys::protocols::NETLINK_NETFILTER)?;
     let mut found = connection.dump(GET_CHAIN, &[0; 4], |_, payload| base(payload))?;
     found.retain(|base| !parse::nftables::is_iptables(&base.family, &base.table));
+    let tables: BTreeSet<(String, String)> = found
+        .iter()
+        .filter(|base| base.is_nat_of_destinations())
+        .map(|base| (base.family.clone(), base.table.clone()))
+        .collect();
+    for (family, table) in tables {
+        // What cannot be listed may be there.
+        if has_dnat(&mut connection, &family, &table).unwrap_or(true) {
+            let of_table = |base: &&mut NativeBase| base.family == family && base.table == table;
+            found.iter_mut().filter(of_table).for_each(|base| base.has_dnat = true);
+        }
+    }
     found.sort();
     Ok(found)
+}
+
+/// Whether a rule of the table sends connections elsewhere.
+fn has_dnat(connection: &mut Connection, family: &str, table: &str) -> Result<bool, NetlinkError> {
+    // Theirs do, and there can be very many.
+    if matches!(table, "kube-proxy" | "cni_hostport") {
+        return Ok(true);
+    }
+    let number = FAMILIES.iter().find(|(_, name)| *name == family).map_or(0, |(number, _)| *number);
+    let mut request = vec![number, 0, 0, 0];
+    // NFTA_RULE_TABLE
+    let length = u16::try_from(4 + table.len() + 1).unwrap_or(u16::MAX);
+    request.extend(length.to_ne_bytes().into_iter().chain(1u16.to_ne_bytes()).chain(table.bytes()).chain([0]));
+    request.resize(request.len().next_multiple_of(4), 0);
+    let found = connection.dump(GET_RULE, &request, |_, payload| {
+        // NFTA_RULE_EXPRESSIONS
+        let (_, expressions) = attributes(payload.get(4..)?).find(|(kind, _)| *kind == 4)?;
+        attributes(expressions).any(|(_, expression)| is_dnat(expression)).then_some(())
+    })?;
+    Ok(!found.is_empty())
+}
+
+/// Whether this is `dnat` or `redirect` (net/netfilter/nft_nat.c, nft_redir.c).
+fn is_dnat(expression: &[u8]) -> bool {
+    /// `NFT_NAT_DNAT`.
+    const DNAT: u32 = 1;
+    // NFTA_EXPR_NAME, NFTA_EXPR_DATA
+    let part = |wanted| attributes(expression).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
+    match part(1) {
+        Some(b"redir\0") => true,
+        // NFTA_NAT_TYPE
+        Some(b"nat\0") => part(2).is_some_and(|data| {
+            attributes(data).find(|(kind, _)| *kind == 1).and_then(|(_, value)| be32(value)) == Some(DNAT)
+        }),
+        _ => false,
+    }
 }
 
 /// One of an answer to `NFT_MSG_GETCHAIN`.
@@ -103,14 +152,8 @@ pub fn is_iptables((family, name): &Table) -> bool {
 }
 
 /// `NFPROTO_*`.
+const FAMILIES: [(u8, &str); 6] = [(1, "inet"), (2, "ip"), (3, "arp"), (5, "netdev"), (7, "bridge"), (10, "ip6")];
+
 fn family(number: u8) -> &'static str {
-    match number {
-        1 => "inet",
-        2 => "ip",
-        3 => "arp",
-        5 => "netdev",
-        7 => "bridge",
-        10 => "ip6",
-        _ => "unknown",
-    }
+    FAMILIES.iter().find(|(known, _)| *known == number).map_or("unknown", |(_, name)| *name)
 }

@@ -77,6 +77,8 @@ pub struct NativeBase {
     pub kind: String,
     pub hook: Hook,
     pub priority: i32,
+    /// Rules of its table send connections elsewhere (`dnat`, `redirect`), as far as is known.
+    pub has_dnat: bool,
 }
 
 impl NativeBase {
@@ -91,12 +93,17 @@ impl NativeBase {
 
     /// Whether it may send connections elsewhere.
     pub fn is_dnat(&self) -> bool {
+        self.is_nat_of_destinations() && self.has_dnat
+    }
+
+    /// Whether that is what it is for.
+    pub fn is_nat_of_destinations(&self) -> bool {
         self.kind == "nat" && matches!(self.hook, Hook::Prerouting | Hook::Output)
     }
 
     /// Whether it may give connections another source.
     pub fn is_snat(&self) -> bool {
-        self.kind == "nat" && !self.is_dnat()
+        self.kind == "nat" && !self.is_nat_of_destinations()
     }
 
     /// `ip kube-proxy`.

@@ -4,17 +4,24 @@ use super::notes::Notes;
 use crate::core::model::state::NativeBase;
 use crate::core::model::trace::Hook;
 use serde_json::Value;
+use std::collections::BTreeSet;
+
+const DNAT: &str = "dnat";
+const NO_DNAT: &str = "no-dnat";
 
 /// Base chains as [`write`] has them, one a line.
 pub fn bases(text: &str, notes: &mut Notes) -> Vec<NativeBase> {
     let mut found = Vec::new();
     for (number, line) in (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty()) {
         match line.split_whitespace().collect::<Vec<_>>().as_slice() {
-            [family, table, chain, kind, hook, priority] => {
-                let priority = priority.parse().ok();
-                found.extend(base([family, table, chain, kind, hook], priority));
+            [family, table, chain, kind, hook, priority, nat @ (DNAT | NO_DNAT)] => {
+                let base = base([family, table, chain, kind, hook], priority.parse().ok());
+                found.extend(base.map(|base| NativeBase { has_dnat: *nat == DNAT, ..base }));
             }
-            _ => notes.add(number, "not a base chain: family, table, chain, type, hook and priority are expected"),
+            _ => notes.add(
+                number,
+                "not a base chain: family, table, chain, type, hook, priority and whether the table has DNAT are expected",
+            ),
         }
     }
     found
@@ -23,8 +30,9 @@ pub fn bases(text: &str, notes: &mut Notes) -> Vec<NativeBase> {
 /// The inverse of [`bases`]; names hold no blanks.
 pub fn write(bases: &[NativeBase]) -> String {
     let line = |base: &NativeBase| {
-        let NativeBase { family, table, chain, kind, hook, priority } = base;
-        format!("{family} {table} {chain} {kind} {} {priority}\n", hook.name().to_lowercase())
+        let NativeBase { family, table, chain, kind, hook, priority, has_dnat } = base;
+        let nat = if *has_dnat { DNAT } else { NO_DNAT };
+        format!("{family} {table} {chain} {kind} {} {priority} {nat}\n", hook.name().to_lowercase())
     };
     bases.iter().map(line).collect()
 }
@@ -35,11 +43,19 @@ pub fn write(bases: &[NativeBase]) -> String {
 /// When it is no JSON.
 pub fn bases_of_ruleset(text: &str) -> Result<Vec<NativeBase>, serde_json::Error> {
     let ruleset: Value = serde_json::from_str(text)?;
-    let items = ruleset.get("nftables").and_then(Value::as_array).into_iter().flatten();
-    let chains = items.filter_map(|item| item.get("chain")).filter_map(|chain| {
+    let items = || ruleset.get("nftables").and_then(Value::as_array).into_iter().flatten();
+    let table = |of: &Value| Some((of.get("family")?.as_str()?.to_owned(), of.get("table")?.as_str()?.to_owned()));
+    let sends = |rule: &Value| {
+        let mut expressions = rule.get("expr").and_then(Value::as_array).into_iter().flatten();
+        expressions.any(|expression| expression.get("dnat").is_some() || expression.get("redirect").is_some())
+    };
+    let rules = items().filter_map(|item| item.get("rule")).filter(|rule| sends(rule));
+    let with_dnat: BTreeSet<(String, String)> = rules.filter_map(table).collect();
+    let chains = items().filter_map(|item| item.get("chain")).filter_map(|chain| {
         let text = |key: &str| chain.get(key).and_then(Value::as_str);
         let priority = chain.get("prio").and_then(Value::as_i64).and_then(|priority| i32::try_from(priority).ok());
-        base([text("family")?, text("table")?, text("name")?, text("type")?, text("hook")?], priority)
+        let base = base([text("family")?, text("table")?, text("name")?, text("type")?, text("hook")?], priority)?;
+        Some(NativeBase { has_dnat: with_dnat.contains(&table(chain)?), ..base })
     });
     Ok(chains.filter(|base| !is_iptables(&base.family, &base.table)).collect())
 }
@@ -49,7 +65,7 @@ pub fn is_iptables(family: &str, table: &str) -> bool {
     matches!(family, "ip" | "ip6") && matches!(table, "raw" | "mangle" | "nat" | "filter" | "security")
 }
 
-/// Family, table, chain, type and hook; `None` for those that IP packets on their way through the node do not meet.
+/// Family, table, chain, type and hook, of a table without DNAT; `None` for those that IP packets on their way through the node do not meet.
 pub fn base([family, table, chain, kind, hook]: [&str; 5], priority: Option<i32>) -> Option<NativeBase> {
     let hook = match hook {
         "prerouting" => Hook::Prerouting,
@@ -61,7 +77,7 @@ pub fn base([family, table, chain, kind, hook]: [&str; 5], priority: Option<i32>
     };
     let is_ip = matches!(family, "ip" | "ip6" | "inet");
     let [family, table, chain, kind] = [family, table, chain, kind].map(str::to_owned);
-    is_ip.then_some(NativeBase { family, table, chain, kind, hook, priority: priority? })
+    is_ip.then_some(NativeBase { family, table, chain, kind, hook, priority: priority?, has_dnat: false })
 }
 
 #[cfg(test)]
@@ -73,6 +89,8 @@ mod tests {
         {"chain": {"family": "ip", "table": "kube-proxy", "name": "services", "handle": 2}},
         {"chain": {"family": "ip", "table": "kube-proxy", "name": "nat-prerouting", "handle": 3, "type": "nat",
                    "hook": "prerouting", "prio": -100, "policy": "accept"}},
+        {"rule": {"family": "ip", "table": "kube-proxy", "chain": "services", "handle": 6,
+                  "expr": [{"dnat": {"addr": "10.244.1.9", "port": 80}}]}},
         {"chain": {"family": "bridge", "table": "b", "name": "in", "handle": 4, "type": "filter", "hook": "input", "prio": 0}},
         {"chain": {"family": "ip", "table": "nat", "name": "PREROUTING", "handle": 5, "type": "nat", "hook": "prerouting",
                    "prio": -100}}]}"#;
@@ -83,7 +101,7 @@ mod tests {
         let [base] = found.as_slice() else { panic!("{found:?}") };
         assert!(base.is_dnat() && base.meets(crate::core::model::flow::Family::V4) && base.priority == -100);
         let text = write(&found);
-        assert_eq!(text, "ip kube-proxy nat-prerouting nat prerouting -100\n");
+        assert_eq!(text, "ip kube-proxy nat-prerouting nat prerouting -100 dnat\n");
         let mut notes = Notes::new("nft-hooks.txt");
         assert_eq!(bases(&text, &mut notes), found);
         assert!(bases("ip kube-proxy", &mut notes).is_empty());

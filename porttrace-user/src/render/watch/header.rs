@@ -243,7 +243,7 @@ COMMIT
 
     #[test]
     fn where_native_rules_may_claim_a_port_nobody_says_that_none_does() {
-        let hooks = "ip kube-proxy nat-prerouting nat prerouting -100";
+        let hooks = "ip kube-proxy nat-prerouting nat prerouting -100 dnat";
         let native = bases(hooks, &mut Notes::new("nft-hooks.txt"));
         let ipvs =
             servers("Prot LocalAddress:Port Scheduler Flags\nTCP  172.18.0.3:30080 rr\n", &mut Notes::new("ip_vs.txt"));

@@ -173,7 +173,8 @@ fn where_native_rules_may_send_it_elsewhere_the_path_forks() {
     let dump = "*nat\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p tcp -j DNAT --to-destination 10.244.1.9:1\nCOMMIT\n";
     let at = |hooks: &str| trace(&node(dump, &[("nft-hooks.txt", hooks)]), &packet(TO_NODE, "eth0"));
     let [rewritten, open] = [false, true].map(|unknown| {
-        let trace = at("ip kube-proxy nat-prerouting nat prerouting -100\ninet fw in filter prerouting -150\n");
+        let trace =
+            at("ip kube-proxy nat-prerouting nat prerouting -100 dnat\ninet fw in filter prerouting -150 no-dnat\n");
         let of = |branch: &&Branch| matches!(branch.verdict, Verdict::Unknown { .. }) == unknown;
         let said = trace.assumptions.iter().filter(|text| text.contains("not followed")).count();
         assert_eq!((trace.branches.len(), said, trace.unfollowed.may_snat), (2, 2, false));
@@ -184,8 +185,9 @@ fn where_native_rules_may_send_it_elsewhere_the_path_forks() {
     let Verdict::Unknown { because, .. } = &open.verdict else { panic!("{open:?}") };
     assert!(because.starts_with("chain nat-prerouting of nftables table ip kube-proxy may send"), "{because}");
     // What cannot send it elsewhere, or is of the other family, leaves one way; that it is not followed is said.
-    let other =
-        at("ip kube-proxy nat-postrouting nat postrouting 100\nip6 kube-proxy nat-prerouting nat prerouting -100\n");
+    let other = at(
+        "ip kube-proxy nat-postrouting nat postrouting 100 dnat\nip6 kube-proxy nat-prerouting nat prerouting -100 dnat\n",
+    );
     assert_eq!((other.branches.len(), other.unfollowed.may_snat), (1, true));
     assert_eq!(other.unfollowed.tables, ["ip kube-proxy"]);
     let none = at("");
