@@ -32,10 +32,13 @@ fn watch(lab: &Lab) -> Watch {
 
 /// One attempt from `source` outside, by a port of its own; how it ends for the client does not matter.
 fn attempt(lab: &Lab, watch: &mut Watch, kind: Type, source: Ipv4Addr, port: u16) -> Connection {
+    attempt_from(&lab.outside, watch, kind, source, SocketAddr::from((NODE.v4(), port)))
+}
+
+fn attempt_from(client: &Netns, watch: &mut Watch, kind: Type, source: Ipv4Addr, to: SocketAddr) -> Connection {
     static NEXT: AtomicU16 = AtomicU16::new(40_010);
-    let own = NEXT.fetch_add(1, Ordering::Relaxed);
-    let (from, to) = (SocketAddr::from((source, own)), SocketAddr::from((NODE.v4(), port)));
-    lab.outside
+    let from = SocketAddr::from((source, NEXT.fetch_add(1, Ordering::Relaxed)));
+    client
         .run_in(|| {
             let socket = Socket::new(Domain::IPV4, kind, None)?;
             socket.set_reuse_address(true)?;
@@ -141,6 +144,23 @@ fn a_rule_that_drops_the_answer_is_named() {
     node.exec(["ip", "route", "add", "blackhole", &format!("{OUTSIDE_V4}/32")]).unwrap();
     let told = attempt(&lab, &mut watch, Type::STREAM, OUTSIDE_V4, HOST_PORT);
     assert!(text(&told).ends_with("never left towards the client; predicted: a blackhole route"), "{}", text(&told));
+}
+
+/// A packet whose destination OUTPUT rewrote is routed anew, and dropped by netfilter where that fails: no rule does it.
+#[test]
+fn what_netfilter_drops_for_no_rules_sake_is_told_with_its_reason() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let lab = Lab::up(LabOptions::default()).unwrap();
+    let node = lab.node(NODE);
+    node.exec(["sh", "-c", "for file in /proc/sys/net/ipv4/conf/*/route_localnet; do echo 0 > $file; done"]).unwrap();
+    let mut watch = watch(&lab);
+    let to = SocketAddr::from((Ipv4Addr::LOCALHOST, HOST_PORT));
+    let told = attempt_from(node, &mut watch, Type::STREAM, Ipv4Addr::LOCALHOST, to);
+    assert_eq!(drop_hop(&told), (json!("request"), json!("NETFILTER_DROP"), Value::Null), "{}", told.report());
+    let said = "dropped by this node: netfilter; predicted: a martian address (127/8 needs route_localnet)";
+    assert!(text(&told).starts_with(said), "{}", text(&told));
 }
 
 /// Rules as kube-proxy has them in nftables mode, for two ports that no iptables rule claims.

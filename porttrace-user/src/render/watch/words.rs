@@ -1,6 +1,6 @@
 //! The words of the live log: verdict sentences, packet labels, durations, sizes.
 
-use super::predicted::{expectation, predicted_end, refused_by_kernel};
+use super::predicted::{drop_words, expectation, predicted_end, refused_by_kernel};
 use super::{Context, Report, inside, listener, silence};
 use crate::core::correlate::drops::DroppedBy;
 use crate::core::correlate::flow::{ACK, FIN, RST, SYN, Sighting, Way};
@@ -191,9 +191,13 @@ fn kernel_reason(name: &str, report: &Report) -> Option<String> {
         "IP_LOCAL_SOURCE" | "IP_INVALID_SOURCE" | "IP_LOCALNET" => {
             "a martian address (127/8 needs route_localnet)".to_owned()
         }
-        "NETFILTER_DROP" => match report.story.unfollowed.as_slice() {
-            [] => "netfilter, and no rule that porttrace read explains it".to_owned(),
-            tables => format!(
+        "NETFILTER_DROP" => match (predicted_end(report), report.story.unfollowed.as_slice()) {
+            // Netfilter routes anew what it rewrote, and then drops it for no rule's sake.
+            (Some(Verdict::Dropped { reason, by: None }), _) => {
+                format!("netfilter; predicted: {}", drop_words(reason))
+            }
+            (_, []) => "netfilter, and no rule that porttrace read explains it".to_owned(),
+            (_, tables) => format!(
                 "netfilter, and no iptables rule explains it; native nftables rules may ({}), which are not followed",
                 tables.join(", ")
             ),
