@@ -1,7 +1,7 @@
 //! What the kernel drops of watched connections on a real node: each a hop with its reason, and the rule where one did it.
 
 use pnet::packet::tcp::{self, MutableTcpPacket, TcpFlags};
-use porttrace_tests::lab::topology::{FRONTEND, HOST_PORT, NodeName, OUTSIDE_V4};
+use porttrace_tests::lab::topology::{DNS, FRONTEND, HOST_PORT, NodeName, OUTSIDE_V4, service};
 use porttrace_tests::lab::{Lab, LabOptions, Phase};
 use porttrace_tests::netns::{ChildGuard, Netns};
 use porttrace_tests::peer;
@@ -208,6 +208,12 @@ fn what_native_nftables_rules_do_is_seen_and_no_contradiction() {
     // And what iptables rules do beside them is still told with them.
     let plain = attempt(&lab, &mut watch, Type::STREAM, OUTSIDE_V4, HOST_PORT);
     assert_eq!(plain.verdict["agrees"], true, "{}", plain.report());
+    // A rule of a moment ago is read before others are said to have done what it did.
+    let dns = SocketAddr::from((NODE.pod_v4(DNS), service::DNS_PORT));
+    iptables(&lab, lab.node(NODE), &format!("-t nat -I PREROUTING -p udp --dport {HOST_PORT} -j DNAT --to {dns}"));
+    let changed = attempt(&lab, &mut watch, Type::DGRAM, OUTSIDE_V4, HOST_PORT);
+    assert_eq!(changed.verdict["by"], json!(dns.to_string()), "{}", changed.report());
+    assert_eq!(changed.verdict["agrees"], true, "{}", changed.report());
 }
 
 /// A packet whose neighbour does not answer waits behind the last hook; the kernel gives up after some seconds.

@@ -32,29 +32,30 @@ pub(super) fn choose<'t>(flow: &Flow, trace: &'t Trace, taken: Option<&Taken>) -
 
 /// Why something may be done to the packet that no branch has.
 pub(super) fn left_open(trace: &Trace) -> Option<String> {
-    let unknown = trace.branches.iter().find_map(|branch| match &branch.verdict {
+    trace.branches.iter().find_map(|branch| match &branch.verdict {
         Verdict::Unknown { because, .. } => Some(because.clone()),
         _ => None,
-    });
-    unknown.or_else(|| {
-        let tables = &trace.unfollowed.tables;
-        (!tables.is_empty()).then(|| format!("native nftables rules ({}) are not followed", tables.join(", ")))
     })
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::story::{Certainty, Story, What, tell};
+    use super::super::story::{Certainty, Line, Story, What, tell};
     use super::super::tests::{CLIENT, FROM_POD, MS, TO_POD, interfaces, refused, reported, trace, tuple};
+    use super::*;
     use crate::core::model::trace::Unfollowed;
 
     /// What is told of the refused connection to the pod where native nftables rules are not followed.
-    fn told_beside_native(final_tuple: &str, given: &str, may_snat: bool) -> Story {
+    fn told_beside_native(final_tuple: &str, given: &str, (may_dnat, may_snat): (bool, bool)) -> Story {
         let mut events = refused();
         for entry in events.iter_mut().filter_map(|event| event.conntrack.as_mut()) {
             entry.reply = if entry.reply == tuple(FROM_POD) { tuple(given) } else { entry.reply };
         }
         let mut trace = trace(final_tuple);
+        if may_dnat {
+            let verdict = Verdict::Unknown { because: "ip kube-proxy may send it elsewhere".into(), by: None };
+            trace.branches.push(Branch { verdict, ..trace.branches[0].clone() });
+        }
         trace.unfollowed = Unfollowed { tables: vec!["ip kube-proxy".into()], may_snat };
         tell(&reported(events, 200 * MS), Some(&trace), &interfaces(), false)
     }
@@ -65,18 +66,24 @@ mod tests {
             let rewrites = story.lines.iter().filter(|line| matches!(line.what, What::Rewrite { .. }));
             rewrites.map(|line| line.certainty).collect()
         };
-        let said = |story: &Story| {
-            story.lines.iter().any(|line| matches!(&line.what, What::Note { text } if text.contains("ip kube-proxy")))
-        };
-        let elsewhere = told_beside_native(CLIENT, FROM_POD, false);
-        assert_eq!((elsewhere.disagrees, elsewhere.branch.is_none(), said(&elsewhere)), (false, true, true));
+        let noted = |line: &Line| matches!(&line.what, What::Note { text } if text.contains("ip kube-proxy"));
+        let elsewhere = told_beside_native(CLIENT, FROM_POD, (true, false));
+        assert_eq!((elsewhere.left_open, elsewhere.disagrees, elsewhere.branch.is_none()), (true, false, true));
+        assert!(elsewhere.lines.iter().any(noted), "{:?}", elsewhere.lines);
         assert_eq!(seen(&elsewhere), [Certainty::Observed], "the rewrite was seen, whoever made it");
         // The same destination as foreseen, and another source.
         const AS_NODE: &str = "10.244.1.9:8081 → 172.18.0.3:60218";
-        let masqueraded = told_beside_native(TO_POD, AS_NODE, true);
-        assert_eq!((masqueraded.disagrees, masqueraded.branch.is_some()), (false, true));
+        let masqueraded = told_beside_native(TO_POD, AS_NODE, (true, true));
+        assert_eq!((masqueraded.left_open, masqueraded.disagrees, masqueraded.branch.is_some()), (true, false, true));
         assert_eq!(seen(&masqueraded).last(), Some(&Certainty::Observed), "{:?}", masqueraded.lines);
+        // As foreseen: the other way is not meant.
+        let plain = told_beside_native(TO_POD, FROM_POD, (true, true));
+        let verdict = plain.branch.as_ref().map(|branch| &branch.verdict);
+        assert!(!plain.left_open && matches!(verdict, Some(Verdict::Delivered { .. })), "{verdict:?}");
         // Nothing that could do so is there.
-        assert!(told_beside_native(TO_POD, AS_NODE, false).branch.is_none());
+        for (to, given) in [(CLIENT, FROM_POD), (TO_POD, AS_NODE)] {
+            let story = told_beside_native(to, given, (false, false));
+            assert!(story.disagrees && !story.left_open, "{to} {given}");
+        }
     }
 }

@@ -122,6 +122,8 @@ pub struct Story {
     pub disagrees: bool,
     /// It was answered, though by the rules it cannot be.
     pub is_unexplained: bool,
+    /// What was observed differs from every branch, and rules that are not followed may be why.
+    pub left_open: bool,
     /// How an answer that did not get back ends by the rules, where [`Story::tell_answer`] was told.
     pub answer_end: Option<Verdict>,
     /// Tables of native nftables rules that it may have met, which are not followed.
@@ -135,6 +137,10 @@ pub fn tell(flow: &Flow, trace: Option<&Trace>, interfaces: &Interfaces, all: bo
     let differs = flow.reply.is_some() && branch.is_none() && trace.is_some_and(|trace| !trace.branches.is_empty());
     let open = trace.and_then(left_open).filter(|_| differs);
     let disagrees = differs && open.is_none();
+    // Than the rules gave it: others did.
+    let has_other_source =
+        branch.is_some_and(|branch| flow.reply.is_some_and(|reply| reply.dst != branch.reply_tuple.dst));
+    let left_open = open.is_some() || has_other_source;
     let mut lines = Vec::new();
     let mut seen = observed(flow, all).into_iter().peekable();
     match seen.next_if(|line| matches!(line.what, What::Packet { way: Way::Request, .. }) && !flow.is_local_client()) {
@@ -149,7 +155,7 @@ pub fn tell(flow: &Flow, trace: Option<&Trace>, interfaces: &Interfaces, all: bo
     match (branch, trace) {
         (Some(branch), _) => {
             lines.extend(predicted(flow, branch, taken.as_ref(), interfaces, all));
-            if flow.reply.is_some_and(|reply| reply.dst != branch.reply_tuple.dst) {
+            if has_other_source {
                 lines.extend(rewrites(flow, Certainty::Observed).into_iter().filter(is_snat));
             }
         }
@@ -173,8 +179,8 @@ pub fn tell(flow: &Flow, trace: Option<&Trace>, interfaces: &Interfaces, all: bo
     }
     lines.extend(seen);
     let unfollowed = trace.map(|trace| trace.unfollowed.tables.clone()).unwrap_or_default();
-    let story =
-        Story { lines, branch: branch.cloned(), disagrees, is_unexplained: false, answer_end: None, unfollowed };
+    let branch = branch.cloned();
+    let story = Story { lines, branch, disagrees, is_unexplained: false, left_open, answer_end: None, unfollowed };
     story.with_dropper().with_unexplained(flow, trace, interfaces)
 }
 

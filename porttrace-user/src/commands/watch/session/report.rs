@@ -26,8 +26,8 @@ impl Session<'_> {
         let outcome = judge(&flow, &self.interfaces);
         let has_failed = !matches!(outcome, Outcome::Answered { .. } | Outcome::JoinedLate);
         let (mut trace, mut story) = self.compare(&flow, &outcome);
-        // Before a failure is explained, or the rules are said to be contradicted, what may have changed a moment ago is read again.
-        if (has_failed || story.contradicts()) && self.catch_up(&flow).await? {
+        // Before a failure is explained, or anything else than the rules say, what may have changed a moment ago is read again.
+        if (has_failed || story.contradicts() || story.left_open) && self.catch_up(&flow).await? {
             (trace, story) = self.compare(&flow, &outcome);
         }
         let inside = self.look_inside(&flow).await;

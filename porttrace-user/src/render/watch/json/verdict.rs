@@ -96,10 +96,7 @@ pub fn fields<'a>(report: &'a Report, context: &Context<'_>) -> Verdict<'a> {
         conntrack: flow.reply.map(|reply| Entry { original: flow.original, reply }),
         agrees: match branch {
             _ if report.story.contradicts() => Some(false),
-            Some(branch) if !predicted::is_beyond_rules(report) => {
-                // Else rules that are not followed gave it another source.
-                flow.reply.is_none_or(|reply| reply.dst == branch.reply_tuple.dst).then_some(true)
-            }
+            Some(_) if !predicted::is_beyond_rules(report) && !report.story.left_open => Some(true),
             _ => None,
         },
         predicted: branch.map(Prediction::of),
