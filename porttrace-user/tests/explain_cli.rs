@@ -96,10 +96,10 @@ fn a_port_that_is_served_by_what_is_not_followed_is_not_refused() {
     let hooks = "ip kube-proxy nat-prerouting nat prerouting -100 dnat\n";
     let native = told_of("12345", as_it_is, &[("nft-hooks.txt", hooks)]);
     assert!(native.starts_with("? no iptables rule of worker3 claims port 12345"), "{native}");
-    assert!(native.contains("native nftables rules may (ip kube-proxy), which are not followed"), "{native}");
+    assert!(native.contains("native nftables rules may (ip kube-proxy): that is not followed"), "{native}");
     let servers = "Prot LocalAddress:Port Scheduler Flags\nTCP  172.18.0.3:12345 rr\n  -> 10.244.1.9:80 Masq 1 0 0\n";
     let ipvs = told_of("12345", as_it_is, &[("ip_vs.txt", servers)]);
-    let line = "? IPVS takes port 12345 (virtual server tcp 172.18.0.3:12345), which is not followed";
+    let line = "? IPVS takes port 12345 of worker3 (virtual server tcp 172.18.0.3:12345): that is not followed";
     assert!(ipvs.starts_with(line), "{ipvs}");
 }
 

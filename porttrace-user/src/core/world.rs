@@ -75,9 +75,7 @@ impl<'a> World<'a> {
 
     /// The network that serves Services in eBPF here instead of kube-proxy, in whatever mode.
     pub fn replaced(&self) -> Option<ebpf::Network> {
-        let network = ebpf::serving(&self.facts.state)?;
-        let writes_nftables = self.facts.native.iter().any(|table| table.name == "kube-proxy");
-        (!writes_nftables).then_some(network)
+        ebpf::serving(&self.facts.state)
     }
 
     /// Whether nothing but the rules that are followed decides where connections to this node's ports and to Services go.

@@ -282,16 +282,9 @@ fn cluster_only(world: &World<'_>, name: &ObjectName, report: &Report) -> Option
     let reach = reach::reach(world, port.proto, client, *address, port.port);
     let at = std::net::SocketAddr::new(*address, port.port);
     let node_port = service.ports.iter().find_map(|port| port.node_port);
-    let on_nodes = match (node_port, world.replaced()) {
-        (None, _) => "has no port on nodes".to_owned(),
-        (Some(number), Some(network)) => format!("is NodePort {number}, which {} serves in eBPF", network.name()),
-        (Some(number), None) => match world.facts.state.native_dnat() {
-            Some(tables) => format!(
-                "is NodePort {number}, which no iptables rule of this node serves; native nftables rules may ({tables}), \
-                 which are not followed"
-            ),
-            None => format!("is NodePort {number}, but no rule of this node serves it"),
-        },
+    let on_nodes = match node_port {
+        None => "has no port on nodes".to_owned(),
+        Some(number) => hints::Server::of(world, number).of_node_port(&format!("is NodePort {number}"), ""),
     };
     let sentence = format!("Service {name} {on_nodes}; from this node to {at}: {}", reach.reason);
     Some(plain(report, reach.outcome, sentence))

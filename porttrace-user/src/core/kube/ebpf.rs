@@ -58,7 +58,9 @@ impl Network {
 pub fn serving(state: &NodeState) -> Option<Network> {
     let links = || state.links.iter().flatten().map(|link| link.name.as_str());
     let network = links().find_map(Network::making)?;
-    (!writes_iptables(state) && !links().any(|link| link == "kube-ipvs0")).then_some(network)
+    let writes_nftables = state.native.iter().any(|base| base.table == "kube-proxy");
+    let has_proxy = writes_iptables(state) || writes_nftables || links().any(|link| link == "kube-ipvs0");
+    (!has_proxy).then_some(network)
 }
 
 /// Whether kube-proxy's iptables rules are here: chains of Services, not only the empty ones of other modes.
