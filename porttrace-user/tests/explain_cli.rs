@@ -54,9 +54,9 @@ fn services_pods_and_ports_with_several_owners() {
     insta::assert_snapshot!("matrix_frontend", text(&["matrix", "svc/frontend", "--snapshot", FIXED]));
 }
 
-/// What is said of a port of the recorded node with some files changed: `change` gets each name with its text, and `more` are beside
+/// What a command says of a port of the recorded node with some files changed: `change` gets each name with its text, and `more` are beside
 /// them.
-fn told_of(port: &str, change: impl Fn(&Path, String) -> String, more: &[(&str, &str)]) -> String {
+fn told_of(command: &[&str], change: impl Fn(&Path, String) -> String, more: &[(&str, &str)]) -> String {
     let recorded = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/cases/recorded").join(&FIXED[1..]);
     let node = tempfile::tempdir().expect("a directory");
     for entry in std::fs::read_dir(recorded).expect("the recorded node") {
@@ -67,7 +67,7 @@ fn told_of(port: &str, change: impl Fn(&Path, String) -> String, more: &[(&str, 
     for (name, text) in more {
         std::fs::write(node.path().join(name), text).expect("a file");
     }
-    let told = text(&["explain", port, "--snapshot", node.path().to_str().expect("UTF-8")]);
+    let told = text(&[command, &["--snapshot", node.path().to_str().expect("UTF-8")]].concat());
     told.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
@@ -82,7 +82,7 @@ fn a_port_that_other_rules_take_is_not_refused() {
         }
         _ => text,
     };
-    let told = told_of("12345", with_own, &[]);
+    let told = told_of(&["explain", "12345"], with_own, &[]);
     let line = "tcp 12345 on worker3 is no NodePort and no hostPort, but other rules take it:";
     assert!(told.contains(&format!("{line} it goes on to 10.244.1.9 by ")), "{told}");
     assert!(!told.contains("nobody claims"), "{told}");
@@ -92,13 +92,13 @@ fn a_port_that_other_rules_take_is_not_refused() {
 #[test]
 fn a_port_that_is_served_by_what_is_not_followed_is_not_refused() {
     let as_it_is = |_: &Path, text: String| text;
-    assert!(told_of("12345", as_it_is, &[]).starts_with("✗ nobody claims port 12345 on worker3"));
+    assert!(told_of(&["explain", "12345"], as_it_is, &[]).starts_with("✗ nobody claims port 12345 on worker3"));
     let hooks = "ip kube-proxy nat-prerouting nat prerouting -100 dnat\n";
-    let native = told_of("12345", as_it_is, &[("nft-hooks.txt", hooks)]);
+    let native = told_of(&["explain", "12345"], as_it_is, &[("nft-hooks.txt", hooks)]);
     assert!(native.starts_with("? no iptables rule of worker3 claims port 12345"), "{native}");
     assert!(native.contains("native nftables rules may (ip kube-proxy): that is not followed"), "{native}");
     let servers = "Prot LocalAddress:Port Scheduler Flags\nTCP  172.18.0.3:12345 rr\n  -> 10.244.1.9:80 Masq 1 0 0\n";
-    let ipvs = told_of("12345", as_it_is, &[("ip_vs.txt", servers)]);
+    let ipvs = told_of(&["explain", "12345"], as_it_is, &[("ip_vs.txt", servers)]);
     let line = "? IPVS takes port 12345 of worker3 (virtual server tcp 172.18.0.3:12345): that is not followed";
     assert!(ipvs.starts_with(line), "{ipvs}");
 }

@@ -184,11 +184,16 @@ fn read_rules(found: &mut Found) {
     native(found);
 }
 
-/// Where native nftables rules have a say. That they cannot be listed is said where their tables are asked for.
+/// Where native nftables rules have a say.
 fn native(found: &mut Found) {
-    let bases = nftables::bases().unwrap_or_default();
-    if !bases.is_empty() {
-        found.text("nft-hooks.txt", parse::nftables::write(&bases));
+    match nftables::bases() {
+        Ok(bases) if bases.is_empty() => {}
+        Ok(bases) => found.text("nft-hooks.txt", parse::nftables::write(&bases)),
+        Err(error) if has_native_tables() => {
+            found.missing.push(format!("where native nftables rules have a say is unknown: {error}"));
+        }
+        // That there are none, or that they cannot be listed either, is said where their tables are asked for.
+        Err(_) => {}
     }
 }
 
@@ -295,10 +300,13 @@ fn entries(found: &mut Found) {
     }
 }
 
+fn has_native_tables() -> bool {
+    nftables::tables().is_ok_and(|tables| tables.iter().any(|table| !nftables::is_iptables(table)))
+}
+
 /// Native nftables rules as the tool prints them. Nothing reads them yet, but a person who helps does.
 fn report(found: &mut Found) {
-    let has_native = nftables::tables().is_ok_and(|tables| tables.iter().any(|table| !nftables::is_iptables(table)));
-    if !has_native {
+    if !has_native_tables() {
         return;
     }
     for (name, arguments) in

@@ -16,13 +16,6 @@ use std::sync::Arc;
 /// A client's port in predictions: within the ephemeral range of every system.
 const CLIENT_PORT: u16 = 40_000;
 
-/// What to do where IPVS decides.
-pub const IPVS_ADVICE: &str = "ask IPVS (`ipvsadm -Ln`), and go by what `porttrace watch` observes";
-
-/// What to do where native nftables rules may decide.
-pub const NATIVE_ADVICE: &str =
-    "see what they do with it (`nft list ruleset`), and go by what `porttrace watch` observes";
-
 /// [`Facts`] with what is computed from them once.
 #[derive(Debug)]
 pub struct World<'a> {

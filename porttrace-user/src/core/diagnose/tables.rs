@@ -3,10 +3,11 @@
 use super::{Checked, Evidence, Finding, Scene, Severity};
 use crate::core::kube::ebpf::Network;
 use crate::core::kube::owners::{Claim, ClaimKind};
+use crate::core::kube::server::{IPVS_ADVICE, NATIVE_ADVICE};
 use crate::core::model::flow::{Family, Proto};
 use crate::core::model::state::ConntrackEntry;
 use crate::core::model::trace::Flavour;
-use crate::core::world::{IPVS_ADVICE, NATIVE_ADVICE, World};
+use crate::core::world::World;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 

@@ -1,10 +1,10 @@
 //! A port that nobody claims on the node: often it is a number of the right workload, of the wrong kind.
 
 use super::Line;
-use crate::core::kube::ebpf::Network;
+use crate::core::kube::server::Server;
 use crate::core::model::flow::{Family, Proto};
 use crate::core::reach::{self, Outcome, Reach};
-use crate::core::world::{IPVS_ADVICE, NATIVE_ADVICE, World};
+use crate::core::world::World;
 use std::collections::BTreeSet;
 
 /// What the number may be instead.
@@ -16,84 +16,12 @@ pub(super) fn unclaimed(world: &World<'_>, port: u16, proto: Option<Proto>, node
     lines
 }
 
-/// Who may serve a port that no rule claims which is followed.
-pub(super) enum Server {
-    Ebpf(Network),
-    /// Its virtual servers with this port.
-    Ipvs(String),
-    /// Tables of native nftables rules.
-    Native(String),
-    Nobody,
-}
-
-impl Server {
-    pub(super) fn of(world: &World<'_>, port: u16) -> Self {
-        let state = &world.facts.state;
-        let native = || state.native_dnat().map_or(Self::Nobody, Self::Native);
-        match (world.replaced(), state.virtual_servers(port)) {
-            (Some(network), _) => Self::Ebpf(network),
-            (None, Some(servers)) => Self::Ipvs(servers),
-            (None, None) => native(),
-        }
-    }
-
-    const fn outcome(&self) -> Outcome {
-        if matches!(self, Self::Nobody) { Outcome::Refused } else { Outcome::Unknown }
-    }
-
-    const fn advice(&self) -> Option<&'static str> {
-        match self {
-            Self::Ebpf(network) => Some(network.advice()),
-            Self::Ipvs(_) => Some(IPVS_ADVICE),
-            Self::Native(_) => Some(NATIVE_ADVICE),
-            Self::Nobody => None,
-        }
-    }
-
-    /// Of a port that is known to be a Service's NodePort.
-    pub(super) fn of_node_port(&self, place: &str, sockets: &str) -> String {
-        match self {
-            Self::Ebpf(network) => {
-                format!("{place}, which {} serves in eBPF: no rule tells what a client meets{sockets}", network.name())
-            }
-            Self::Ipvs(servers) => {
-                format!("{place}, which IPVS takes (virtual server {servers}): {NOT_FOLLOWED}{sockets}")
-            }
-            Self::Native(tables) => {
-                format!(
-                    "{place}; no iptables rule serves it{sockets}; native nftables rules may ({tables}): {NOT_FOLLOWED}"
-                )
-            }
-            Self::Nobody => format!("{place}, but no rule of this node serves it{sockets}"),
-        }
-    }
-
-    /// Of one that is not.
-    fn of_port(&self, port: u16, node: &str, sockets: &str) -> String {
-        match self {
-            Self::Ebpf(network) => format!(
-                "no rule of {node} claims port {port}{sockets}; {} serves {} in eBPF here, and this may be one of them",
-                network.name(),
-                network.serves()
-            ),
-            Self::Ipvs(servers) => {
-                format!("IPVS takes port {port} of {node} (virtual server {servers}): {NOT_FOLLOWED}{sockets}")
-            }
-            Self::Native(tables) => format!(
-                "no iptables rule of {node} claims port {port}{sockets}; native nftables rules may ({tables}): {NOT_FOLLOWED}"
-            ),
-            Self::Nobody => format!("nobody claims port {port} on {node}: it is no NodePort and no hostPort{sockets}"),
-        }
-    }
-}
-
-const NOT_FOLLOWED: &str = "that is not followed";
-
 /// No rule claims it; whether somebody else serves it is for Kubernetes, or for those that need no such rules, to say.
 fn without_rules(world: &World<'_>, port: u16, proto: Option<Proto>, node: &str) -> Vec<Line> {
     let sockets = if world.facts.state.sockets.is_some() { ", and no process of the node listens on it" } else { "" };
-    let server = Server::of(world, port);
-    let line = |sentence| Line { outcome: server.outcome(), sentence, change: server.advice().map(str::to_owned) };
+    let server = Server::of(&world.facts.state, port);
+    let outcome = if matches!(server, Server::Nobody) { Outcome::Refused } else { Outcome::Unknown };
+    let line = |sentence| Line { outcome, sentence, change: server.advice().map(str::to_owned) };
     let node_ports = world.with_node_port(port, proto).map(|(service, of)| {
         let place = format!("{} {port} on {node} is NodePort of Service {}", of.proto, service.name);
         line(server.of_node_port(&place, sockets))

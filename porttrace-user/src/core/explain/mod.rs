@@ -6,6 +6,7 @@ mod live;
 mod map;
 
 use super::diagnose::{self, Finding, Report, Severity};
+use super::kube::server::Server;
 use super::model::cluster::{ObjectName, Pod, Service, ServicePort};
 use super::model::flow::{Family, Proto};
 use super::model::trace::Trace;
@@ -284,7 +285,7 @@ fn cluster_only(world: &World<'_>, name: &ObjectName, report: &Report) -> Option
     let node_port = service.ports.iter().find_map(|port| port.node_port);
     let on_nodes = match node_port {
         None => "has no port on nodes".to_owned(),
-        Some(number) => hints::Server::of(world, number).of_node_port(&format!("is NodePort {number}"), ""),
+        Some(number) => Server::of(&world.facts.state, number).of_node_port(&format!("is NodePort {number}"), ""),
     };
     let sentence = format!("Service {name} {on_nodes}; from this node to {at}: {}", reach.reason);
     Some(plain(report, reach.outcome, sentence))

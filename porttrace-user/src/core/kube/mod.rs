@@ -3,4 +3,5 @@
 pub mod ebpf;
 pub mod hash;
 pub mod owners;
+pub mod server;
 pub mod targets;

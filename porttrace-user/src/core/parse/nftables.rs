@@ -65,7 +65,8 @@ pub fn is_iptables(family: &str, table: &str) -> bool {
     matches!(family, "ip" | "ip6") && matches!(table, "raw" | "mangle" | "nat" | "filter" | "security")
 }
 
-/// Family, table, chain, type and hook, of a table without DNAT; `None` for those that IP packets on their way through the node do not meet.
+/// Family, table, chain, type and hook, of a table without DNAT; `None` for those that IP packets on their way through the node do
+/// not meet.
 pub fn base([family, table, chain, kind, hook]: [&str; 5], priority: Option<i32>) -> Option<NativeBase> {
     let hook = match hook {
         "prerouting" => Hook::Prerouting,

@@ -2,6 +2,7 @@
 
 use super::words;
 use crate::core::kube::owners::{Claim, ClaimKind, Owners};
+use crate::core::kube::server::Server;
 use crate::core::model::flow::Proto;
 use crate::core::model::state::NodeState;
 use crate::core::quantity::count;
@@ -82,12 +83,13 @@ fn what_it_is(owners: &Owners, state: &NodeState, port: u16) -> Vec<(String, Str
         claims.insert(0, (port.to_string(), format!("{what} {}{more}", said.join(" or "))));
     } else if claims.is_empty() {
         let what = "claims it (as hostPort, NodePort or Service port), and no process listens on it";
-        let said = match (state.virtual_servers(port), state.native_dnat()) {
-            (Some(servers), _) => format!("IPVS takes it (virtual server {servers}), which is not followed"),
-            (None, Some(tables)) => format!(
+        let said = match Server::of(state, port) {
+            Server::Ipvs(servers) => format!("IPVS takes it (virtual server {servers}), which is not followed"),
+            Server::Native(tables) => format!(
                 "no iptables rule of this node {what}; native nftables rules may ({tables}), which are not followed"
             ),
-            (None, None) => format!("no rule of this node {what}"),
+            Server::Ebpf(network) => format!("no rule of this node {what}; {} may serve it in eBPF", network.name()),
+            Server::Nobody => format!("no rule of this node {what}"),
         };
         claims.push((port.to_string(), said));
     }
