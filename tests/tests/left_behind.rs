@@ -6,7 +6,13 @@ use porttrace_tests::bpf::{Held, held_by};
 use porttrace_tests::netns::{ChildGuard, Netns};
 use porttrace_tests::privilege::may_run;
 use porttrace_tests::watch::porttrace;
+use porttrace_user::collect::probe::remove_leftovers;
+use std::io;
 use std::net::UdpSocket;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 const KILLS: u32 = 50;
@@ -53,14 +59,20 @@ fn seed() -> u64 {
     seed
 }
 
-/// How long `watch` takes to get ready here.
-fn start_time(node: &Netns, options: &[&str]) -> Duration {
+/// A `watch` that has attached everything.
+fn ready(node: &Netns, options: &[&str]) -> ChildGuard {
     let mut command = node.command(porttrace().unwrap());
     command.args(["watch", "9088", "--json"]).args(options);
-    let start = Instant::now();
-    let mut watch = ChildGuard::spawn(command).unwrap();
+    let watch = ChildGuard::spawn(command).unwrap();
     let ready = watch.stdout.wait_for(DEADLINE, |line| line.contains("\"state\":\"ready\"").then_some(()));
     assert!(ready.is_some(), "{:?}", watch.stderr.snapshot());
+    watch
+}
+
+/// How long `watch` takes to get ready here.
+fn start_time(node: &Netns, options: &[&str]) -> Duration {
+    let start = Instant::now();
+    let mut watch = ready(node, options);
     let took = start.elapsed();
     watch.signal(Signal::SIGINT).unwrap();
     assert_eq!(watch.wait(DEADLINE).unwrap(), Some(0));
@@ -132,6 +144,48 @@ fn after_fifty_kills_with_clsact_the_next_start_removes_everything() {
     let mut last = ChildGuard::spawn(command).unwrap();
     assert_eq!(last.wait(DEADLINE).unwrap(), Some(0), "{:?}", last.stderr.snapshot());
     nothing_is_left(&node, &held, &before);
+}
+
+/// A child between fork and exec has copies of all descriptors, also of those by which a dead porttrace is told from a living
+/// one.
+#[test]
+fn what_was_left_is_removed_also_while_processes_are_started() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let node = node();
+    for index in 0..10 {
+        node.exec(["ip", "link", "add", &format!("more{index}"), "type", "veth"]).unwrap();
+    }
+    let before = attached(&node);
+    let over = AtomicBool::new(false);
+    let forks = || {
+        while !over.load(Ordering::Relaxed) {
+            let linger = || {
+                thread::sleep(Duration::from_millis(2));
+                Err(io::ErrorKind::Interrupted.into())
+            };
+            let mut child = Command::new("nothing-is-executed");
+            // SAFETY: between fork and exec only `nanosleep` is called, which is async-signal-safe.
+            unsafe { child.pre_exec(linger) };
+            assert!(child.spawn().is_err());
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(forks);
+        }
+        let rounds = std::panic::catch_unwind(|| {
+            for round in 0..5 {
+                drop(ready(&node, &["--tc", "clsact"]));
+                assert_ne!(attached(&node), before, "filters outlive their process");
+                let swept = node.run_in(remove_leftovers).unwrap().unwrap();
+                assert_eq!((swept, attached(&node)), (25, before.clone()), "round {round}");
+            }
+        });
+        over.store(true, Ordering::Relaxed);
+        rounds.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
 }
 
 /// A kill between two steps would otherwise have the next start take a foreign queueing discipline away.

@@ -150,15 +150,16 @@ impl Drop for Clsact {
 /// Removes what dead probes left on the interfaces of this namespace; returns on how many interfaces there was something.
 pub fn sweep() -> io::Result<usize> {
     let mut netlink = Connection::open(NETLINK_ROUTE).map_err(plain)?;
+    let mut dead = Dead::default();
     let mut swept = 0;
     for index in clsact_interfaces(&mut netlink)? {
-        let left = |token: &str| !is_held(token);
-        if !has_filters_of(&mut netlink, index, left)? {
+        let tokens = tokens_on(&mut netlink, index)?;
+        if !tokens.iter().any(|token| dead.is(token)) {
             continue;
         }
-        let removed = remove(&mut netlink, index, left);
-        // Another porttrace may have come first.
-        if removed.is_err() && has_filters_of(&mut netlink, index, left)? {
+        let removed = remove(&mut netlink, index, |token| dead.is(token));
+        // The interface may have gone meanwhile.
+        if removed.is_err() && tokens_on(&mut netlink, index)?.iter().any(|token| dead.is(token)) {
             removed?;
         }
         swept += 1;
@@ -166,8 +167,22 @@ pub fn sweep() -> io::Result<usize> {
     Ok(swept)
 }
 
-fn has_filters_of(netlink: &mut Connection, index: u32, whose: impl Fn(&str) -> bool) -> io::Result<bool> {
-    Ok(filters(netlink, index)?.iter().any(|filter| owner(&filter.name).is_some_and(|(token, _)| whose(token))))
+/// Which tokens nobody holds. One that is found so is held here until the sweep is over: asked again, its socket may just be
+/// in a child that this process has forked and that did not execute anything yet, and nobody else takes it meanwhile.
+#[derive(Default)]
+struct Dead(BTreeMap<String, Option<UnixListener>>);
+
+impl Dead {
+    /// When in doubt a token is held: removing a living probe's filters would be worse.
+    fn is(&mut self, token: &str) -> bool {
+        let take = || address(token).and_then(|address| UnixListener::bind_addr(&address)).ok();
+        self.0.entry(token.to_owned()).or_insert_with(take).is_some()
+    }
+}
+
+/// Tokens in the names of porttrace's filters of an interface.
+fn tokens_on(netlink: &mut Connection, index: u32) -> io::Result<Vec<String>> {
+    Ok(filters(netlink, index)?.iter().filter_map(|filter| Some(owner(&filter.name)?.0.to_owned())).collect())
 }
 
 /// Filters that are not porttrace's, by interface index: on which side, and their names.
@@ -186,14 +201,15 @@ pub fn others() -> io::Result<Vec<(u32, &'static str, String)>> {
 
 /// Removes the filters of tokens that are ours; where the queueing discipline is porttrace's and has no others, all of it with
 /// one message, so that it never stays without a filter that says whose it is.
-fn remove(netlink: &mut Connection, index: u32, is_ours: impl Fn(&str) -> bool) -> io::Result<()> {
+fn remove(netlink: &mut Connection, index: u32, mut is_ours: impl FnMut(&str) -> bool) -> io::Result<()> {
     let present = filters(netlink, index)?;
-    let owned = |filter: &&Filter| owner(&filter.name).is_some_and(|(token, _)| is_ours(token));
-    let owns_qdisc = present.iter().filter(owned).any(|filter| owner(&filter.name).is_some_and(|(_, owns)| owns));
-    if owns_qdisc && present.iter().all(|filter| owned(&filter)) {
+    let mut is_owned = |filter: &&Filter| owner(&filter.name).is_some_and(|(token, _)| is_ours(token));
+    let (owned, others): (Vec<_>, Vec<_>) = present.iter().partition(|filter| is_owned(filter));
+    let owns_qdisc = owned.iter().any(|filter| owner(&filter.name).is_some_and(|(_, owns)| owns));
+    if owns_qdisc && others.is_empty() {
         return netlink.change(RTM_DELQDISC, 0, &qdisc(index)).map_err(plain);
     }
-    present.iter().filter(owned).try_for_each(|filter| remove_filter(netlink, index, filter))
+    owned.iter().try_for_each(|filter| remove_filter(netlink, index, filter))
 }
 
 fn remove_filter(netlink: &mut Connection, index: u32, filter: &Filter) -> io::Result<()> {
@@ -238,11 +254,6 @@ fn before_all(present: &[Filter], parent: u32) -> u32 {
 fn owner(name: &str) -> Option<(&str, bool)> {
     let rest = name.strip_prefix(PREFIX)?;
     Some(rest.strip_suffix(OWNS_QDISC).map_or((rest, false), |token| (token, true)))
-}
-
-/// Whether a living process holds the token. When in doubt it does: removing a living probe's filters would be worse.
-fn is_held(token: &str) -> bool {
-    address(token).and_then(|address| UnixListener::bind_addr(&address)).is_err()
 }
 
 /// Abstract sockets belong to the network namespace and vanish with their process.
