@@ -132,7 +132,7 @@ fn usage_of(program: &OwnedFd) -> Result<Usage> {
 pub const TCX_INGRESS: u32 = 46;
 pub const TCX_EGRESS: u32 = 47;
 
-/// A TC program at one side of an interface; dropping it removes both.
+/// A program at one side of an interface, or at a netfilter hook; dropping it removes both.
 pub struct Attachment {
     program: OwnedFd,
     link: OwnedFd,
@@ -147,41 +147,73 @@ impl Drop for Attachment {
     }
 }
 
+/// `BPF_PROG_TYPE_SCHED_CLS`, `BPF_PROG_TYPE_NETFILTER`, and the attach type that goes with the latter (`BPF_NETFILTER`).
+const SCHED_CLS: u32 = 3;
+const NETFILTER_PROGRAM: u32 = 32;
+const NETFILTER: u32 = 45;
+
+/// `r0 = TCX_NEXT (-1); exit`.
+const NEXT: [u64; 2] = [u64::from_le_bytes([0xb7, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]), 0x95];
+/// `r0 = NF_ACCEPT (1); exit`.
+const ACCEPT: [u64; 2] = [u64::from_le_bytes([0xb7, 0, 0, 0, 1, 0, 0, 0]), 0x95];
+
 impl Attachment {
-    /// Loads a program of these instructions (`struct bpf_insn`) and links it (tcx) to an interface of the calling thread's network
-    /// namespace, behind the programs that are there. A name has at most 15 bytes.
+    /// Loads a TC program of these instructions (`struct bpf_insn`) and links it (tcx) to an interface of the calling thread's
+    /// network namespace, behind the programs that are there. A name has at most 15 bytes.
     pub fn new(name: &str, code: &[u64], interface: &str, side: u32) -> Result<Self> {
-        const SCHED_CLS: u32 = 3;
-        /// Where `prog_name` stands in `union bpf_attr`, and its length.
-        const NAME_AT: usize = 48;
-        const NAME_LENGTH: usize = 16;
-        let license = c"GPL";
-        let mut load = Vec::new();
-        load.extend([SCHED_CLS, u32::try_from(code.len())?].map(u32::to_ne_bytes).concat());
-        load.extend([code.as_ptr() as u64, license.as_ptr() as u64].map(u64::to_ne_bytes).concat());
-        // log_level to prog_flags stay 0.
-        load.resize(NAME_AT, 0);
-        load.extend(name.bytes().take(NAME_LENGTH - 1));
-        load.resize(NAME_AT + NAME_LENGTH, 0);
-        // SAFETY: the kernel reads `load`, which names the code and the licence; all outlive the call.
-        let program = unsafe { made(PROGRAM_LOAD, &load) }.with_context(|| format!("loading {name}"))?;
+        let program = load(name, code, SCHED_CLS, 0)?;
         let index = nix::net::if_::if_nametoindex(interface).with_context(|| format!("looking for {interface}"))?;
-        let link = [program.as_raw_fd().cast_unsigned(), index, side, 0].map(u32::to_ne_bytes).concat();
-        // SAFETY: the kernel reads `link` alone.
-        let link = unsafe { made(LINK_CREATE, &link) }.with_context(|| format!("attaching {name} to {interface}"))?;
-        Ok(Self { program, link })
+        Self::link(program, &[index, side, 0]).with_context(|| format!("attaching {name} to {interface}"))
     }
 
     /// One that does nothing with packets that enter: what the kernel counts for it is what counting costs.
     pub fn of_nothing(interface: &str) -> Result<Self> {
-        /// `r0 = TCX_NEXT (-1); exit`.
-        const CODE: [u64; 2] = [u64::from_le_bytes([0xb7, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]), 0x95];
-        Self::new("nothing", &CODE, interface, TCX_INGRESS)
+        Self::new("nothing", &NEXT, interface, TCX_INGRESS)
+    }
+
+    /// As [`Attachment::of_nothing`], on both sides.
+    pub fn of_nothing_on_both_sides(interface: &str) -> Result<[Self; 2]> {
+        let on = |side| Self::new("nothing", &NEXT, interface, side);
+        Ok([on(TCX_INGRESS)?, on(TCX_EGRESS)?])
+    }
+
+    /// One that accepts all packets at a hook (`NF_INET_*`) of a family (`NFPROTO_*`) of the calling thread's network namespace;
+    /// since Linux 6.4.
+    pub fn of_nothing_at_hook(family: u32, hook: u32, priority: i32) -> Result<Self> {
+        let program = load("nothing", &ACCEPT, NETFILTER_PROGRAM, NETFILTER)?;
+        let target = [0, NETFILTER, 0, family, hook, priority.cast_unsigned(), 0];
+        Self::link(program, &target).with_context(|| format!("attaching to hook {hook} at priority {priority}"))
+    }
+
+    /// `target`: `target_fd` and what follows it for `BPF_LINK_CREATE`.
+    fn link(program: OwnedFd, target: &[u32]) -> nix::Result<Self> {
+        let program_fd = program.as_raw_fd().cast_unsigned();
+        let attr: Vec<u8> = [&[program_fd], target].concat().into_iter().flat_map(u32::to_ne_bytes).collect();
+        // SAFETY: the kernel reads `attr` alone.
+        let link = unsafe { made(LINK_CREATE, &attr) }?;
+        Ok(Self { program, link })
     }
 
     pub fn usage(&self) -> Result<Usage> {
         usage_of(&self.program)
     }
+}
+
+fn load(name: &str, code: &[u64], kind: u32, attach_type: u32) -> Result<OwnedFd> {
+    /// Where `prog_name` and, behind `prog_ifindex`, `expected_attach_type` stand in `union bpf_attr`.
+    const NAME_AT: usize = 48;
+    const NAME_LENGTH: usize = 16;
+    let license = c"GPL";
+    let mut attr = Vec::new();
+    attr.extend([kind, u32::try_from(code.len())?].map(u32::to_ne_bytes).concat());
+    attr.extend([code.as_ptr() as u64, license.as_ptr() as u64].map(u64::to_ne_bytes).concat());
+    // log_level to prog_flags stay 0.
+    attr.resize(NAME_AT, 0);
+    attr.extend(name.bytes().take(NAME_LENGTH - 1));
+    attr.resize(NAME_AT + NAME_LENGTH, 0);
+    attr.extend([0, attach_type].map(u32::to_ne_bytes).concat());
+    // SAFETY: the kernel reads `attr`, which names the code and the licence; all outlive the call.
+    unsafe { made(PROGRAM_LOAD, &attr) }.with_context(|| format!("loading {name}"))
 }
 
 /// A map (`BPF_MAP_TYPE_LRU_HASH`) for some thousand keys; sizes in bytes.

@@ -4,15 +4,14 @@ use crate::netns::Netns;
 use crate::peer::{Served, Transport};
 use anyhow::{Context, Result};
 use nix::sys::socket::{setsockopt, sockopt};
-use nix::sys::time::TimeVal;
 use socket2::{Domain, Socket, Type};
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read};
 use std::net::{SocketAddrV4, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 /// Threads that accept on one TCP port.
 const ACCEPTORS: usize = 2;
@@ -22,8 +21,9 @@ const HELD: usize = 256;
 const BACKLOG: i32 = 4096;
 /// Room for datagrams that are not read yet.
 const RECEIVE_BYTES: usize = 64 << 20;
-/// How often a waiting thread looks whether it shall end.
-const LOOK_US: i64 = 100_000;
+/// How long a server that has nothing to do looks away. Nobody wakes it: what that costs the sender depends on whether the server
+/// just slept, so that a sender which is a little slower pays much more.
+const NAP: Duration = Duration::from_millis(1);
 
 /// What a server does with what it gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,8 +139,9 @@ impl Shared {
                         held.pop_front();
                     }
                 }
+                Err(error) if is_pause(&error) => thread::sleep(NAP),
                 // A reset that came first is the client's own way to close.
-                Err(error) if is_pause(&error) || error.kind() == ErrorKind::ConnectionAborted => {}
+                Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
                 Err(error) => return Err(error).context("accepting"),
             }
         }
@@ -168,7 +169,7 @@ impl Shared {
                     self.note(Transport::Udp, saw, local, mode);
                     self.datagrams.fetch_add(1, Ordering::AcqRel);
                 }
-                Err(error) if is_pause(&error) => {}
+                Err(error) if is_pause(&error) => thread::sleep(NAP),
                 Err(error) => return Err(error).context("receiving"),
             }
         }
@@ -183,9 +184,9 @@ impl Shared {
     }
 }
 
-/// The time to look around passed, or a signal came.
+/// Nothing is there, or a signal came.
 fn is_pause(error: &std::io::Error) -> bool {
-    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted)
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
 }
 
 fn listener(at: SocketAddrV4) -> Result<TcpListener> {
@@ -193,7 +194,7 @@ fn listener(at: SocketAddrV4) -> Result<TcpListener> {
     socket.set_reuse_address(true)?;
     socket.bind(&at.into())?;
     socket.listen(BACKLOG)?;
-    look_around(&socket)?;
+    socket.set_nonblocking(true)?;
     Ok(socket.into())
 }
 
@@ -201,11 +202,6 @@ fn receiver(at: SocketAddrV4) -> Result<UdpSocket> {
     let socket = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
     socket.bind(&at.into())?;
     setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BYTES).context("enlarging the receive buffer")?;
-    look_around(&socket)?;
+    socket.set_nonblocking(true)?;
     Ok(socket.into())
-}
-
-/// `accept` and `recv` come back from time to time.
-fn look_around(socket: &impl AsFd) -> Result<()> {
-    setsockopt(socket, sockopt::ReceiveTimeout, &TimeVal::new(0, LOOK_US)).context("setting a timeout")
 }

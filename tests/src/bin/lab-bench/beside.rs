@@ -5,6 +5,7 @@ use crate::scene::{OTHER_PORT, Scene, WAIT};
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use nix::sys::signal::Signal;
+use porttrace_tests::bpf::Attachment;
 use porttrace_tests::lab::topology::{HOST_PORT, OUTSIDE_V4};
 use porttrace_tests::netns::{ChildGuard, Netns};
 use std::ffi::OsString;
@@ -19,6 +20,8 @@ use std::time::{Duration, Instant};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Tool {
     Nothing,
+    /// Programs that only return, at porttrace's hooks: what the kernel takes to come by them.
+    EmptyPrograms,
     OtherPort,
     /// The text log, with the backend that porttrace chooses.
     Watch,
@@ -35,8 +38,9 @@ pub enum Tool {
 }
 
 impl Tool {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Nothing,
+        Self::EmptyPrograms,
         Self::OtherPort,
         Self::Watch,
         Self::WatchCtnetlink,
@@ -51,6 +55,7 @@ impl Tool {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Nothing => "nothing",
+            Self::EmptyPrograms => "empty programs at porttrace's hooks",
             Self::OtherPort => "porttrace watch 9099 (another port)",
             Self::Watch => "porttrace watch 9088",
             Self::WatchCtnetlink => "porttrace watch 9088, by ctnetlink",
@@ -78,7 +83,10 @@ impl Tool {
         let found = |program| {
             ["/usr/sbin", "/usr/bin", "/sbin", "/bin"].iter().any(|place| PathBuf::from(place).join(program).exists())
         };
-        self.program().is_none_or(found)
+        match self {
+            Self::EmptyPrograms => empty_at_hooks().is_ok(),
+            _ => self.program().is_none_or(found),
+        }
     }
 
     fn command(self, scene: &Scene, capture: &PathBuf) -> Option<Command> {
@@ -95,7 +103,7 @@ impl Tool {
             command
         };
         Some(match self {
-            Self::Nothing => return None,
+            Self::Nothing | Self::EmptyPrograms => return None,
             Self::OtherPort => watch(&OTHER_PORT.to_string()),
             Self::Watch => watch(&HOST_PORT.to_string()),
             Self::WatchCtnetlink => watch(&format!("{HOST_PORT} --conntrack-backend ctnetlink")),
@@ -134,6 +142,7 @@ pub struct Beside<'a> {
     printed: PathBuf,
     capture: PathBuf,
     _rule: Option<Rule<'a>>,
+    _programs: Vec<Attachment>,
 }
 
 impl<'a> Beside<'a> {
@@ -141,12 +150,16 @@ impl<'a> Beside<'a> {
         let printed = scene.directory.path().join("printed");
         let capture = scene.directory.path().join("capture");
         let rule = Rule::for_tool(tool, scene.node())?;
+        let programs = match tool {
+            Tool::EmptyPrograms => scene.node().run_in(|| empty_programs(scene.node()))??,
+            _ => Vec::new(),
+        };
         let process = tool
             .command(scene, &capture)
             .map(|command| ChildGuard::spawn_to(command, File::create(&printed)?))
             .transpose()
             .with_context(|| tool.name())?;
-        let beside = Self { tool, process, printed, capture, _rule: rule };
+        let beside = Self { tool, process, printed, capture, _rule: rule, _programs: programs };
         beside.wait_until_ready(scene)?;
         Ok(beside)
     }
@@ -198,7 +211,7 @@ impl<'a> Beside<'a> {
         process.wait(WAIT)?;
         let said = process.stderr.snapshot();
         Ok(match self.tool {
-            Tool::Nothing | Tool::OtherPort => None,
+            Tool::Nothing | Tool::EmptyPrograms | Tool::OtherPort => None,
             Tool::Watch | Tool::WatchCtnetlink | Tool::WatchInside => Some(output::watch_text(&self.printed)?),
             Tool::WatchJson => Some(output::watch_json(&self.printed)?),
             Tool::ConntrackEvents => Some(output::conntrack(&self.printed, &said)?),
@@ -207,6 +220,35 @@ impl<'a> Beside<'a> {
             Tool::NftMonitor => Some(output::nft_monitor(&self.printed, &said)?),
         })
     }
+}
+
+/// Where porttrace hangs its programs on a node that has `tcx` and NETFILTER programs.
+fn empty_programs(node: &Netns) -> Result<Vec<Attachment>> {
+    let mut all = empty_at_hooks()?;
+    for interface in node.links()? {
+        all.extend(Attachment::of_nothing_on_both_sides(&interface)?);
+    }
+    Ok(all)
+}
+
+/// After conntrack, after either half of NAT and before LOCAL_IN, in the calling thread's namespace.
+fn empty_at_hooks() -> Result<Vec<Attachment>> {
+    const HOOKS: [(i32, i32); 7] = [
+        (libc::NF_INET_PRE_ROUTING, -199),
+        (libc::NF_INET_LOCAL_OUT, -199),
+        (libc::NF_INET_PRE_ROUTING, -99),
+        (libc::NF_INET_LOCAL_OUT, -99),
+        (libc::NF_INET_LOCAL_IN, i32::MIN + 1),
+        (libc::NF_INET_LOCAL_IN, 101),
+        (libc::NF_INET_POST_ROUTING, 101),
+    ];
+    let families = [libc::NFPROTO_IPV4, libc::NFPROTO_IPV6];
+    let places = families.into_iter().flat_map(|family| HOOKS.map(|(hook, priority)| (family, hook, priority)));
+    places
+        .map(|(family, hook, priority)| {
+            Attachment::of_nothing_at_hook(family.cast_unsigned(), hook.cast_unsigned(), priority)
+        })
+        .collect()
 }
 
 /// The rule that a tool needs, while it runs.

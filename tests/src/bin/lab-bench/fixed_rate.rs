@@ -19,7 +19,7 @@ pub fn measure(scene: &Scene, arguments: &Arguments) -> Result<()> {
         "\n{rate:.0} new connections a second to 9088 for {SECONDS} s: TCP (opened and reset), then UDP (one datagram each)"
     );
     println!("  {:<42} {:>9} {:>9} {:>9} {:>9}   missed", "", "proto", "made/s", "told", "its CPU");
-    for tool in arguments.tools().into_iter().filter(|tool| *tool != Tool::OtherPort) {
+    for tool in arguments.tools().into_iter().filter(|tool| !matches!(tool, Tool::EmptyPrograms | Tool::OtherPort)) {
         once(scene, tool, Proto::Tcp, rate)?;
         // The others are counted by what they tell of TCP.
         if tool == Tool::Nothing || tool.is_porttrace() {

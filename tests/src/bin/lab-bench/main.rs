@@ -66,7 +66,7 @@ impl Arguments {
         let is_wanted = |tool: &Tool| *tool == Tool::Nothing || self.beside.is_empty() || self.beside.contains(tool);
         let (here, absent): (Vec<_>, Vec<_>) = Tool::ALL.into_iter().filter(is_wanted).partition(|tool| tool.is_here());
         for absent in absent {
-            println!("not measured, because it is not installed: {}", absent.name());
+            println!("not measured, because it is not to be had here: {}", absent.name());
         }
         here
     }
