@@ -30,12 +30,6 @@ impl Record for Head {
 /// A zeroed record with kind, time and namespace set; what does not fit is counted.
 #[inline(always)]
 pub fn reserve<R: Record>(kind: Kind) -> Option<RingBufEntry<R>> {
-    reserve_at(kind, 0)
-}
-
-/// As [`reserve`], where the time may be known; else it is 0.
-#[inline(always)]
-pub fn reserve_at<R: Record>(kind: Kind, now: u64) -> Option<RingBufEntry<R>> {
     let Some(mut entry) = EVENTS.reserve::<R>(0) else {
         count_lost();
         return None;
@@ -44,7 +38,7 @@ pub fn reserve_at<R: Record>(kind: Kind, now: u64) -> Option<RingBufEntry<R>> {
     unsafe { clear(entry.as_mut_ptr().cast(), size_of::<R>() / 8) };
     let head = body(&mut entry).head();
     // Here and not before: a look at the clock waits for what is read before it.
-    head.time_ns = if now == 0 { unsafe { bpf_ktime_get_ns() } } else { now };
+    head.time_ns = unsafe { bpf_ktime_get_ns() };
     head.kind = kind as u8;
     head.version = WIRE_VERSION;
     head.netns = netns();

@@ -1,11 +1,11 @@
 //! TC: which packets belong to a watched connection, and which of those are worth an event.
 
-use crate::emit::{body, describe_packet, reserve, reserve_at, submit};
+use crate::emit::{body, describe_packet, reserve, submit};
 use crate::maps::{SCRATCH, add, find, insert, is_predicted, port_bits, shows_data};
 use crate::packet::{Bytes, ICMP, ICMPV6, PLAIN_TCP, PLAIN_UDP, Packet, SCTP, TCP, UDP, parse, plain};
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
-use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_skb_load_bytes_relative};
+use aya_ebpf::helpers::generated::{bpf_ktime_get_coarse_ns, bpf_skb_load_bytes_relative};
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use porttrace_ebpf::machine::opaque;
@@ -18,7 +18,7 @@ use porttrace_ebpf::{
 /// Packets with payload shown for each tuple; later ones are only counted.
 const SHOWN: u16 = 8;
 /// A datagram flow that was silent for so long is shown anew.
-const IDLE_NS: u64 = 10_000_000_000;
+const IDLE_NS: i64 = 10_000_000_000;
 
 /// Ethernet protocols as they stand in `__sk_buff.protocol`.
 const IPV4: u32 = 0x0800u16.to_be() as u32;
@@ -192,14 +192,14 @@ fn flow(ctx: &TcContext, packet: &Packet, side: Kind) {
         None
     };
     let ifindex = unsafe { (*ctx.skb.skb).ifindex };
-    // Datagrams are told by how long ago the last one came.
-    let now = if packet.tuple.proto == UDP { unsafe { bpf_ktime_get_ns() } } else { 0 };
+    // Datagrams are told by how long ago the last one came, about so: to ask for the exact time would take longer than to count.
+    let now = if packet.tuple.proto == UDP { unsafe { bpf_ktime_get_coarse_ns() } } else { 0 };
     let mut known = match (known, role) {
         (None, Some(role)) => {
             let mut first =
                 Way { last_ns: now, packets: 1, bytes: packet.payload.into(), ifindex, side: side as u16, shown: 0 };
             if is_shown(&mut first, packet) {
-                show(ctx, packet, side, now, &About { ct_id: 0, role, own: first.bytes, back: 0 });
+                show(ctx, packet, side, &About { ct_id: 0, role, own: first.bytes, back: 0 });
             }
             // Last: what is written to comes from afar, and nobody waits for it any more.
             return insert(&place, &packet.tuple, role, 0, Some(first));
@@ -218,7 +218,7 @@ fn flow(ctx: &TcContext, packet: &Packet, side: Kind) {
     count_packet(known.way(), packet, now, ifindex, side);
     if is_shown(known.way(), packet) {
         let (own, back) = (known.way().bytes, known.back().bytes);
-        show(ctx, packet, side, now, &About { ct_id: known.ct_id(), role: known.role(), own, back });
+        show(ctx, packet, side, &About { ct_id: known.ct_id(), role: known.role(), own, back });
     }
 }
 
@@ -269,7 +269,8 @@ fn restart(known: &mut Known, ifindex: u32, side: Kind) {
 #[inline(always)]
 fn count_packet(way: &mut Way, packet: &Packet, now: u64, ifindex: u32, side: Kind) {
     if packet.tuple.proto == UDP {
-        if now.wrapping_sub(way.last_ns) > IDLE_NS {
+        // Less than nothing where another CPU has just seen a later time.
+        if now.wrapping_sub(way.last_ns).cast_signed() > IDLE_NS {
             way.shown = 0;
         }
         way.last_ns = now;
@@ -279,8 +280,8 @@ fn count_packet(way: &mut Way, packet: &Packet, now: u64, ifindex: u32, side: Ki
         way.side = side as u16;
     }
     if way.ifindex == ifindex && way.side == side as u16 {
+        way.packets = (way.packets << 1 | 1) & 3;
         // The packets of one flow may be on several CPUs at once.
-        add(&mut way.packets, 1);
         add(&mut way.bytes, u64::from(packet.payload));
     }
 }
@@ -300,8 +301,8 @@ fn is_shown(way: &mut Way, packet: &Packet) -> bool {
 
 /// A function of its own: it is called in two places.
 #[inline(never)]
-fn show(ctx: &TcContext, packet: &Packet, side: Kind, now: u64, about: &About) {
-    let Some(mut entry) = reserve_at::<Head>(side, now) else { return };
+fn show(ctx: &TcContext, packet: &Packet, side: Kind, about: &About) {
+    let Some(mut entry) = reserve::<Head>(side) else { return };
     let head = body(&mut entry);
     describe_packet(head, packet);
     let skb = unsafe { &*ctx.skb.skb };

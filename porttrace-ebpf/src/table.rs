@@ -32,10 +32,11 @@ pub struct Track {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Way {
-    /// When TC last saw a datagram, `bpf_ktime_get_ns`; 0 for other protocols.
+    /// When TC last saw a datagram, `bpf_ktime_get_coarse_ns`; 0 for other protocols.
     pub last_ns: u64,
-    /// Packets and bytes of L4 payload at the interface `ifindex`.
+    /// How many packets there were at the interface `ifindex`, as far as anybody asks: 0, 1, or 3 for more.
     pub packets: u64,
+    /// Of L4 payload, at that interface.
     pub bytes: u64,
     /// The interface that counts: the first one at which TC saw the tuple; 0: none yet.
     pub ifindex: u32,
