@@ -16,6 +16,9 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// How long somebody else's tool may take to end.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// One way to look, or not to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Tool {
@@ -208,7 +211,13 @@ impl<'a> Beside<'a> {
             thread::sleep(self.tool.pause());
         }
         process.signal(Signal::SIGINT)?;
-        process.wait(WAIT)?;
+        if self.tool.is_porttrace() {
+            process.wait(WAIT)?;
+        } else if process.wait(PATIENCE).is_err() {
+            // Now and then one of the monitors does not hear it.
+            process.signal(Signal::SIGKILL)?;
+            process.wait(WAIT)?;
+        }
         let said = process.stderr.snapshot();
         Ok(match self.tool {
             Tool::Nothing | Tool::EmptyPrograms | Tool::OtherPort => None,
