@@ -60,6 +60,8 @@ impl Scene {
     /// Makes one connection and collects what everybody says about it.
     fn connect(&mut self, origin: Origin, transport: Transport, to: SocketAddr, timeout: Duration) -> Told {
         let request = Connect { timeout, ..Connect::new(transport, to) };
+        // A client may get the port that an earlier one had for another destination.
+        self.trace.clear().unwrap();
         let answer = self.lab.connect(origin, &request).unwrap();
         let what = format!("{origin:?} {transport:?} to {to}");
         let original = Tuple::new(proto_of(transport), answer.local, to);
