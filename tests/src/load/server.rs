@@ -21,9 +21,9 @@ const HELD: usize = 256;
 const BACKLOG: i32 = 4096;
 /// Room for datagrams that are not read yet.
 const RECEIVE_BYTES: usize = 64 << 20;
-/// How long a server that has nothing to do looks away. Nobody wakes it: what that costs the sender depends on whether the server
-/// just slept, so that a sender which is a little slower pays much more.
-const NAP: Duration = Duration::from_millis(1);
+/// How long a server that has nothing to do looks away: twice as long each time, up to the second. Nobody wakes it: what that costs
+/// the sender depends on whether the server just slept, so that a sender which is a little slower pays much more.
+const NAPS: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(8)];
 
 /// What a server does with what it gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,9 +125,12 @@ impl Drop for Servers {
 impl Shared {
     fn accept(&self, listener: &TcpListener, local: SocketAddrV4, mode: Mode) -> Result<()> {
         let mut held = VecDeque::new();
+        let [shortest, longest] = NAPS;
+        let mut nap = shortest;
         while !self.stop.load(Ordering::Acquire) {
             match listener.accept() {
                 Ok((stream, saw)) => {
+                    nap = shortest;
                     self.note(Transport::Tcp, saw, local, mode);
                     self.connections.fetch_add(1, Ordering::AcqRel);
                     if self.reads.load(Ordering::Acquire) {
@@ -139,7 +142,10 @@ impl Shared {
                         held.pop_front();
                     }
                 }
-                Err(error) if is_pause(&error) => thread::sleep(NAP),
+                Err(error) if is_pause(&error) => {
+                    thread::sleep(nap);
+                    nap = longest.min(2 * nap);
+                }
                 // A reset that came first is the client's own way to close.
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
                 Err(error) => return Err(error).context("accepting"),
@@ -163,13 +169,19 @@ impl Shared {
 
     fn receive(&self, socket: &UdpSocket, local: SocketAddrV4, mode: Mode) -> Result<()> {
         let mut buffer = [0; 2048];
+        let [shortest, longest] = NAPS;
+        let mut nap = shortest;
         while !self.stop.load(Ordering::Acquire) {
             match socket.recv_from(&mut buffer) {
                 Ok((_, saw)) => {
+                    nap = shortest;
                     self.note(Transport::Udp, saw, local, mode);
                     self.datagrams.fetch_add(1, Ordering::AcqRel);
                 }
-                Err(error) if is_pause(&error) => thread::sleep(NAP),
+                Err(error) if is_pause(&error) => {
+                    thread::sleep(nap);
+                    nap = longest.min(2 * nap);
+                }
                 Err(error) => return Err(error).context("receiving"),
             }
         }
