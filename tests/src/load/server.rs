@@ -21,8 +21,7 @@ const HELD: usize = 256;
 const BACKLOG: i32 = 4096;
 /// Room for datagrams that are not read yet.
 const RECEIVE_BYTES: usize = 64 << 20;
-/// How long a server that has nothing to do looks away: twice as long each time, up to the second. Nobody wakes it: what that costs
-/// the sender depends on whether the server just slept, so that a sender which is a little slower pays much more.
+/// How long a server that has nothing to do looks away, at first and at most.
 const NAPS: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(8)];
 
 /// What a server does with what it gets.
@@ -125,12 +124,11 @@ impl Drop for Servers {
 impl Shared {
     fn accept(&self, listener: &TcpListener, local: SocketAddrV4, mode: Mode) -> Result<()> {
         let mut held = VecDeque::new();
-        let [shortest, longest] = NAPS;
-        let mut nap = shortest;
+        let mut nap = Nap::default();
         while !self.stop.load(Ordering::Acquire) {
             match listener.accept() {
                 Ok((stream, saw)) => {
-                    nap = shortest;
+                    nap = Nap::default();
                     self.note(Transport::Tcp, saw, local, mode);
                     self.connections.fetch_add(1, Ordering::AcqRel);
                     if self.reads.load(Ordering::Acquire) {
@@ -142,10 +140,7 @@ impl Shared {
                         held.pop_front();
                     }
                 }
-                Err(error) if is_pause(&error) => {
-                    thread::sleep(nap);
-                    nap = longest.min(2 * nap);
-                }
+                Err(error) if is_pause(&error) => nap.take(),
                 // A reset that came first is the client's own way to close.
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
                 Err(error) => return Err(error).context("accepting"),
@@ -169,19 +164,15 @@ impl Shared {
 
     fn receive(&self, socket: &UdpSocket, local: SocketAddrV4, mode: Mode) -> Result<()> {
         let mut buffer = [0; 2048];
-        let [shortest, longest] = NAPS;
-        let mut nap = shortest;
+        let mut nap = Nap::default();
         while !self.stop.load(Ordering::Acquire) {
             match socket.recv_from(&mut buffer) {
                 Ok((_, saw)) => {
-                    nap = shortest;
+                    nap = Nap::default();
                     self.note(Transport::Udp, saw, local, mode);
                     self.datagrams.fetch_add(1, Ordering::AcqRel);
                 }
-                Err(error) if is_pause(&error) => {
-                    thread::sleep(nap);
-                    nap = longest.min(2 * nap);
-                }
+                Err(error) if is_pause(&error) => nap.take(),
                 Err(error) => return Err(error).context("receiving"),
             }
         }
@@ -193,6 +184,23 @@ impl Shared {
             let served = Served { proto, saw, local: local.into() };
             self.log.lock().unwrap_or_else(PoisonError::into_inner).push(served);
         }
+    }
+}
+
+/// How long to look away next: twice as long each time. Nobody wakes a server: what that costs the sender depends on whether it
+/// just slept, so that a sender which is a little slower pays much more.
+struct Nap(Duration);
+
+impl Default for Nap {
+    fn default() -> Self {
+        Self(NAPS[0])
+    }
+}
+
+impl Nap {
+    fn take(&mut self) {
+        thread::sleep(self.0);
+        self.0 = NAPS[1].min(2 * self.0);
     }
 }
 
