@@ -2,7 +2,7 @@
 
 use crate::emit::{body, describe_packet, reserve, submit};
 use crate::flow::is_watched;
-use crate::maps::{Seen, find, forget, netns, offset, pass_over, set_seen, track};
+use crate::maps::{Seen, find, forget, is_taken_care_of, netns, offset, pass_over, set_seen, track};
 use crate::packet::{Packet, SCTP, TCP, UDP};
 use crate::route::describe_route;
 use crate::skb::{
@@ -130,10 +130,16 @@ fn watched(at: &NfContext, ct: u64, info: u64, proto: u8, kind: Kind) {
     }
 }
 
+/// What is told of a call, so that two programs at one function do not tell it twice: bits that no address has.
+const CONFIRM: u64 = 2;
+const DELETE: u64 = 3;
+
 /// `nf_nat_setup_info` begins: with `maniptype` SRC (0) the destination half is done and the tuples tell what it did.
+///
+/// `PAIRED`, here and below: two programs are at the function ([`is_taken_care_of`]).
 #[inline(always)]
-pub fn nat_setup(ct: u64, maniptype: u32) {
-    if !is_watched_here(ct) {
+pub fn nat_setup<const PAIRED: bool>(ct: u64, maniptype: u32) {
+    if !is_watched_here(ct) || PAIRED && is_taken_care_of(ct | u64::from(maniptype & 1), id_of(ct)) {
         return;
     }
     if maniptype == 0 {
@@ -147,7 +153,7 @@ pub fn nat_setup(ct: u64, maniptype: u32) {
 
 /// `__nf_conntrack_confirm` begins: both halves of NAT are done.
 #[inline(always)]
-pub fn confirm(skb: u64) {
+pub fn confirm<const PAIRED: bool>(skb: u64) {
     let (ct, info) = conntrack_of::<Untyped>(skb);
     if info >= REPLY {
         return;
@@ -159,7 +165,7 @@ pub fn confirm(skb: u64) {
         return;
     }
     let status = status_of::<Untyped>(ct);
-    if status & CONFIRMED != 0 {
+    if status & CONFIRMED != 0 || PAIRED && is_taken_care_of(ct | CONFIRM, id_of(ct)) {
         return;
     }
     if status & SRC_NAT != 0 {
@@ -172,8 +178,11 @@ pub fn confirm(skb: u64) {
 
 /// `nf_ct_delete` begins; it may be called for an entry that is already dying.
 #[inline(always)]
-pub fn destroy(ct: u64) {
+pub fn destroy<const PAIRED: bool>(ct: u64) {
     if !is_watched_here(ct) || status_of::<Untyped>(ct) & (DYING | CONFIRMED) != CONFIRMED {
+        return;
+    }
+    if PAIRED && is_taken_care_of(ct | DELETE, id_of(ct)) {
         return;
     }
     let Some(mut entry) = reserve::<Event>(Kind::Destroyed) else { return };

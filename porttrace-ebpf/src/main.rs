@@ -21,9 +21,11 @@ mod skb;
 
 #[cfg(target_arch = "bpf")]
 mod programs {
+    use crate::skb::peek;
     use crate::{conntrack, drops, flow};
-    use aya_ebpf::macros::{btf_tracepoint, classifier, kprobe};
-    use aya_ebpf::programs::{BtfTracePointContext, ProbeContext, TcContext};
+    use aya_ebpf::EbpfContext;
+    use aya_ebpf::macros::{btf_tracepoint, classifier, fentry, kprobe};
+    use aya_ebpf::programs::{BtfTracePointContext, FEntryContext, ProbeContext, TcContext};
     use core::ffi::c_void;
     use porttrace_ebpf::Kind;
 
@@ -77,22 +79,48 @@ mod programs {
     /// `nf_nat_setup_info(struct nf_conn *ct, const struct nf_nat_range2 *range, enum nf_nat_manip_type maniptype)`
     #[kprobe]
     pub fn kp_nat_setup(ctx: ProbeContext) -> u32 {
-        conntrack::nat_setup(ctx.arg(0).unwrap_or(0), ctx.arg(2).unwrap_or(0));
+        conntrack::nat_setup::<false>(ctx.arg(0).unwrap_or(0), ctx.arg(2).unwrap_or(0));
         0
     }
 
     /// `__nf_conntrack_confirm(struct sk_buff *skb)`
     #[kprobe]
     pub fn kp_confirm(ctx: ProbeContext) -> u32 {
-        conntrack::confirm(ctx.arg(0).unwrap_or(0));
+        conntrack::confirm::<false>(ctx.arg(0).unwrap_or(0));
         0
     }
 
     /// `nf_ct_delete(struct nf_conn *ct, u32 portid, int report)`
     #[kprobe]
     pub fn kp_destroy(ctx: ProbeContext) -> u32 {
-        conntrack::destroy(ctx.arg(0).unwrap_or(0));
+        conntrack::destroy::<false>(ctx.arg(0).unwrap_or(0));
         0
+    }
+
+    // The same functions where the kernel can call programs at their beginning (trampolines). Each of these is loaded twice.
+
+    #[fentry(function = "nf_nat_setup_info")]
+    pub fn fe_nat_setup(ctx: FEntryContext) -> i32 {
+        conntrack::nat_setup::<true>(argument(&ctx, 0), argument(&ctx, 2) as u32);
+        0
+    }
+
+    #[fentry(function = "__nf_conntrack_confirm")]
+    pub fn fe_confirm(ctx: FEntryContext) -> i32 {
+        conntrack::confirm::<true>(argument(&ctx, 0));
+        0
+    }
+
+    #[fentry(function = "nf_ct_delete")]
+    pub fn fe_destroy(ctx: FEntryContext) -> i32 {
+        conntrack::destroy::<true>(argument(&ctx, 0));
+        0
+    }
+
+    /// An argument of the function as a number: the verifier, which knows its type, would forbid to reckon with it.
+    #[inline(always)]
+    fn argument(ctx: &FEntryContext, number: u64) -> u64 {
+        peek(ctx.as_ptr() as u64 + 8 * number)
     }
 
     /// `kfree_skb(struct sk_buff *skb, void *location, enum skb_drop_reason reason, …)`

@@ -45,6 +45,12 @@ static SEEN: Array<u64> = Array::with_max_entries(SEEN_PLACES, 0);
 
 const SEEN_PLACES: u32 = 1 << 14;
 
+/// Calls of conntrack's functions that one of a pair of programs has taken care of; see [`is_taken_care_of`].
+#[map]
+static CALLS: PerCpuArray<[u64; CALLS_PLACES]> = PerCpuArray::with_max_entries(1, 0);
+
+const CALLS_PLACES: usize = 64;
+
 #[unsafe(no_mangle)]
 static OFFSETS: Offsets = Offsets::ZERO;
 
@@ -171,6 +177,27 @@ fn write_seen(ct_id: u64, value: u64) {
 #[inline(always)]
 fn seen_place(ct_id: u64) -> u32 {
     (ct_id >> (64 - SEEN_PLACES.ilog2())) as u32
+}
+
+/// Of a pair of programs at one function: whether the other one has already taken care of this call, which is then forgotten. Else
+/// the caller is to.
+///
+/// The kernel leaves a program out where it is running on that CPU already (`__bpf_prog_enter_recur` in kernel/bpf/trampoline.c): a
+/// task opens a connection, an interrupt brings another one's first packet. Of two programs it leaves out one then, whichever
+/// was interrupted, and the other one takes care of the packet that came. Three deep is nobody without a preemptible kernel.
+///
+/// `call`: an address, with lowest bits that tell the function. After a call that came to one program only, its address stays
+/// behind; the next call with it turns that round, and still is taken care of once.
+#[inline(always)]
+pub fn is_taken_care_of(call: u64, ct_id: u64) -> bool {
+    let Some(calls) = CALLS.get_ptr_mut(0) else { return false };
+    // The upper bits, as above.
+    let place = (ct_id >> (64 - CALLS_PLACES.ilog2())) as usize;
+    // SAFETY: a CPU's own; a softirq that comes between is another call's.
+    let last = unsafe { &mut (*calls)[place % CALLS_PLACES] };
+    let is_done = *last == call;
+    *last = if is_done { 0 } else { call };
+    is_done
 }
 
 #[inline(always)]

@@ -30,6 +30,7 @@ const XLATED_LENGTH: usize = 20;
 const NAME: usize = 64;
 const RUN_TIME: usize = 192;
 const RUN_COUNT: usize = 200;
+const LEFT_OUT: usize = 208;
 const VERIFIED: usize = 216;
 const INFO_SIZE: usize = 224;
 
@@ -73,6 +74,8 @@ pub struct Usage {
     pub name: String,
     pub runs: u64,
     pub nanoseconds: u64,
+    /// How often it was not run because it was running on that CPU already (`recursion_misses`).
+    pub left_out: u64,
     /// Bytes of machine code.
     pub size: u32,
     /// Instructions as the kernel runs them, after its own rewriting.
@@ -122,6 +125,7 @@ fn usage_of(program: &OwnedFd) -> Result<Usage> {
         name: String::from_utf8(name).context("a program's name is not UTF-8")?,
         runs: number(RUN_COUNT),
         nanoseconds: number(RUN_TIME),
+        left_out: number(LEFT_OUT),
         size: small(JITED_LENGTH),
         instructions: small(XLATED_LENGTH) / 8,
         verified: small(VERIFIED),

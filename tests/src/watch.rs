@@ -3,6 +3,7 @@
 use crate::lab::rules::Tools;
 use crate::netns::{ChildGuard, Netns};
 use anyhow::{Context, Result, anyhow, bail};
+use porttrace_user::collect::probe::Backend;
 use porttrace_user::core::model::flow::Tuple;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -18,10 +19,25 @@ pub const BACKEND: &str = "PORTTRACE_BACKEND";
 /// The backend that [`BACKEND`] asks for: as the option names it, and as the header must.
 fn wanted_backend() -> Result<Option<(&'static str, &'static str)>> {
     match std::env::var(BACKEND).as_deref() {
+        Ok("fentry") => Ok(Some(("fentry", "conntrack by fentry programs"))),
         Ok("kprobe") => Ok(Some(("kprobe", "conntrack by kprobes"))),
         Ok("netfilter") => Ok(Some(("netfilter", "conntrack by NETFILTER programs"))),
         Ok("") | Err(_) => Ok(None),
-        Ok(other) => bail!("{BACKEND} is kprobe or netfilter, not {other:?}"),
+        Ok(other) => bail!("{BACKEND} is fentry, kprobe or netfilter, not {other:?}"),
+    }
+}
+
+/// The backend that [`BACKEND`] asks for, of a probe without `watch`.
+///
+/// # Panics
+/// When it names none that there is.
+pub fn backend() -> Backend {
+    match std::env::var(BACKEND).as_deref() {
+        Ok("fentry") => Backend::Fentry,
+        Ok("kprobe") => Backend::Kprobe,
+        Ok("netfilter") => Backend::Netfilter,
+        Ok("") | Err(_) => Backend::Auto,
+        Ok(other) => panic!("{BACKEND} is fentry, kprobe or netfilter, not {other:?}"),
     }
 }
 

@@ -51,6 +51,7 @@ fn a_node_of_the_lab_and_what_watch_says_of_it() {
     let ready = watch.others.iter().find(|line| line["state"] == "ready").unwrap();
     let name = match report["backend"].as_str().unwrap() {
         "netfilter" => "by NETFILTER programs",
+        "fentry" => "by fentry programs",
         "kprobe" => "by kprobes",
         other => panic!("no backend observes NAT here: {other}"),
     };

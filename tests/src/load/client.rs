@@ -4,6 +4,8 @@ use super::Servers;
 use super::datagram::RawSender;
 use crate::netns::Netns;
 use anyhow::{Context, Result, bail, ensure};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use porttrace_user::core::model::flow::{Proto, Tuple};
 use socket2::{Domain, Socket, Type};
 use std::io::{self, ErrorKind, Write};
@@ -85,10 +87,19 @@ pub fn make(netns: &Netns, batches: &[Batch], until: Until<'_>, pace: Pace, serv
     thread::scope(|scope| {
         let threads: Vec<_> = batches
             .iter()
-            .map(|batch| {
+            .enumerate()
+            .map(|(number, batch)| {
                 let turn = Turn { start, clients, pace, until, done: 0 };
                 let (made, behind) = (&made, || made.load(Ordering::Acquire).saturating_sub(servers.served() - before));
-                scope.spawn(move || netns.run_in(|| client(batch, turn, made, &behind))?)
+                scope.spawn(move || {
+                    // Where each connection counts, its reset must not overtake the handshake's last ACK, which waits on another CPU:
+                    // the server then never has the connection, and conntrack, which saw an ACK last, takes the next one from
+                    // this port for the same (`nf_conntrack_tcp_packet` in net/netfilter/nf_conntrack_proto_tcp.c).
+                    if matches!(until, Until::Rounds(_)) {
+                        stay_on_one_cpu(number)?;
+                    }
+                    netns.run_in(|| client(batch, turn, made, &behind))?
+                })
             })
             .collect();
         threads
@@ -163,6 +174,16 @@ fn client(batch: &Batch, mut turn: Turn<'_>, made: &AtomicU64, behind: &dyn Fn()
         wait_for_servers(behind)?;
     }
     Ok(())
+}
+
+/// Keeps the calling thread on one of the CPUs that it may use; the number says on which.
+pub fn stay_on_one_cpu(number: usize) -> Result<()> {
+    let this_thread = Pid::from_raw(0);
+    let allowed = sched_getaffinity(this_thread)?;
+    let cpus: Vec<usize> = (0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu).unwrap_or(false)).collect();
+    let mut one = CpuSet::new();
+    one.set(cpus[number % cpus.len()])?;
+    sched_setaffinity(this_thread, &one).context("keeping a thread on one CPU")
 }
 
 /// Opens a connection and resets it, so that the port can be used again at once.

@@ -5,7 +5,7 @@ mod datagram;
 mod server;
 mod truth;
 
-pub use client::{Batch, Made, Pace, Until, make, stream};
+pub use client::{Batch, Made, Pace, Until, make, stay_on_one_cpu, stream};
 pub use datagram::{RawSender, flood};
 pub use server::{Mode, Server, Servers};
 pub use truth::{NewConnections, entries};

@@ -61,7 +61,7 @@ fn forwarded(world: &World, at: &Addresses) {
     }
     let half = Tuple { dst: at.pod, dport: POD_PORT, ..original };
     match events.iter().find(|event| event.kind == Kind::Confirmed) {
-        // kprobes: the destination's rewrite, then the source's, then the final entry with its packet.
+        // At conntrack's functions: the destination's rewrite, then the source's, then the final entry with its packet.
         Some(confirmed) => {
             assert_eq!(confirmed.packet, Some(reply.inverted()), "{text}");
             let setups: Vec<_> = events.iter().filter(|event| event.kind == Kind::NatSetup).collect();
@@ -141,7 +141,7 @@ fn a_connection_older_than_the_probe_is_found_by_its_entry() {
             stream.shutdown(std::net::Shutdown::Write)?;
             stream.read_to_string(&mut String::new())?;
             if probe.info().conntrack_backend != ConntrackBackend::Netfilter {
-                // The functions that kprobes wait for run when an entry is made or deleted, and TC knows no SYN of it.
+                // Other hooks are at functions that run when an entry is made or deleted, and TC knows no SYN of it.
                 nothing_came(probe)?;
                 return Ok(None);
             }

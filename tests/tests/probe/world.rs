@@ -3,7 +3,8 @@
 use anyhow::{Context, Result, bail, ensure};
 use porttrace_ebpf::Kind;
 use porttrace_tests::netns::Netns;
-use porttrace_user::collect::probe::{Backend, Probe, ProbeConfig};
+use porttrace_tests::watch::backend;
+use porttrace_user::collect::probe::{Probe, ProbeConfig};
 use porttrace_user::core::model::event::Event;
 use porttrace_user::core::model::flow::{Proto, Tuple};
 use std::collections::BTreeSet;
@@ -123,14 +124,7 @@ impl World {
 
 /// The probe's configuration for the world's port, with the backend that `PORTTRACE_BACKEND` names.
 pub fn config() -> ProbeConfig {
-    let mut config = ProbeConfig::new([PORT]);
-    config.backend = match std::env::var("PORTTRACE_BACKEND").as_deref() {
-        Ok("kprobe") => Backend::Kprobe,
-        Ok("netfilter") => Backend::Netfilter,
-        Ok(other) if !other.is_empty() && other != "auto" => panic!("PORTTRACE_BACKEND={other:?}"),
-        _ => Backend::Auto,
-    };
-    config
+    ProbeConfig { backend: backend(), ..ProbeConfig::new([PORT]) }
 }
 
 /// Final tuples of all entries, as the conntrack hooks reported them.

@@ -67,18 +67,26 @@ struct Suite {
     tests: &'static [&'static str],
 }
 
-/// What runs on every change. Emulation is ten times slower: the whole matrix of `watch` runs with kprobes only and in one lab,
+/// What runs on every change. Emulation is ten times slower: the whole matrix of `watch` runs with fentry programs only and in one lab,
 /// and of the probe's tests those in which the backends differ.
-const SHORT_6_1: [Suite; 2] = [
-    Suite { target: "probe", backend: "kprobe", tests: &["path::", "routes::", "refusal::a_dropped", "programs::"] },
-    Suite { target: "watch_e2e", backend: "kprobe", tests: &["--ignored", "one_lab_for_all"] },
+const SHORT_6_1: [Suite; 4] = [
+    Suite { target: "probe", backend: "fentry", tests: &["path::", "routes::", "refusal::a_dropped", "programs::"] },
+    Suite { target: "watch_e2e", backend: "fentry", tests: &["--ignored", "one_lab_for_all"] },
+    Suite { target: "completeness", backend: "fentry", tests: &["--include-ignored", "by_hooks", "interrupt"] },
+    Suite { target: "probe", backend: "kprobe", tests: &["path::a_forwarded", "refusal::a_dropped", "programs::"] },
 ];
-const SHORT_6_12: [Suite; 2] = [
+const SHORT_6_12: [Suite; 3] = [
     Suite { target: "probe", backend: "netfilter", tests: &["path::a_forwarded", "routes::", "programs::"] },
+    Suite { target: "completeness", backend: "fentry", tests: &["--include-ignored", "by_hooks", "interrupt"] },
     Suite { target: "probe", backend: "kprobe", tests: &["path::a_forwarded", "refusal::a_dropped"] },
 ];
 /// All that can be asked of a backend; `loss::` and `lifecycle::` are about the ring buffer and about time.
 const WHOLE_PROBE: &[&str] = &["path::", "routes::", "refusal::", "filter::", "frames::", "programs::"];
+const WHOLE_FENTRY: [Suite; 3] = [
+    Suite { target: "probe", backend: "fentry", tests: WHOLE_PROBE },
+    Suite { target: "watch_e2e", backend: "fentry", tests: &[] },
+    Suite { target: "completeness", backend: "fentry", tests: &["--include-ignored", "by_hooks", "interrupt"] },
+];
 const WHOLE_KPROBE: [Suite; 2] = [
     Suite { target: "probe", backend: "kprobe", tests: WHOLE_PROBE },
     Suite { target: "watch_e2e", backend: "kprobe", tests: &[] },
@@ -101,8 +109,8 @@ fn suites(kernel: Kernel, extent: Extent) -> Vec<&'static Suite> {
     match (kernel, extent) {
         (Kernel::V6_1, Extent::Short) => SHORT_6_1.iter().collect(),
         (Kernel::V6_12, Extent::Short) => SHORT_6_12.iter().collect(),
-        (Kernel::V6_1, Extent::Whole) => WHOLE_KPROBE.iter().collect(),
-        (Kernel::V6_12, Extent::Whole) => WHOLE_NETFILTER.iter().chain(&WHOLE_KPROBE).collect(),
+        (Kernel::V6_1, Extent::Whole) => WHOLE_FENTRY.iter().chain(&WHOLE_KPROBE).collect(),
+        (Kernel::V6_12, Extent::Whole) => WHOLE_NETFILTER.iter().chain(&WHOLE_FENTRY).chain(&WHOLE_KPROBE).collect(),
     }
 }
 

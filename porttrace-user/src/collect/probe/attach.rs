@@ -11,6 +11,10 @@ use crate::collect::links::LinkWatcher;
 use aya::maps::Array;
 use porttrace_ebpf::PORTS_ARE_KNOWN;
 
+/// `trace_call_bpf` (kernel/trace/bpf_trace.c) and `kprobe_ftrace_handler` (arch/x86/kernel/kprobes/ftrace.c).
+const KPROBES_ARE_LEFT_OUT: &str = "connections that an interrupt brings while another eBPF program or kprobe runs may be told without \
+                                    their NAT: the kernel leaves kprobes out then, and does not count that";
+
 /// Attaches the TC programs; an interface that vanished meanwhile is no error.
 pub fn attach_interface(
     kernel: &Kernel,
@@ -86,7 +90,7 @@ pub fn observe_conntrack(
         return by_events(Listener::open(&config.ports, events_room(config))?, None, degradations);
     }
     let (mut kernel, interfaces) = loaded(config.backend, false)?;
-    let mut why = match attach_conntrack(&mut kernel, config.backend, without_types)? {
+    let mut why = match attach_conntrack(&mut kernel, config.backend, without_types, degradations)? {
         Ok(backend) => return Ok(Observed { kernel, interfaces, backend, listener: None }),
         Err(why) => why,
     };
@@ -117,6 +121,7 @@ fn attach_conntrack(
     kernel: &mut Kernel,
     wanted: Backend,
     without_types: Option<&str>,
+    degradations: &mut Vec<String>,
 ) -> Result<Result<ConntrackBackend, String>, ProbeError> {
     if wanted == Backend::TcOnly {
         return Ok(Err("only TC was asked for".to_owned()));
@@ -124,6 +129,7 @@ fn attach_conntrack(
     let mut reasons = Vec::new();
     let tries = [
         (Backend::Netfilter, "netfilter", ConntrackBackend::Netfilter),
+        (Backend::Fentry, "fentry", ConntrackBackend::Fentry),
         (Backend::Kprobe, "kprobe", ConntrackBackend::Kprobe),
     ];
     for (backend, name, runs) in tries {
@@ -133,10 +139,16 @@ fn attach_conntrack(
         let outcome = match (without_types, backend) {
             (Some(why), _) => Err(why.to_owned()),
             (None, Backend::Netfilter) => kernel.attach_netfilter(),
+            (None, Backend::Fentry) => kernel.attach_fentries(),
             (None, _) => kernel.attach_kprobes(),
         };
         match outcome {
-            Ok(()) => return Ok(Ok(runs)),
+            Ok(()) => {
+                if runs == ConntrackBackend::Kprobe {
+                    degradations.push(KPROBES_ARE_LEFT_OUT.to_owned());
+                }
+                return Ok(Ok(runs));
+            }
             Err(why) if wanted == backend => return Err(ProbeError::Backend { backend: name, why }),
             Err(why) => reasons.push(why),
         }

@@ -15,10 +15,12 @@ const TRACKED: u32 = 32_768;
 /// Which conntrack hooks to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Backend {
-    /// NETFILTER programs where they load, else kprobes, else conntrack's events, else none.
+    /// NETFILTER programs where they load, else fentry programs, else kprobes, else conntrack's events, else none.
     #[default]
     Auto,
     Netfilter,
+    /// Programs that the kernel calls where conntrack's functions begin.
+    Fentry,
     Kprobe,
     /// Conntrack's own events, and packets at addresses that the rules predict.
     Ctnetlink,
@@ -30,6 +32,7 @@ pub enum Backend {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConntrackBackend {
     Netfilter,
+    Fentry,
     Kprobe,
     Ctnetlink,
     None,
@@ -39,6 +42,7 @@ impl fmt::Display for ConntrackBackend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Netfilter => "NETFILTER programs",
+            Self::Fentry => "fentry programs",
             Self::Kprobe => "kprobes",
             Self::Ctnetlink => "conntrack's events (ctnetlink)",
             Self::None => "none",
@@ -172,9 +176,13 @@ pub struct Lost {
     pub ring_full: u64,
     /// Conntrack's events that the kernel could not queue.
     pub conntrack_full: u64,
+    /// Runs of programs at kernel functions and tracepoints that the kernel left out because the program was already running on
+    /// that CPU (`recursion_misses`). Which packet each was for is not known: it need not be one that is watched.
+    pub left_out: u64,
 }
 
 impl Lost {
+    /// Events that are known to be lost.
     pub const fn total(self) -> u64 {
         self.ring_full + self.conntrack_full
     }
@@ -182,6 +190,10 @@ impl Lost {
     /// The sums of both.
     #[must_use]
     pub const fn plus(self, other: Self) -> Self {
-        Self { ring_full: self.ring_full + other.ring_full, conntrack_full: self.conntrack_full + other.conntrack_full }
+        Self {
+            ring_full: self.ring_full + other.ring_full,
+            conntrack_full: self.conntrack_full + other.conntrack_full,
+            left_out: self.left_out + other.left_out,
+        }
     }
 }

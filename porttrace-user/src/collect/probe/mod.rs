@@ -189,7 +189,9 @@ impl Probe {
 
     pub fn lost(&self) -> Result<Lost, ProbeError> {
         let ring_full = self.ring_lost.get(&0, 0).map_err(|error| map_error("LOST", &error))?.iter().sum();
-        Ok(Lost { ring_full, conntrack_full: self.conntrack_dropped()? })
+        let left_out = self.kernel.left_out();
+        let left_out = left_out.map_err(|error| ProbeError::Io { what: "asking what was left out", error })?;
+        Ok(Lost { ring_full, conntrack_full: self.conntrack_dropped()?, left_out })
     }
 
     /// Name of the `reason` of a [`Kind::Dropped`] (`NETFILTER_DROP`, `NO_SOCKET`, …) or [`Kind::ResetSent`] event, as the

@@ -1,7 +1,7 @@
 //! The compiled kernel side: read and put together with aya, which has no types for some of its programs: all are loaded alike here.
 
 use super::mapping::page;
-use super::offsets::KernelTypes;
+use super::offsets::{CONNTRACK_FUNCTIONS, KernelTypes};
 use super::ring::Ring;
 pub use super::sys::ProgramType;
 use super::sys::{self, NetfilterHook};
@@ -51,9 +51,10 @@ pub const NETFILTER_PROGRAMS: [&str; 4] = ["nf_after_conntrack", "nf_after_dnat"
 const PRIORITIES: i32 = 40;
 const FAMILIES: [u32; 2] = [libc::NFPROTO_IPV4 as u32, libc::NFPROTO_IPV6 as u32];
 
-/// kprobe programs and the functions that they wait for; all are symbols of modules on most kernels.
-const KPROBES: [(&str, &str); 3] =
-    [("kp_nat_setup", "nf_nat_setup_info"), ("kp_confirm", "__nf_conntrack_confirm"), ("kp_destroy", "nf_ct_delete")];
+/// Programs at [`CONNTRACK_FUNCTIONS`], in their order. Of the first kind each is there twice: the kernel leaves a program out
+/// while it is running on that CPU, and then the other one of the pair is not.
+const FENTRIES: [&str; 3] = ["fe_nat_setup", "fe_confirm", "fe_destroy"];
+const KPROBES: [&str; 3] = ["kp_nat_setup", "kp_confirm", "kp_destroy"];
 
 /// The kernel side: its maps, its programs as far as they are loaded, and links that hold as long as it lives.
 pub struct Kernel {
@@ -69,6 +70,8 @@ pub struct Kernel {
     loaded: BTreeMap<&'static str, Result<OwnedFd, String>>,
     links: Vec<OwnedFd>,
     kprobes: Vec<KProbe>,
+    /// Programs at kernel functions and tracepoints, which may be left out.
+    tracing: Vec<OwnedFd>,
 }
 
 impl Kernel {
@@ -114,6 +117,7 @@ impl Kernel {
             loaded: BTreeMap::new(),
             links: Vec::new(),
             kprobes: Vec::new(),
+            tracing: Vec::new(),
         })
     }
 
@@ -180,9 +184,25 @@ impl Kernel {
         Ok(())
     }
 
+    /// Attaches the programs that the kernel calls where conntrack's functions begin: all or none.
+    pub fn attach_fentries(&mut self) -> Result<(), String> {
+        let mut links = Vec::new();
+        let functions = self.types.conntrack_functions.into_iter().zip(CONNTRACK_FUNCTIONS);
+        for (name, (function, (called, _))) in FENTRIES.into_iter().zip(functions) {
+            let function = function.ok_or_else(|| format!("the kernel's BTF has no function {called}"))?;
+            for _ in 0..2 {
+                let program = load(&self.object, name, ProgramType::Fentry(function))?;
+                let link = sys::open_raw_tracepoint(program.as_fd());
+                links.push(link.map_err(|error| format!("attaching {name} to {called}: {error}"))?);
+            }
+        }
+        self.links.append(&mut links);
+        Ok(())
+    }
+
     /// Attaches the conntrack kprobes: all or none.
     pub fn attach_kprobes(&mut self) -> Result<(), String> {
-        for (name, function) in KPROBES {
+        for (name, (function, _)) in KPROBES.into_iter().zip(CONNTRACK_FUNCTIONS) {
             let attached = self.attach_kprobe(name, function);
             match attached {
                 Ok(kprobe) => self.kprobes.push(kprobe),
@@ -195,7 +215,7 @@ impl Kernel {
         Ok(())
     }
 
-    fn attach_kprobe(&self, name: &'static str, function: &str) -> Result<KProbe, String> {
+    fn attach_kprobe(&mut self, name: &'static str, function: &str) -> Result<KProbe, String> {
         let program = load(&self.object, name, ProgramType::Kprobe)?;
         let id = sys::program_id(program.as_fd()).map_err(|error| error.to_string())?;
         let info =
@@ -204,6 +224,7 @@ impl Kernel {
         let kprobe = unsafe { KProbe::from_program_info(info, name.into(), ProbeKind::Entry) };
         let mut kprobe = kprobe.map_err(|error| chain(&error))?;
         kprobe.attach(function, 0).map_err(|error| chain(&error))?;
+        self.tracing.push(program);
         Ok(kprobe)
     }
 
@@ -212,7 +233,13 @@ impl Kernel {
         let program = self.loaded(name)?;
         let link = sys::open_raw_tracepoint(program.as_fd()).map_err(|error| format!("attaching {name}: {error}"))?;
         self.links.push(link);
+        self.tracing.push(program);
         Ok(())
+    }
+
+    /// How often the kernel left out a program at a tracepoint, or one of a kprobe.
+    pub fn left_out(&self) -> io::Result<u64> {
+        self.tracing.iter().map(|program| sys::left_out(program.as_fd())).sum()
     }
 
     /// The ring buffer, which is then no longer here.

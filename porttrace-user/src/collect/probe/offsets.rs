@@ -1,15 +1,22 @@
 //! Offsets of kernel structure members, from BTF: vmlinux's, and that of the module nf_conntrack where it is one.
 
 use super::btf::{Btf, BtfError};
+use super::sys::Function;
 use porttrace_ebpf::Offsets;
 use std::collections::BTreeMap;
 use std::path::Path;
 use thiserror::Error;
 
+const TYPES: &str = "/sys/kernel/btf";
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 const MODULE: &str = "/sys/kernel/btf/nf_conntrack";
 
-const WANTED: [&str; 21] = [
+/// The functions of conntrack at which its entries are observed where no NETFILTER program is, and their modules where they are in one.
+pub const CONNTRACK_FUNCTIONS: [(&str, &str); 3] =
+    [("nf_nat_setup_info", "nf_nat"), ("__nf_conntrack_confirm", "nf_conntrack"), ("nf_ct_delete", "nf_conntrack")];
+
+const WANTED: [&str; 24] = [
+    "__nf_conntrack_confirm",
     "bpf_rdonly_cast",
     "btf_trace_kfree_skb",
     "btf_trace_tcp_send_reset",
@@ -20,8 +27,10 @@ const WANTED: [&str; 21] = [
     "nf_conntrack_man",
     "nf_conntrack_tuple",
     "nf_conntrack_tuple_hash",
+    "nf_ct_delete",
     "nf_ct_ext_id",
     "nf_hook_state",
+    "nf_nat_setup_info",
     "ns_common",
     "rt6_info",
     "rtnl_link_stats64",
@@ -40,6 +49,8 @@ pub struct KernelTypes {
     /// `attach_btf_id` of the tracepoints; `None` where the kernel has no such tracepoint.
     pub kfree_skb: Option<u32>,
     pub tcp_send_reset: Option<u32>,
+    /// Those of [`CONNTRACK_FUNCTIONS`].
+    pub conntrack_functions: [Option<Function>; 3],
     /// The kernel function `bpf_rdonly_cast` (Linux 6.2).
     pub rdonly_cast: Option<u32>,
     /// The tracepoint `tcp_send_reset` says why (Linux 6.11).
@@ -71,12 +82,21 @@ pub fn kernel_types() -> Result<KernelTypes, OffsetsError> {
         offsets: offsets(btf)?,
         kfree_skb: btf.typedef("btf_trace_kfree_skb"),
         tcp_send_reset: btf.typedef("btf_trace_tcp_send_reset"),
+        conntrack_functions: CONNTRACK_FUNCTIONS.map(|(name, module)| function(&vmlinux, name, module)),
         rdonly_cast: btf.function("bpf_rdonly_cast"),
         reset_has_reason: btf.tracepoint_arguments("btf_trace_tcp_send_reset").is_some_and(|count| count >= 3),
         drop_has_reason: btf.tracepoint_arguments("btf_trace_kfree_skb").is_some_and(|count| count >= 3),
         drop_reasons: names(btf, "skb_drop_reason", "SKB_DROP_REASON_"),
         reset_reasons: names(btf, "sk_rst_reason", "SK_RST_REASON_"),
     })
+}
+
+fn function(vmlinux: &Btf<'_>, name: &str, module: &'static str) -> Option<Function> {
+    if let Some(btf_id) = vmlinux.function(name) {
+        return Some(Function { btf_id, module: None });
+    }
+    let types = Btf::read(&Path::new(TYPES).join(module), Some(vmlinux), &[name]).ok()?;
+    Some(Function { btf_id: types.function(name)?, module: Some(module) })
 }
 
 fn offsets(btf: &Btf<'_>) -> Result<Offsets, OffsetsError> {

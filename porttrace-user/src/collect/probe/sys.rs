@@ -1,15 +1,17 @@
 //! The bpf() system call where aya has no words for what is needed: programs by type number, `tp_btf` by id, tcx by index.
 
-use aya_obj::generated::bpf_insn;
+use aya_obj::generated::{bpf_insn, bpf_prog_info};
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 const MAP_UPDATE_ELEM: libc::c_long = 2;
 const PROG_LOAD: libc::c_long = 5;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const RAW_TRACEPOINT_OPEN: libc::c_long = 17;
+const BTF_GET_FD_BY_ID: libc::c_long = 19;
 const MAP_FREEZE: libc::c_long = 22;
+const BTF_GET_NEXT_ID: libc::c_long = 23;
 const LINK_CREATE: libc::c_long = 28;
 
 /// `BPF_F_BEFORE` without a reference: first in line.
@@ -29,6 +31,16 @@ pub enum ProgramType {
     RawTracepoint {
         attach_btf_id: u32,
     },
+    /// `fentry`: called where the kernel function begins.
+    Fentry(Function),
+}
+
+/// A kernel function in the kernel's own types.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Function {
+    pub btf_id: u32,
+    /// The module whose types these are; `None`: vmlinux's.
+    pub module: Option<&'static str>,
 }
 
 /// Which side of an interface.
@@ -70,6 +82,8 @@ struct ProgLoad {
     line_info: u64,
     line_info_cnt: u32,
     attach_btf_id: u32,
+    attach_btf_obj_fd: u32,
+    pad: u32,
 }
 
 #[repr(C)]
@@ -109,6 +123,26 @@ struct ObjectInfo {
     info: u64,
 }
 
+#[repr(C)]
+#[derive(Default)]
+struct NextId {
+    start: u32,
+    next: u32,
+    flags: u32,
+}
+
+/// `struct bpf_btf_info`.
+#[repr(C)]
+#[derive(Default)]
+struct BtfInfo {
+    btf: u64,
+    btf_size: u32,
+    id: u32,
+    name: u64,
+    name_len: u32,
+    kernel_btf: u32,
+}
+
 /// Sets the one element of a map that holds a section of data.
 pub fn fill(map: BorrowedFd<'_>, data: &[u8]) -> io::Result<()> {
     let key = 0u32;
@@ -128,6 +162,39 @@ pub fn program_id(program: BorrowedFd<'_>) -> io::Result<u32> {
     let info_len = size_of_val(&info) as u32;
     bpf(OBJ_GET_INFO_BY_FD, &ObjectInfo { fd: raw(program), info_len, info: (&raw mut info) as u64 })?;
     Ok(info[1])
+}
+
+/// How often the kernel left a tracing program out, in all, as it was already running on that CPU (`recursion_misses`; of kprobes
+/// it counts that since Linux 6.7 only).
+pub fn left_out(program: BorrowedFd<'_>) -> io::Result<u64> {
+    // SAFETY: all-zero is a value of every field.
+    let mut info: bpf_prog_info = unsafe { std::mem::zeroed() };
+    let info_len = size_of_val(&info) as u32;
+    bpf(OBJ_GET_INFO_BY_FD, &ObjectInfo { fd: raw(program), info_len, info: (&raw mut info) as u64 })?;
+    Ok(info.recursion_misses)
+}
+
+/// A descriptor of a module's types.
+fn types_of(module: &str) -> io::Result<OwnedFd> {
+    let mut next = NextId::default();
+    loop {
+        // Ends with ENOENT.
+        next = NextId { start: next.next, ..NextId::default() };
+        bpf_mut(BTF_GET_NEXT_ID, &mut next)?;
+        let types = match fd(bpf(BTF_GET_FD_BY_ID, &next.next)) {
+            Ok(types) => types,
+            // It went meanwhile.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => continue,
+            Err(error) => return Err(error),
+        };
+        let mut name = [0u8; 64];
+        let mut info = BtfInfo { name: name.as_mut_ptr() as u64, name_len: name.len() as u32, ..BtfInfo::default() };
+        let info_len = size_of_val(&info) as u32;
+        bpf(OBJ_GET_INFO_BY_FD, &ObjectInfo { fd: raw(types.as_fd()), info_len, info: (&raw mut info) as u64 })?;
+        if name.split(|byte| *byte == 0).next() == Some(module.as_bytes()) {
+            return Ok(types);
+        }
+    }
 }
 
 fn raw(fd: BorrowedFd<'_>) -> u32 {
@@ -155,7 +222,19 @@ pub fn load(
             attr.attach_btf_id = attach_btf_id;
             (26, 23)
         }
+        ProgramType::Fentry(function) => {
+            attr.attach_btf_id = function.btf_id;
+            (26, 24)
+        }
     };
+    // Held until the program is loaded.
+    let module = match kind {
+        ProgramType::Fentry(Function { module: Some(name), .. }) => {
+            Some(types_of(name).map_err(|error| (error, String::new()))?)
+        }
+        _ => None,
+    };
+    attr.attach_btf_obj_fd = module.as_ref().map_or(0, |types| raw(types.as_fd()));
     for (to, from) in attr.prog_name.iter_mut().take(15).zip(name.bytes()) {
         *to = from;
     }
@@ -214,8 +293,17 @@ fn link(program: BorrowedFd<'_>, target: u32, attach_type: u32, flags: u32, extr
 }
 
 fn bpf<T>(command: libc::c_long, attr: &T) -> io::Result<libc::c_long> {
+    call(command, std::ptr::from_ref(attr))
+}
+
+/// As [`bpf`], where the kernel answers in `attr`.
+fn bpf_mut<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
+    call(command, std::ptr::from_mut(attr))
+}
+
+fn call<T>(command: libc::c_long, attr: *const T) -> io::Result<libc::c_long> {
     // SAFETY: `attr` is `repr(C)`, zero where unused, and its pointers outlive the call.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>()) };
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, attr, size_of::<T>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 

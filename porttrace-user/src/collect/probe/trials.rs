@@ -53,6 +53,7 @@ fn all(trial: &Trial) -> Trials {
         tcx: each(),
         clsact: each(),
         netfilter: each(),
+        fentry: each(),
         kprobe: each(),
         ctnetlink: each(),
         drops: each(),
@@ -86,7 +87,8 @@ fn attempt() -> Trials {
     }
     if let Err(why) = &types {
         let untried = Trial::Untried(format!("the kernel's types are not known: {why}"));
-        for place in [&mut trials.netfilter, &mut trials.kprobe, &mut trials.drops, &mut trials.resets] {
+        let Trials { netfilter, fentry, kprobe, drops, resets, .. } = &mut trials;
+        for place in [netfilter, fentry, kprobe, drops, resets] {
             *place = untried.clone();
         }
         return trials;
@@ -106,6 +108,7 @@ fn module_types() -> &'static str {
 
 fn hooks(kernel: &mut Kernel, types: &KernelTypes, trials: &mut Trials) {
     trials.netfilter = trial(kernel.attach_netfilter(), "they load, and attach to all hooks");
+    trials.fentry = trial(kernel.attach_fentries(), "they load and attach");
     trials.kprobe = trial(kernel.attach_kprobes(), "they load and attach");
     let mut tracepoint = |name: &str, id: Option<u32>| match id {
         Some(_) => trial(kernel.attach_tracepoint(name), ""),

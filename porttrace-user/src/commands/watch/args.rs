@@ -80,10 +80,12 @@ pub enum ProtoChoice {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum BackendChoice {
-    /// NETFILTER programs, else kprobes, else conntrack's events, else none
+    /// NETFILTER programs, else fentry programs, else kprobes, else conntrack's events, else none
     Auto,
     /// NETFILTER programs (kernel 6.4 or later)
     Netfilter,
+    /// fentry programs at conntrack's functions
+    Fentry,
     /// kprobes on conntrack's functions
     Kprobe,
     /// conntrack's own events (any kernel): a little late

@@ -1,5 +1,6 @@
 //! Puts the live log on standard output: text or JSON lines, folded where connections are alike.
 
+use super::probing::Loss;
 use porttrace_user::core::correlate::flow::{End, Flow};
 use porttrace_user::core::correlate::fold::{Bundle, Folder, Mode, Shape, Show};
 use porttrace_user::core::model::flow::Tuple;
@@ -264,17 +265,16 @@ impl Printer {
         self.out.flush()
     }
 
-    /// Lost events by reason, as totals of the session; `received` are those that were read.
-    pub fn lost(&mut self, reasons: &[(String, u64)], received: u64, now_ns: u64) -> io::Result<()> {
+    /// What was lost, as totals of the session; `received` are events that were read.
+    pub fn lost(&mut self, losses: &[Loss], received: u64, now_ns: u64) -> io::Result<()> {
         if self.json {
             let counts: serde_json::Map<String, serde_json::Value> =
-                reasons.iter().map(|(reason, count)| (reason.clone(), json!(count))).collect();
+                losses.iter().map(|loss| (loss.name.to_owned(), json!(loss.count))).collect();
             let fields = json!({"time": self.clock.utc(now_ns), "total": counts, "received": received});
             json::line(&mut self.out, "lost", fields)?;
             return self.out.flush();
         }
-        let text: Vec<String> = reasons.iter().map(|(reason, count)| format!("{count} ({reason})")).collect();
-        self.note(&format!("events lost so far: {}", text.join(", ")), now_ns, true)
+        losses.iter().try_for_each(|loss| self.note(&loss.so_far(), now_ns, true))
     }
 
     /// Lines for what was only counted since the last call; call about once a second.

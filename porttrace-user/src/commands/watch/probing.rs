@@ -19,13 +19,39 @@ pub fn probes_sentence(info: &ProbeInfo, captures: Option<Duration>) -> String {
     format!("TC ({}) on {}; conntrack {conntrack}; {since}", tc_name(info.tc), count(info.interfaces, "interface"),)
 }
 
-/// Lost events by reason, only those that occurred.
-pub fn reasons(lost: Lost) -> Vec<(String, u64)> {
-    [("ring buffer full", lost.ring_full), ("conntrack's queue full", lost.conntrack_full)]
-        .into_iter()
-        .filter(|(_, count)| *count > 0)
-        .map(|(reason, count)| (reason.to_owned(), count))
-        .collect()
+/// Something that did not come, and how often.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Loss {
+    /// Its name in JSON.
+    pub name: &'static str,
+    pub count: u64,
+    what: &'static str,
+    why: &'static str,
+}
+
+impl Loss {
+    /// While it may still become more.
+    pub fn so_far(&self) -> String {
+        format!("{} so far: {} ({})", self.what, self.count, self.why)
+    }
+
+    pub fn sentence(&self) -> String {
+        format!("{} {}: {}", self.count, self.what, self.why)
+    }
+}
+
+/// What was lost, only what occurred.
+pub fn losses(lost: Lost) -> Vec<Loss> {
+    let events = |why, count| Loss { name: why, count, what: "events lost", why };
+    let left_out = Loss {
+        name: "hooks left out",
+        count: lost.left_out,
+        what: "hooks left out",
+        why: "they were running on that CPU already; for packets of watched ports or others",
+    };
+    let all =
+        [events("ring buffer full", lost.ring_full), events("conntrack's queue full", lost.conntrack_full), left_out];
+    all.into_iter().filter(|loss| loss.count > 0).collect()
 }
 
 /// The node's probe as the arguments want it.
@@ -37,6 +63,7 @@ pub fn probe_config(args: &Args) -> ProbeConfig {
     let backend = match args.conntrack_backend {
         BackendChoice::Auto => Backend::Auto,
         BackendChoice::Netfilter => Backend::Netfilter,
+        BackendChoice::Fentry => Backend::Fentry,
         BackendChoice::Kprobe => Backend::Kprobe,
         BackendChoice::Ctnetlink => Backend::Ctnetlink,
         BackendChoice::None => Backend::TcOnly,
@@ -69,7 +96,25 @@ pub const fn sight(backend: ConntrackBackend) -> Sight {
     match backend {
         ConntrackBackend::Netfilter => Sight::WHOLE,
         // Only where conntrack is in use, by what it confirms.
-        ConntrackBackend::Kprobe | ConntrackBackend::Ctnetlink => Sight { delivery: false, rewritten: true },
+        ConntrackBackend::Fentry | ConntrackBackend::Kprobe | ConntrackBackend::Ctnetlink => {
+            Sight { delivery: false, rewritten: true }
+        }
         ConntrackBackend::None => Sight { delivery: false, rewritten: false },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_lost_and_what_was_left_out_are_told_apart() {
+        assert_eq!(losses(Lost::default()), []);
+        let told = losses(Lost { ring_full: 12, conntrack_full: 0, left_out: 2 });
+        let sentences: Vec<String> = told.iter().map(Loss::sentence).collect();
+        let why = "they were running on that CPU already; for packets of watched ports or others";
+        assert_eq!(sentences, ["12 events lost: ring buffer full".to_owned(), format!("2 hooks left out: {why}")]);
+        assert_eq!(told[0].so_far(), "events lost so far: 12 (ring buffer full)");
+        assert_eq!(told[1].so_far(), format!("hooks left out so far: 2 ({why})"));
     }
 }

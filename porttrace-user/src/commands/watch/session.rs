@@ -10,7 +10,7 @@ use super::intake::{push_all, while_reading};
 use super::note::Note;
 use super::output::{Clock, Events, Printer};
 use super::pods::Pods;
-use super::probing::{probe_config, probes_sentence, reasons};
+use super::probing::{Loss, losses, probe_config, probes_sentence};
 use super::rules::{Node, Rules};
 use super::signals::Signals;
 use anyhow::Context as _;
@@ -242,7 +242,7 @@ impl Session<'_> {
     fn tell_lost(&mut self) -> anyhow::Result<()> {
         let lost = self.lost_so_far()?;
         if lost != self.lost {
-            self.printer.lost(&reasons(lost), self.events, Clock::now())?;
+            self.printer.lost(&losses(lost), self.events, Clock::now())?;
             self.lost = lost;
         }
         Ok(())
@@ -287,13 +287,8 @@ impl Session<'_> {
         }
         // What pods had to tell is theirs.
         let node = self.probe.lost()?;
-        let lost: Vec<String> =
-            reasons(self.lost).iter().map(|(reason, count)| format!("{count} events lost: {reason}")).collect();
-        let events = Events {
-            received: self.events,
-            lost: node.ring_full + node.conntrack_full,
-            unclaimed: self.probe.unclaimed(),
-        };
+        let lost: Vec<String> = losses(self.lost).iter().map(Loss::sentence).collect();
+        let events = Events { received: self.events, lost: node.total(), unclaimed: self.probe.unclaimed() };
         self.printer.summary(nanoseconds(started.elapsed()), events, &lost)?;
         Ok(!lost.is_empty())
     }

@@ -77,6 +77,7 @@ pub struct Trials {
     pub tcx: Trial,
     pub clsact: Trial,
     pub netfilter: Trial,
+    pub fentry: Trial,
     pub kprobe: Trial,
     pub ctnetlink: Trial,
     /// `tp_btf/kfree_skb` and `tp_btf/tcp_send_reset`.

@@ -10,8 +10,8 @@ pub fn checks(facts: &Facts, backend: Backend) -> Vec<Check> {
     if facts.rights.missing.is_empty() {
         checks.extend(pods(facts));
         checks.extend([types(facts), programs(facts), interfaces(facts)]);
-        checks.extend([netfilter(facts, backend), kprobe(facts, backend), ctnetlink(facts, backend)]);
-        checks.extend([drops(facts), resets(facts)]);
+        checks.extend([netfilter(facts, backend), fentry(facts, backend), kprobe(facts, backend)]);
+        checks.extend([ctnetlink(facts, backend), drops(facts), resets(facts)]);
     } else {
         let text = "nothing was tried, for want of these capabilities";
         checks.push(Check::new(Group::Probe, "programs", Status::Unknown, text));
@@ -108,12 +108,24 @@ fn netfilter(facts: &Facts, backend: Backend) -> Check {
     })
 }
 
+fn fentry(facts: &Facts, backend: Backend) -> Check {
+    conntrack_hooks(&facts.trials.fentry, "fentry", "fentry programs", backend, |check| {
+        check.costs("NAT is not observed where conntrack makes an entry, but for kprobes").advice(
+            "needs CONFIG_FUNCTION_TRACER with direct calls (arm64: Linux 6.4 or later), and nf_nat and nf_conntrack with BTF",
+        )
+    })
+}
+
 fn kprobe(facts: &Facts, backend: Backend) -> Check {
-    conntrack_hooks(&facts.trials.kprobe, "kprobe", "kprobes", backend, |check| {
+    let check = conntrack_hooks(&facts.trials.kprobe, "kprobe", "kprobes", backend, |check| {
         check
             .costs("NAT is not observed where conntrack makes an entry")
             .advice("needs CONFIG_KPROBES and the symbols of nf_nat and nf_conntrack")
-    })
+    });
+    if backend != Backend::Kprobe {
+        return check;
+    }
+    check.costs("connections that come by an interrupt of another eBPF program or kprobe may be told without their NAT")
 }
 
 /// What `watch` falls back to; what that costs is said where it does.
@@ -140,6 +152,7 @@ fn conntrack_hooks(
     of_trial(Group::Probe, id, trial, name).unwrap_or_else(|mut check| {
         let other = match backend {
             Backend::Netfilter => "NETFILTER programs run",
+            Backend::Fentry => "fentry programs run",
             Backend::Kprobe => "kprobes run",
             Backend::Ctnetlink | Backend::None => return explain(check),
         };
@@ -199,7 +212,7 @@ fn events(facts: &Facts, backend: Backend) -> Option<Check> {
     Some(match facts.conntrack.events? {
         0 => {
             let off = "net.netfilter.nf_conntrack_events is 0: conntrack tells nobody of its entries";
-            if matches!(backend, Backend::Netfilter | Backend::Kprobe) {
+            if matches!(backend, Backend::Netfilter | Backend::Fentry | Backend::Kprobe) {
                 check(Status::Note, off)
             } else {
                 check(Status::Warning, off)

@@ -82,6 +82,7 @@ impl Check {
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
     Netfilter,
+    Fentry,
     Kprobe,
     Ctnetlink,
     None,
@@ -119,6 +120,7 @@ fn backend(facts: &Facts) -> Backend {
     let trials = &facts.trials;
     let tried = [
         (&trials.netfilter, Backend::Netfilter),
+        (&trials.fentry, Backend::Fentry),
         (&trials.kprobe, Backend::Kprobe),
         (&trials.ctnetlink, Backend::Ctnetlink),
     ];
@@ -141,6 +143,7 @@ fn summary(facts: &Facts, can_watch: bool, degraded: bool, backend: Backend) -> 
     }
     let nat = match backend {
         Backend::Netfilter => "NAT is observed by NETFILTER programs",
+        Backend::Fentry => "NAT is observed by fentry programs",
         Backend::Kprobe => "NAT is observed by kprobes",
         Backend::Ctnetlink => "NAT is observed by conntrack's events, a little late",
         Backend::None => "NAT is predicted from the rules, not observed",
