@@ -85,7 +85,12 @@ $b sleep 1000
 "#;
 
 fn script_text(commands: &[Command]) -> String {
-    let mut text = String::from("export HOME=/root TERM=dumb\nulimit -l unlimited 2>/dev/null || :\nstatus=0\n");
+    let mut text = String::from("export HOME=/root TERM=dumb\n");
+    // As on a node: the kernel's own limits are small.
+    for limit in ["-l unlimited", "-n 65536"] {
+        text.push_str(&format!("ulimit {limit} 2>/dev/null || :\n"));
+    }
+    text.push_str("status=0\n");
     for name in ["PATH", "CI", "RUST_BACKTRACE"] {
         if let Some(value) = std::env::var_os(name) {
             text.push_str(&format!("export {name}={}\n", quote(&value)));
