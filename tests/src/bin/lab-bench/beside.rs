@@ -8,6 +8,7 @@ use nix::sys::signal::Signal;
 use porttrace_tests::bpf::Attachment;
 use porttrace_tests::lab::topology::{HOST_PORT, OUTSIDE_V4};
 use porttrace_tests::netns::{ChildGuard, Netns};
+use porttrace_user::collect::probe;
 use std::ffi::OsString;
 use std::fs::File;
 use std::net::{SocketAddr, TcpStream};
@@ -28,6 +29,9 @@ pub enum Tool {
     OtherPort,
     /// The text log, with the backend that porttrace chooses.
     Watch,
+    /// The text log, by programs at conntrack's functions, where those can be had.
+    WatchFentry,
+    WatchKprobe,
     /// The text log, by conntrack's events.
     WatchCtnetlink,
     /// The text log, with a probe in the pod too.
@@ -41,11 +45,13 @@ pub enum Tool {
 }
 
 impl Tool {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 13] = [
         Self::Nothing,
         Self::EmptyPrograms,
         Self::OtherPort,
         Self::Watch,
+        Self::WatchFentry,
+        Self::WatchKprobe,
         Self::WatchCtnetlink,
         Self::WatchInside,
         Self::WatchJson,
@@ -61,6 +67,8 @@ impl Tool {
             Self::EmptyPrograms => "empty programs at porttrace's hooks",
             Self::OtherPort => "porttrace watch 9099 (another port)",
             Self::Watch => "porttrace watch 9088",
+            Self::WatchFentry => "porttrace watch 9088, by fentry",
+            Self::WatchKprobe => "porttrace watch 9088, by kprobe",
             Self::WatchCtnetlink => "porttrace watch 9088, by ctnetlink",
             Self::WatchInside => "porttrace watch 9088 --into-pods",
             Self::WatchJson => "porttrace watch 9088 --json",
@@ -88,6 +96,8 @@ impl Tool {
         };
         match self {
             Self::EmptyPrograms => empty_at_hooks().is_ok(),
+            Self::WatchFentry => probe::trials().fentry.works(),
+            Self::WatchKprobe => probe::trials().kprobe.works(),
             _ => self.program().is_none_or(found),
         }
     }
@@ -109,6 +119,8 @@ impl Tool {
             Self::Nothing | Self::EmptyPrograms => return None,
             Self::OtherPort => watch(&OTHER_PORT.to_string()),
             Self::Watch => watch(&HOST_PORT.to_string()),
+            Self::WatchFentry => watch(&format!("{HOST_PORT} --conntrack-backend fentry")),
+            Self::WatchKprobe => watch(&format!("{HOST_PORT} --conntrack-backend kprobe")),
             Self::WatchCtnetlink => watch(&format!("{HOST_PORT} --conntrack-backend ctnetlink")),
             Self::WatchInside => watch(&format!("{HOST_PORT} --into-pods")),
             Self::WatchJson => watch(&format!("{HOST_PORT} --json")),
@@ -134,7 +146,16 @@ impl Tool {
     }
 
     pub fn is_porttrace(self) -> bool {
-        matches!(self, Self::OtherPort | Self::Watch | Self::WatchCtnetlink | Self::WatchInside | Self::WatchJson)
+        matches!(
+            self,
+            Self::OtherPort
+                | Self::Watch
+                | Self::WatchFentry
+                | Self::WatchKprobe
+                | Self::WatchCtnetlink
+                | Self::WatchInside
+                | Self::WatchJson
+        )
     }
 }
 
@@ -221,7 +242,9 @@ impl<'a> Beside<'a> {
         let said = process.stderr.snapshot();
         Ok(match self.tool {
             Tool::Nothing | Tool::EmptyPrograms | Tool::OtherPort => None,
-            Tool::Watch | Tool::WatchCtnetlink | Tool::WatchInside => Some(output::watch_text(&self.printed)?),
+            Tool::Watch | Tool::WatchFentry | Tool::WatchKprobe | Tool::WatchCtnetlink | Tool::WatchInside => {
+                Some(output::watch_text(&self.printed)?)
+            }
             Tool::WatchJson => Some(output::watch_json(&self.printed)?),
             Tool::ConntrackEvents => Some(output::conntrack(&self.printed, &said)?),
             Tool::Tcpdump => Some(output::tcpdump(&self.capture, &said)?),
