@@ -8,7 +8,7 @@ use super::sys::{self, NetfilterHook};
 use super::tracked::{Tracked, buckets_for};
 use super::{ProbeConfig, ProbeError, missing_map};
 use aya::maps::{Map, MapData};
-use aya::programs::{KProbe, ProbeKind, loaded_programs};
+use aya::programs::{KProbe, ProbeKind, ProgramInfo, loaded_programs};
 use aya_obj::generated::{BPF_CALL, BPF_JMP, BPF_PSEUDO_KFUNC_CALL, bpf_insn};
 use aya_obj::{EbpfSectionKind, Object};
 use porttrace_ebpf::CALL_RDONLY_CAST;
@@ -218,8 +218,7 @@ impl Kernel {
     fn attach_kprobe(&mut self, name: &'static str, function: &str) -> Result<KProbe, String> {
         let program = load(&self.object, name, ProgramType::Kprobe)?;
         let id = sys::program_id(program.as_fd()).map_err(|error| error.to_string())?;
-        let info =
-            loaded_programs().flatten().find(|info| info.id() == id).ok_or("it is not among those that are loaded")?;
+        let info = info_of(id)?;
         // SAFETY: it is the program that was just loaded as one of this type.
         let kprobe = unsafe { KProbe::from_program_info(info, name.into(), ProbeKind::Entry) };
         let mut kprobe = kprobe.map_err(|error| chain(&error))?;
@@ -275,6 +274,19 @@ impl Kernel {
     fn loaded(&mut self, name: &str) -> Result<OwnedFd, String> {
         self.loaded.remove(name).unwrap_or_else(|| Err(format!("{name} was not loaded")))
     }
+}
+
+/// What aya knows a loaded program by. It opens programs by number, which takes CAP_SYS_ADMIN; others may go meanwhile.
+fn info_of(program: u32) -> Result<ProgramInfo, String> {
+    let mut why = "it is not among those that are loaded".to_owned();
+    for info in loaded_programs() {
+        match info {
+            Ok(info) if info.id() == program => return Ok(info),
+            Ok(_) => {}
+            Err(error) => why = format!("looking it up among loaded programs: {}", chain(&error)),
+        }
+    }
+    Err(why)
 }
 
 /// Creates the object's maps, its constants among them.

@@ -111,7 +111,8 @@ fn netfilter(facts: &Facts, backend: Backend) -> Check {
 fn fentry(facts: &Facts, backend: Backend) -> Check {
     conntrack_hooks(&facts.trials.fentry, "fentry", "fentry programs", backend, |check| {
         check.costs("NAT is not observed where conntrack makes an entry, but for kprobes").advice(
-            "needs CONFIG_FUNCTION_TRACER with direct calls (arm64: Linux 6.4 or later), and nf_nat and nf_conntrack with BTF",
+            "needs CAP_SYS_ADMIN where nf_nat and nf_conntrack are modules, their BTF, and a kernel with \
+             CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS (arm64: 6.4 or later)",
         )
     })
 }
@@ -120,7 +121,7 @@ fn kprobe(facts: &Facts, backend: Backend) -> Check {
     let check = conntrack_hooks(&facts.trials.kprobe, "kprobe", "kprobes", backend, |check| {
         check
             .costs("NAT is not observed where conntrack makes an entry")
-            .advice("needs CONFIG_KPROBES and the symbols of nf_nat and nf_conntrack")
+            .advice("needs CAP_SYS_ADMIN, CONFIG_KPROBES and the symbols of nf_nat and nf_conntrack")
     });
     if backend != Backend::Kprobe {
         return check;
