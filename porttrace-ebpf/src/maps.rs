@@ -21,9 +21,9 @@ static SLOTS: Array<Slots> = Array::with_max_entries(4096, BPF_F_MMAPABLE);
 #[unsafe(no_mangle)]
 static TRACKED_MASK: u32 = 0;
 
-/// `PORT_*` bits for each port; filled in when everything is attached.
+/// `PORT_*` bits for each port; filled in when everything is attached. User space sets some later too.
 #[map]
-static PORTS: Array<[u8; 65_536]> = Array::with_max_entries(1, 0);
+static PORTS: Array<[u8; 65_536]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// Events for which the ring buffer had no room.
 #[map]

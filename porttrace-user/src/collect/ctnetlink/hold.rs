@@ -5,7 +5,8 @@
 //! of LOCAL_IN), but by another way than packets are told. So: whoever has read both ways to their ends knows of every entry
 //! whose packet left until then. Events are held until that is so, then handed out in order.
 
-use super::{Told, tuples};
+use super::older::Older;
+use super::{Told, of_entry, opens, tuples};
 use crate::core::model::event::{Conntrack, Event};
 use crate::core::model::flow::{Proto, Tuple};
 use porttrace_ebpf::Kind;
@@ -21,10 +22,6 @@ const RECENT_NS: u64 = 100_000_000;
 const CLAIM_NS: u64 = 2_000_000_000;
 /// Openings of one tuple that are remembered at once.
 const OPENINGS: usize = 4;
-
-const SYN: u8 = 2;
-const ACK: u8 = 16;
-const SCTP_INIT: u8 = 1;
 
 /// Events that wait for their turn; see the module. Times are CLOCK_MONOTONIC, nanoseconds.
 #[derive(Debug, Default)]
@@ -43,8 +40,7 @@ pub struct Hold {
     claims: Expiring<()>,
     /// Where ends of entries with this original tuple wait.
     ends: Expiring<VecDeque<(u64, u64)>>,
-    /// Entries that are older than the session, told when one of their packets is seen.
-    older: HashMap<Tuple, Conntrack>,
+    older: Older,
     sequence: u64,
 }
 
@@ -66,8 +62,7 @@ pub struct Released {
 impl Hold {
     /// `netns` is the namespace that all events are from; `older`: what conntrack knew before the session.
     pub fn new(ports: &[u16], netns: u32, older: &[Conntrack]) -> Self {
-        let older = older.iter().flat_map(|entry| tuples(entry).map(|tuple| (tuple, *entry))).collect();
-        Self { ports: ports.to_vec(), netns, older, ..Self::default() }
+        Self { ports: ports.to_vec(), netns, older: Older::new(netns, older), ..Self::default() }
     }
 
     /// Nothing waits.
@@ -88,15 +83,14 @@ impl Hold {
 
     /// Takes what conntrack told at `now_ns`.
     pub fn entry(&mut self, told: Told, now_ns: u64) {
+        self.older.forget(&told.entry);
         for tuple in tuples(&told.entry) {
-            if let Some(older) = self.older.get(&tuple).copied() {
-                self.forget_older(&older);
-            }
             self.claims.entry(tuple, now_ns + CLAIM_NS);
         }
         match told.gone {
             Some((orig_bytes, reply_bytes)) => {
-                let event = Event { orig_bytes, reply_bytes, ..self.event(Kind::Destroyed, told.entry, now_ns) };
+                let event =
+                    Event { orig_bytes, reply_bytes, ..of_entry(self.netns, Kind::Destroyed, told.entry, now_ns) };
                 let key = self.wait(now_ns, Waiting::Entry(event));
                 self.ends.entry(told.entry.original, now_ns + RECENT_NS).push_back(key);
             }
@@ -116,7 +110,7 @@ impl Hold {
                 continue;
             }
             if now_ns.saturating_sub(since) > LONELY_NS {
-                let event = self.event(Kind::Confirmed, entry, since);
+                let event = of_entry(self.netns, Kind::Confirmed, entry, since);
                 self.wait(since, Waiting::Entry(event));
             } else {
                 self.lonely.push((since, entry));
@@ -145,7 +139,7 @@ impl Hold {
 
     fn judge(&mut self, key: (u64, u64), event: Event, predicted: bool, now_ns: u64, released: &mut Released) {
         let Some(tuple) = event.packet else { return released.events.push(event) };
-        let older = self.older.get(&tuple).copied();
+        let older = self.older.find(&tuple);
         // A SYN makes an entry of its own, of which we may not have heard yet.
         let begins = opens(&event) && tuple.proto != Proto::Udp;
         // Watched by its port, whatever the rules say.
@@ -159,22 +153,16 @@ impl Hold {
             return;
         }
         if let Some(entry) = older.filter(|_| !(begins && by_port)) {
-            self.forget_older(&entry);
+            self.older.forget(&entry);
             for tuple in tuples(&entry) {
                 self.claims.entry(tuple, now_ns + CLAIM_NS);
             }
-            released.events.push(self.event(Kind::Confirmed, entry, event.time_ns));
+            released.events.push(of_entry(self.netns, Kind::Confirmed, entry, event.time_ns));
         } else if predicted && !claimed && !by_port {
             released.foreign.push(tuple);
             return;
         }
         released.events.push(event);
-    }
-
-    fn forget_older(&mut self, entry: &Conntrack) {
-        for tuple in tuples(entry) {
-            self.older.remove(&tuple);
-        }
     }
 
     /// Puts a new entry behind the packet that opened it, as that was sent; or before the first packet that was seen of it
@@ -187,7 +175,7 @@ impl Hold {
         let time = sent.or_else(|| left.into_iter().min().map(|time| time.saturating_sub(1)));
         let Some(time) = time else { return false };
         self.end_before(original, time);
-        let event = self.event(Kind::Confirmed, entry, time);
+        let event = of_entry(self.netns, Kind::Confirmed, entry, time);
         self.wait(time, Waiting::Entry(event));
         true
     }
@@ -211,44 +199,6 @@ impl Hold {
         self.waiting.insert(key, waiting);
         key
     }
-
-    fn event(&self, kind: Kind, entry: Conntrack, time_ns: u64) -> Event {
-        Event {
-            time_ns,
-            kind,
-            packet: None,
-            conntrack: Some(entry),
-            is_reply: false,
-            icmp_sender: None,
-            netns: self.netns,
-            ifindex: 0,
-            out_ifindex: 0,
-            route: None,
-            hook: 0,
-            mark: 0,
-            reason: 0,
-            length: 0,
-            payload: 0,
-            l4_flags: 0,
-            tcp_seq: 0,
-            tcp_ack: 0,
-            ttl: 0,
-            icmp_type: 0,
-            icmp_code: 0,
-            orig_bytes: 0,
-            reply_bytes: 0,
-        }
-    }
-}
-
-/// A packet seen by TC that may have made an entry.
-fn opens(event: &Event) -> bool {
-    matches!(event.kind, Kind::TcIngress | Kind::TcEgress)
-        && event.packet.is_some_and(|packet| match packet.proto {
-            Proto::Tcp => event.l4_flags & (SYN | ACK) == SYN,
-            Proto::Sctp => event.l4_flags == SCTP_INIT,
-            _ => !event.is_reply,
-        })
 }
 
 /// Values by tuple that are forgotten after their time. Looked up only, never listed.

@@ -1,4 +1,5 @@
 use super::*;
+use crate::collect::ctnetlink::{ACK, SYN};
 
 const MS: u64 = 1_000_000;
 
@@ -30,7 +31,7 @@ fn packet(hold: &Hold, time_ns: u64, text: &str, flags: u8, is_reply: bool) -> E
         conntrack: None,
         l4_flags: flags,
         is_reply,
-        ..hold.event(kind, new().entry, time_ns)
+        ..of_entry(hold.netns, kind, new().entry, time_ns)
     }
 }
 

@@ -5,14 +5,16 @@
 
 mod filter;
 pub mod hold;
+pub mod older;
 
 use super::attributes::{attributes, be32};
 use super::conntrack::{self, ConntrackError};
-use crate::core::model::event::Conntrack;
-use crate::core::model::flow::Tuple;
+use crate::core::model::event::{Conntrack, Event};
+use crate::core::model::flow::{Proto, Tuple};
 use crate::core::model::state::ConntrackEntry;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
+use porttrace_ebpf::Kind;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -31,6 +33,10 @@ const EVENTS: &str = "/proc/sys/net/netfilter/nf_conntrack_events";
 /// `IPS_SEEN_REPLY` and what else a listing tells of an entry's status.
 const SEEN_REPLY: u32 = 2;
 const ASSURED: u32 = 4;
+/// TCP's flags, and SCTP's first chunk.
+const SYN: u8 = 2;
+const ACK: u8 = 16;
+const SCTP_INIT: u8 = 1;
 
 /// One message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,6 +143,45 @@ pub fn tuples(entry: &Conntrack) -> [Tuple; 6] {
     let Conntrack { original, reply, .. } = *entry;
     let between = Tuple { dst: reply.src, dport: reply.sport, ..original };
     [original, original.inverted(), reply, reply.inverted(), between, between.inverted()]
+}
+
+/// A packet seen by TC that may have made an entry.
+fn opens(event: &Event) -> bool {
+    matches!(event.kind, Kind::TcIngress | Kind::TcEgress)
+        && event.packet.is_some_and(|packet| match packet.proto {
+            Proto::Tcp => event.l4_flags & (SYN | ACK) == SYN,
+            Proto::Sctp => event.l4_flags == SCTP_INIT,
+            _ => !event.is_reply,
+        })
+}
+
+/// An event about an entry, and no packet.
+fn of_entry(netns: u32, kind: Kind, entry: Conntrack, time_ns: u64) -> Event {
+    Event {
+        time_ns,
+        kind,
+        packet: None,
+        conntrack: Some(entry),
+        is_reply: false,
+        icmp_sender: None,
+        netns,
+        ifindex: 0,
+        out_ifindex: 0,
+        route: None,
+        hook: 0,
+        mark: 0,
+        reason: 0,
+        length: 0,
+        payload: 0,
+        l4_flags: 0,
+        tcp_seq: 0,
+        tcp_ack: 0,
+        ttl: 0,
+        icmp_type: 0,
+        icmp_code: 0,
+        orig_bytes: 0,
+        reply_bytes: 0,
+    }
 }
 
 /// As large as allowed; a smaller queue only overruns sooner, and that is counted.

@@ -2,14 +2,11 @@
 
 use super::config::{Backend, ConntrackBackend, ProbeConfig, ProbeError, RING_BYTES, TcMode};
 use super::late;
-use super::map_error;
 use super::object::{Kernel, NETFILTER_PROGRAMS, ProgramType};
 use super::offsets::KernelTypes;
 use super::tc::Attachments;
 use crate::collect::ctnetlink::{Listener, RECEIVE_BYTES};
 use crate::collect::links::LinkWatcher;
-use aya::maps::Array;
-use porttrace_ebpf::PORTS_ARE_KNOWN;
 
 /// `trace_call_bpf` (kernel/trace/bpf_trace.c) and `kprobe_ftrace_handler` (arch/x86/kernel/kprobes/ftrace.c).
 const KPROBES_ARE_LEFT_OUT: &str = "connections that an interrupt brings while another eBPF program or kprobe runs may be told without \
@@ -66,7 +63,7 @@ pub struct Observed {
 }
 
 /// Loads the object, attaches it to the interfaces, and takes the backend that is wanted, or the best that this kernel allows;
-/// what that costs is said. Until [`watch_ports`], nothing is watched.
+/// what that costs is said. Until [`super::ports::Ports::watch`], nothing is watched.
 pub fn observe_conntrack(
     config: &ProbeConfig,
     types: &KernelTypes,
@@ -188,17 +185,4 @@ pub fn other_programs(types: &KernelTypes, wanted: Backend) -> Vec<(&'static str
         .into_iter()
         .filter_map(|(name, id)| Some((name, ProgramType::RawTracepoint { attach_btf_id: id? })));
     netfilter.iter().map(|name| (*name, ProgramType::Netfilter)).chain(tracepoints).collect()
-}
-
-/// Writes the port filter: from now on the programs watch.
-pub fn watch_ports(kernel: &mut Kernel, config: &ProbeConfig) -> Result<(), ProbeError> {
-    let mut bits = vec![0u8; 65_536];
-    bits[0] = PORTS_ARE_KNOWN;
-    for port in &config.ports {
-        bits[usize::from(*port)] = config.protos.bits();
-    }
-    let table: [u8; 65_536] = bits.try_into().unwrap_or([0; 65_536]);
-    let mut ports: Array<_, [u8; 65_536]> =
-        Array::try_from(kernel.map_mut("PORTS")?).map_err(|error| map_error("PORTS", &error))?;
-    ports.set(0, table, 0).map_err(|error| map_error("PORTS", &error))
 }

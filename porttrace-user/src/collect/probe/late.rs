@@ -3,14 +3,15 @@
 
 use super::config::{ConntrackBackend, ProbeError};
 use super::object::Kernel;
+use super::ports::Ports;
 use super::tracked::Tracked;
 use super::{Probe, drain_all, map_error, monotonic_ns, wire_bytes};
 use crate::collect::ctnetlink::hold::{Hold, Released};
 use crate::collect::ctnetlink::{self, CtnetlinkError, Listener, Told};
 use crate::core::model::event::{Conntrack, Event};
 use crate::core::model::flow::Proto;
-use aya::maps::{Array, HashMap, MapData};
-use porttrace_ebpf::{PORT_TRACKED, Predicted, ROLE_IGNORED, ROLE_OPENING};
+use aya::maps::{HashMap, MapData};
+use porttrace_ebpf::{Predicted, ROLE_IGNORED, ROLE_OPENING};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -27,12 +28,9 @@ pub struct Late {
     listener: Listener,
     hold: Hold,
     tracked: Tracked,
+    ports: Ports,
     told: Vec<Told>,
-    /// Entries that the kernel side is still to be told of.
-    older: Vec<Conntrack>,
     predicted: BTreeSet<(Proto, SocketAddr)>,
-    /// Server ports that the kernel side must not pass over.
-    ports: BTreeSet<u16>,
     /// Packets at predicted addresses that no entry claimed.
     unclaimed: u64,
     /// Conntrack's events that were lost when it was last looked, and when their number grew.
@@ -41,41 +39,29 @@ pub struct Late {
 }
 
 impl Late {
-    /// Takes over a socket that already listens, and what conntrack knew before.
+    /// Takes over a socket that already listens, and lets the kernel side know what conntrack knew before.
     pub fn new(
         listener: Listener,
-        tracked: Tracked,
+        kernel: &mut Kernel,
         ports: &[u16],
         netns: u32,
         degradations: &mut Vec<String>,
-    ) -> Self {
-        let older = ctnetlink::present(ports).unwrap_or_else(|error| {
-            degradations.push(format!("connections that are older than this session cannot be followed: {error}"));
-            Vec::new()
-        });
+    ) -> Result<Self, ProbeError> {
+        let older = older(ports, degradations);
+        let (tracked, filter) = (kernel.tracked()?, Ports::of(kernel)?);
+        adopt_older(&tracked, &filter, &older);
         let hold = Hold::new(ports, netns, &older);
-        Self {
+        Ok(Self {
             listener,
             hold,
             tracked,
+            ports: filter,
             told: Vec::new(),
-            older,
             predicted: BTreeSet::new(),
-            ports: BTreeSet::new(),
             unclaimed: 0,
             lost: 0,
             lost_ns: None,
-        }
-    }
-
-    /// Lets the kernel side know the connections that are older than the session.
-    pub fn adopt_older(&mut self, kernel: &mut Kernel) -> Result<(), ProbeError> {
-        for entry in std::mem::take(&mut self.older) {
-            self.tracked.set_role(&entry.original, ROLE_OPENING);
-            adopt(&self.tracked, &entry);
-            watch_servers(kernel, &mut self.ports, [entry.reply.sport])?;
-        }
-        Ok(())
+        })
     }
 
     /// Whether an entry that would claim a packet of now may be among those that were lost.
@@ -115,8 +101,8 @@ impl Probe {
             map.insert(key(new), 1, 0).map_err(|error| map_error("PREDICTED", &error))?;
         }
         late.predicted.clone_from(targets);
-        let ports = targets.iter().map(|(_, address)| address.port());
-        watch_servers(&mut self.kernel, &mut late.ports, ports)
+        targets.iter().for_each(|(_, address)| late.ports.track(address.port()));
+        Ok(())
     }
 
     /// As [`Probe::read`], with conntrack's events: both are looked for when it is time to look, so that neither wakes anybody.
@@ -150,9 +136,7 @@ impl Probe {
         let now = monotonic_ns()?;
         for told in late.told.drain(..) {
             if told.gone.is_none() {
-                let server = told.entry.reply.sport;
-                adopt(&late.tracked, &told.entry);
-                watch_servers(&mut self.kernel, &mut late.ports, [server])?;
+                adopt(&late.tracked, &late.ports, &told.entry);
             }
             late.hold.entry(told, now);
         }
@@ -195,31 +179,28 @@ pub fn costs(reasons: Option<&str>) -> String {
 }
 
 /// Lets the kernel side know a rewritten connection: its packets then need no prediction.
-fn adopt(tracked: &Tracked, entry: &Conntrack) {
+fn adopt(tracked: &Tracked, ports: &Ports, entry: &Conntrack) {
     let rewritten = entry.reply.inverted();
     if rewritten != entry.original {
         tracked.set_role(&rewritten, ROLE_OPENING);
     }
+    ports.track(entry.reply.sport);
 }
 
-/// Sets the ports' bits in the kernel side's first filter. Nobody else sets bits there with this backend.
-fn watch_servers(
-    kernel: &mut Kernel,
-    known: &mut BTreeSet<u16>,
-    ports: impl IntoIterator<Item = u16>,
-) -> Result<(), ProbeError> {
-    let before = known.len();
-    known.extend(ports);
-    if known.len() == before {
-        return Ok(());
+/// Lets the kernel side know connections that are older than the session.
+pub fn adopt_older(tracked: &Tracked, ports: &Ports, older: &[Conntrack]) {
+    for entry in older {
+        tracked.set_role(&entry.original, ROLE_OPENING);
+        adopt(tracked, ports, entry);
     }
-    let map = kernel.map_mut("PORTS")?;
-    let mut map: Array<_, [u8; 65_536]> = Array::try_from(map).map_err(|error| map_error("PORTS", &error))?;
-    let mut bits = map.get(&0, 0).map_err(|error| map_error("PORTS", &error))?;
-    for port in known.iter() {
-        bits[usize::from(*port)] |= PORT_TRACKED;
-    }
-    map.set(0, bits, 0).map_err(|error| map_error("PORTS", &error))
+}
+
+/// The entries that conntrack knows already.
+pub fn older(ports: &[u16], degradations: &mut Vec<String>) -> Vec<Conntrack> {
+    ctnetlink::present(ports).unwrap_or_else(|error| {
+        degradations.push(format!("connections that are older than this session cannot be followed: {error}"));
+        Vec::new()
+    })
 }
 
 fn key((proto, address): &(Proto, SocketAddr)) -> PredictedKey {

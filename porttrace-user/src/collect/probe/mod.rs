@@ -13,6 +13,7 @@ mod late;
 mod mapping;
 mod object;
 mod offsets;
+mod ports;
 mod rights;
 mod ring;
 mod sys;
@@ -26,16 +27,18 @@ pub use clsact::sweep as remove_leftovers;
 pub use foreign::programs as foreign_programs;
 pub use trials::{capabilities, trials};
 
+use super::ctnetlink::older::Older;
 use super::links::{LinkChange, LinkWatcher};
 use crate::core::model::event::{DecodeError, Event};
 use crate::core::model::flow::{Proto, Tuple};
-use attach::{Observed, OnInterfaces, attach_interface, attach_tracepoints, observe_conntrack, watch_ports};
+use attach::{Observed, OnInterfaces, attach_interface, attach_tracepoints, observe_conntrack};
 use aya::maps::{MapData, PerCpuArray};
 use kernel_log::KernelLog;
 use late::Late;
 use nix::time::{ClockId, clock_gettime};
 use object::{Kernel, chain};
 use offsets::{KernelTypes, kernel_types};
+use ports::Ports;
 use porttrace_ebpf::{self as wire, Kind, WireTuple};
 use ring::Ring;
 use std::collections::{BTreeMap, VecDeque};
@@ -75,6 +78,8 @@ pub struct Probe {
     log: Option<KernelLog>,
     /// With [`ConntrackBackend::Ctnetlink`].
     late: Option<Late>,
+    /// With hooks at functions that run for new entries only.
+    older: Older,
     clock_offset_ns: i64,
 }
 
@@ -97,12 +102,19 @@ impl Probe {
             observe_conntrack(config, known, netns, without_types, &mut degradations)?;
         let OnInterfaces { links, attachments, refusals } = interfaces;
         let late = match listener {
-            Some(listener) => Some(Late::new(listener, kernel.tracked()?, &config.ports, netns, &mut degradations)),
+            Some(listener) => Some(Late::new(listener, &mut kernel, &config.ports, netns, &mut degradations)?),
             None => None,
         };
         let (drops, resets) = attach_tracepoints(&mut kernel, without_types, &mut degradations);
         degradations.extend(refusals);
-        watch_ports(&mut kernel, config)?;
+        let ports = Ports::of(&mut kernel)?;
+        ports.watch(config);
+        let mut older = Older::default();
+        if matches!(conntrack_backend, ConntrackBackend::Fentry | ConntrackBackend::Kprobe) {
+            let entries = late::older(&config.ports, &mut degradations);
+            late::adopt_older(&kernel.tracked()?, &ports, &entries);
+            older = Older::new(netns, &entries);
+        }
         let info = ProbeInfo {
             conntrack_backend,
             tc: attachments.mode(),
@@ -114,7 +126,9 @@ impl Probe {
             degradations,
         };
         let log = if config.kernel_log { Some(KernelLog::of(kernel.classifiers()?[0])?) } else { None };
-        Self::assemble(kernel, info, links, attachments, log, late)
+        let mut probe = Self::assemble(kernel, info, links, attachments, log, late)?;
+        probe.older = older;
+        Ok(probe)
     }
 
     pub const fn info(&self) -> &ProbeInfo {
@@ -138,7 +152,7 @@ impl Probe {
         }
         self.follow_some();
         let before = out.len();
-        self.has_more = !drain(self.ring.get_mut(), out)?;
+        self.has_more = !drain(self.ring.get_mut(), &mut self.older, out)?;
         Ok(out.len() - before)
     }
 
@@ -148,7 +162,7 @@ impl Probe {
             return self.gather_due(out);
         }
         let before = out.len();
-        while !drain(self.ring.get_mut(), out)? {}
+        while !drain(self.ring.get_mut(), &mut self.older, out)? {}
         Ok(out.len() - before)
     }
 
@@ -222,16 +236,13 @@ impl Probe {
         links: LinkWatcher,
         attachments: Attachments,
         log: Option<KernelLog>,
-        mut late: Option<Late>,
+        late: Option<Late>,
     ) -> Result<Self, ProbeError> {
         let ring = kernel.take_ring()?;
         // SAFETY: the map owns its descriptor, which stays the same until the ring is dropped.
         let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }
             .map_err(|error| ProbeError::Io { what: "polling the ring buffer", error: error.into() })?;
         let ring_lost = PerCpuArray::try_from(kernel.take_map("LOST")?).map_err(|error| map_error("LOST", &error))?;
-        if let Some(late) = &mut late {
-            late.adopt_older(&mut kernel)?;
-        }
         let clock_offset_ns = clock_offset()?;
         let mut looks = interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -250,6 +261,7 @@ impl Probe {
             kernel,
             log,
             late,
+            older: Older::default(),
             clock_offset_ns,
         })
     }
@@ -276,8 +288,11 @@ impl Probe {
 }
 
 /// Moves events out of the ring buffer; `true` when it is empty now.
-fn drain(ring: &mut Ring, out: &mut Vec<Event>) -> Result<bool, ProbeError> {
-    drain_some(ring, |event, _| out.push(event))
+fn drain(ring: &mut Ring, older: &mut Older, out: &mut Vec<Event>) -> Result<bool, ProbeError> {
+    drain_some(ring, |event, _| {
+        out.extend(older.before(&event));
+        out.push(event);
+    })
 }
 
 /// Moves all events out of the ring buffer; those at a predicted address are marked.
