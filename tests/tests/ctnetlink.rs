@@ -199,6 +199,15 @@ fn what_could_not_be_seen_yet_is_not_said_of_this_node() {
 
 #[test]
 fn a_connection_that_is_older_than_the_watch_is_joined() {
+    joins_older_ones(&["--conntrack-backend", "ctnetlink", "9088"]);
+}
+
+#[test]
+fn a_connection_that_is_older_than_the_watch_is_joined_by_hooks_too() {
+    joins_older_ones(&["9088"]);
+}
+
+fn joins_older_ones(arguments: &[&str]) {
     if !may_run("porttrace watch") {
         return;
     }
@@ -208,7 +217,7 @@ fn a_connection_that_is_older_than_the_watch_is_joined() {
     let netns = lab.netns(Origin::OtherNode).unwrap();
     let stream = netns.run_in(|| std::net::TcpStream::connect_timeout(&to, WAIT)).unwrap().unwrap();
     let original = Tuple::new(Proto::Tcp, stream.local_addr().unwrap(), to);
-    let mut watch = Watch::start(node, &lab.tools, &["--conntrack-backend", "ctnetlink", "9088"]).unwrap();
+    let mut watch = Watch::start(node, &lab.tools, arguments).unwrap();
     stream.shutdown(std::net::Shutdown::Write).unwrap();
     let told = watch.connection(original, WAIT).unwrap();
     assert_eq!(told.verdict["outcome"], "joined-late", "{}", told.report());
