@@ -6,6 +6,7 @@ use crate::world::{
 };
 use porttrace_ebpf::Kind;
 use porttrace_tests::privilege;
+use porttrace_user::collect::probe::{Backend, ProbeConfig};
 use porttrace_user::core::model::event::Event;
 use porttrace_user::core::model::flow::{Proto, Tuple};
 use std::io::{Read, Write};
@@ -154,6 +155,21 @@ fn a_connection_older_than_the_probe_is_found_by_its_entry() {
     let listed = conntrack_entries(&world.node, "ipv4", Proto::Tcp, PORT).unwrap();
     assert_eq!(listed.into_iter().collect::<Vec<_>>(), [(entry.original, entry.reply)]);
     assert!(seen(&events, Kind::TcEgress, entry.reply.inverted(), 0x18) >= 1, "{text}");
+}
+
+#[test]
+fn of_many_older_connections_only_some_are_followed_and_that_is_said() {
+    if !privilege::may_run("the probe") {
+        return;
+    }
+    let world = World::new("many").unwrap();
+    world.serve().unwrap();
+    let to = SocketAddr::from((v4().node, PORT));
+    let _streams = [(); 3].map(|()| world.client.run_in(|| TcpStream::connect(to)).unwrap().unwrap());
+    let config = ProbeConfig { backend: Backend::Ctnetlink, tracked: 8, ..config() };
+    let said = world.with_probe(&config, async |probe| Ok(probe.info().degradations.clone())).unwrap();
+    let wanted = "of 3 connections older than this session only 2 are followed";
+    assert!(said.iter().any(|one| one == wanted), "{said:?}");
 }
 
 #[test]

@@ -61,7 +61,7 @@ pub struct Released {
 
 impl Hold {
     /// `netns` is the namespace that all events are from; `older`: what conntrack knew before the session.
-    pub fn new(ports: &[u16], netns: u32, older: &[Conntrack]) -> Self {
+    pub fn new(ports: &[u16], netns: u32, older: Vec<Conntrack>) -> Self {
         Self { ports: ports.to_vec(), netns, older: Older::new(netns, older), ..Self::default() }
     }
 

@@ -45,7 +45,7 @@ fn told(released: &Released) -> Vec<String> {
 
 #[test]
 fn an_entry_stands_between_the_packet_that_made_it_and_that_packet_rewritten() {
-    let mut hold = Hold::new(&[9088], 1, &[]);
+    let mut hold = Hold::new(&[9088], 1, Vec::new());
     hold.packet(packet(&hold, MS, SENT, SYN, false), false);
     hold.packet(packet(&hold, 2 * MS, LEFT, SYN, false), true);
     hold.entry(new(), 5 * MS);
@@ -58,7 +58,7 @@ fn an_entry_stands_between_the_packet_that_made_it_and_that_packet_rewritten() {
 
 #[test]
 fn of_a_local_client_the_entry_comes_first() {
-    let mut hold = Hold::new(&[9088], 1, &[]);
+    let mut hold = Hold::new(&[9088], 1, Vec::new());
     hold.packet(packet(&hold, 2 * MS, LEFT, SYN, false), true);
     hold.entry(new(), 5 * MS);
     let released = hold.release(3 * MS, 5 * MS);
@@ -67,7 +67,7 @@ fn of_a_local_client_the_entry_comes_first() {
 
 #[test]
 fn an_entry_waits_for_its_packet_but_not_for_ever() {
-    let mut hold = Hold::new(&[9088], 1, &[]);
+    let mut hold = Hold::new(&[9088], 1, Vec::new());
     hold.entry(new(), 5 * MS);
     assert_eq!(told(&hold.release(5 * MS, 6 * MS)), [""; 0]);
     hold.packet(packet(&hold, 4 * MS, SENT, SYN, false), false);
@@ -81,7 +81,7 @@ fn an_entry_waits_for_its_packet_but_not_for_ever() {
 /// Whoever is stopped between reading conntrack's way and that of packets has packets whose entries are still to be read.
 #[test]
 fn an_entry_finds_its_packet_however_long_the_reader_was_stopped() {
-    let mut hold = Hold::new(&[9088], 1, &[]);
+    let mut hold = Hold::new(&[9088], 1, Vec::new());
     hold.packet(packet(&hold, 3 * MS, SENT, SYN, false), false);
     hold.packet(packet(&hold, 4 * MS, LEFT, SYN, false), true);
     assert_eq!(told(&hold.release(MS, 400 * MS)), [""; 0]);
@@ -92,21 +92,21 @@ fn an_entry_finds_its_packet_however_long_the_reader_was_stopped() {
 
 #[test]
 fn packets_at_predicted_addresses_that_nobody_claims_are_foreign() {
-    let mut hold = Hold::new(&[9088], 1, &[]);
+    let mut hold = Hold::new(&[9088], 1, Vec::new());
     hold.packet(packet(&hold, MS, LEFT, SYN, false), true);
     assert_eq!(told(&hold.release(2 * MS, 2 * MS)), [""; 0]);
     assert!(!hold.is_empty());
     let released = hold.release(60 * MS, 60 * MS);
     assert_eq!((told(&released), released.foreign), (vec![], vec![tuple(LEFT)]));
     // With a watched port they are told even so.
-    let mut hold = Hold::new(&[80], 1, &[]);
+    let mut hold = Hold::new(&[80], 1, Vec::new());
     hold.packet(packet(&hold, MS, LEFT, SYN, false), true);
     assert_eq!(told(&hold.release(60 * MS, 60 * MS)), ["1 10.0.0.2:1024 → 10.244.1.9:80"]);
 }
 
 #[test]
 fn a_claim_holds_for_the_answer_and_ends_with_time() {
-    let mut hold = Hold::new(&[9088], 1, &[]);
+    let mut hold = Hold::new(&[9088], 1, Vec::new());
     hold.entry(new(), MS);
     let back = "10.244.1.9:80 > 10.0.0.2:1024";
     hold.packet(packet(&hold, 3 * MS, back, SYN | ACK, true), true);
@@ -118,7 +118,7 @@ fn a_claim_holds_for_the_answer_and_ends_with_time() {
 
 #[test]
 fn each_entry_finds_its_own_packet_when_a_port_is_used_again() {
-    let mut hold = Hold::new(&[9088], 1, &[]);
+    let mut hold = Hold::new(&[9088], 1, Vec::new());
     hold.packet(packet(&hold, MS, SENT, SYN, false), false);
     hold.packet(packet(&hold, 2 * MS, SENT, SYN, false), false);
     let gone = Told { gone: Some((100, 200)), ..new() };
@@ -135,8 +135,8 @@ fn each_entry_finds_its_own_packet_when_a_port_is_used_again() {
 
 #[test]
 fn an_older_entry_is_told_with_its_first_packet_and_once() {
-    let older = [new().entry];
-    let mut hold = Hold::new(&[9088], 1, &older);
+    let older = vec![new().entry];
+    let mut hold = Hold::new(&[9088], 1, older);
     hold.packet(packet(&hold, MS, "10.244.1.9:80 > 10.0.0.2:1024", ACK, true), false);
     hold.packet(packet(&hold, 2 * MS, SENT, ACK, false), false);
     let released = hold.release(3 * MS, 3 * MS);
@@ -147,8 +147,8 @@ fn an_older_entry_is_told_with_its_first_packet_and_once() {
 
 #[test]
 fn an_older_entry_is_not_that_of_a_connection_that_begins() {
-    let older = [new().entry];
-    let mut hold = Hold::new(&[9088], 1, &older);
+    let older = vec![new().entry];
+    let mut hold = Hold::new(&[9088], 1, older);
     hold.packet(packet(&hold, MS, SENT, SYN, false), false);
     hold.packet(packet(&hold, 2 * MS, LEFT, SYN, false), false);
     let first = hold.release(3 * MS, 3 * MS);
@@ -164,8 +164,8 @@ fn an_older_entry_is_not_that_of_a_connection_that_begins() {
 
 #[test]
 fn a_syn_that_is_sent_again_is_of_its_older_entry() {
-    let older = [new().entry];
-    let mut hold = Hold::new(&[9088], 1, &older);
+    let older = vec![new().entry];
+    let mut hold = Hold::new(&[9088], 1, older);
     hold.packet(packet(&hold, MS, LEFT, SYN, false), false);
     assert!(told(&hold.release(2 * MS, 2 * MS)).is_empty());
     let late = hold.release(99 * MS, 99 * MS);

@@ -15,6 +15,7 @@ use crate::core::model::state::ConntrackEntry;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
 use porttrace_ebpf::Kind;
+use std::cell::Cell;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -128,13 +129,19 @@ impl AsRawFd for Listener {
     }
 }
 
-/// The entries that are there already, of connections to these ports.
+/// The entries that are there already, of connections to these ports, `most` of them at most; and how many more there are.
 ///
 /// # Errors
 /// As [`conntrack::dump`].
-pub fn present(ports: &[u16]) -> Result<Vec<Conntrack>, ConntrackError> {
-    let entries = conntrack::dump(|entry| entry.original.proto.has_ports() && ports.contains(&entry.original.dport))?;
-    Ok(entries.iter().map(|entry| as_seen(entry, 0, status(entry))).collect())
+pub fn present(ports: &[u16], most: usize) -> Result<(Vec<Conntrack>, usize), ConntrackError> {
+    let found = Cell::new(0);
+    let keep = |entry: &ConntrackEntry| {
+        let is_wanted = entry.original.proto.has_ports() && ports.contains(&entry.original.dport);
+        found.set(found.get() + usize::from(is_wanted));
+        is_wanted && found.get() <= most
+    };
+    let entries = conntrack::dump(keep)?;
+    Ok((entries.iter().map(|entry| as_seen(entry, 0, status(entry))).collect(), found.get() - entries.len()))
 }
 
 /// The tuples under which packets of an entry travel: as sent, rewritten, and both back. The state in between (destination

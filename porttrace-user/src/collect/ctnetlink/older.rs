@@ -6,39 +6,42 @@ use crate::core::model::flow::{Proto, Tuple};
 use porttrace_ebpf::Kind;
 use std::collections::HashMap;
 
-/// Those of which no packet was seen yet, by all tuples of their packets.
+/// Those of which no packet was seen yet.
 #[derive(Debug, Default)]
 pub struct Older {
     /// The namespace that all events are from.
     netns: u32,
-    entries: HashMap<Tuple, Conntrack>,
+    entries: Vec<Conntrack>,
+    /// Where in `entries`, by all tuples of a packet.
+    places: HashMap<Tuple, u32>,
 }
 
 impl Older {
-    pub fn new(netns: u32, entries: &[Conntrack]) -> Self {
-        let entries = entries.iter().flat_map(|entry| tuples(entry).map(|tuple| (tuple, *entry))).collect();
-        Self { netns, entries }
+    pub fn new(netns: u32, entries: Vec<Conntrack>) -> Self {
+        let all = (0..).zip(&entries);
+        let places = all.flat_map(|(place, entry)| tuples(entry).map(|tuple| (tuple, place))).collect();
+        Self { netns, entries, places }
     }
 
     /// The entry that a packet with this tuple is of.
     pub fn find(&self, tuple: &Tuple) -> Option<Conntrack> {
-        self.entries.get(tuple).copied()
+        self.places.get(tuple).and_then(|place| self.entries.get(*place as usize)).copied()
     }
 
     /// The entry was told, or another one has one of its tuples.
     pub fn forget(&mut self, entry: &Conntrack) {
         for tuple in tuples(entry) {
             // Not only under this tuple: what is left of it would be told yet.
-            let Some(older) = self.entries.remove(&tuple) else { continue };
+            let Some(older) = self.find(&tuple) else { continue };
             for tuple in tuples(&older) {
-                self.entries.remove(&tuple);
+                self.places.remove(&tuple);
             }
         }
     }
 
     /// What is to be told before this event, where hooks tell of new entries themselves: the entry of its packet, once.
     pub fn before(&mut self, told: &Event) -> Option<Event> {
-        if self.entries.is_empty() {
+        if self.places.is_empty() {
             return None;
         }
         if let (Kind::NatSetup | Kind::Confirmed | Kind::Destroyed, Some(entry)) = (told.kind, told.conntrack) {
@@ -79,7 +82,7 @@ mod tests {
     #[test]
     fn it_is_told_once_before_a_packet_of_either_way_and_either_side_of_nat() {
         for seen in tuples(&entry(false)) {
-            let mut older = Older::new(1, &[entry(false)]);
+            let mut older = Older::new(1, vec![entry(false)]);
             let told = older.before(&packet(seen, ACK)).unwrap();
             assert_eq!((told.kind, told.conntrack, told.time_ns), (Kind::Confirmed, Some(entry(false)), 5));
             assert_eq!(tuples(&entry(false)).map(|tuple| older.before(&packet(tuple, ACK))), [const { None }; 6]);
@@ -88,7 +91,7 @@ mod tests {
 
     #[test]
     fn others_and_those_that_begin_anew_are_not_it() {
-        let mut older = Older::new(1, &[entry(false)]);
+        let mut older = Older::new(1, vec![entry(false)]);
         assert_eq!(older.before(&packet(tuple("10.0.0.1:40001", "10.0.0.2:9088"), ACK)), None);
         assert_eq!(older.before(&packet(entry(false).original, SYN)), None);
         // No hook told of a new entry: the SYN was of the older one.
@@ -98,7 +101,7 @@ mod tests {
     #[test]
     fn a_new_entry_takes_its_place_and_its_end_is_the_end() {
         for kind in [Kind::NatSetup, Kind::Confirmed, Kind::Destroyed] {
-            let mut older = Older::new(1, &[entry(false)]);
+            let mut older = Older::new(1, vec![entry(false)]);
             assert_eq!(older.before(&packet(entry(false).original, SYN)), None);
             // Elsewhere than before: what is left of the older one is forgotten too.
             let elsewhere = Conntrack { reply: tuple("10.244.1.10:80", "10.0.0.1:40000"), ..entry(true) };

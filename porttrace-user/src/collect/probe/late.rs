@@ -1,17 +1,18 @@
 //! The backend that learns of NAT from conntrack's events (ctnetlink): TC programs show packets at the addresses that the rules
 //! predict, and [`Hold`] finds out which of them are of watched connections.
 
-use super::config::{ConntrackBackend, ProbeError};
+use super::adopt::{adopt, adopt_older, older};
+use super::config::{ConntrackBackend, ProbeConfig, ProbeError};
 use super::object::Kernel;
 use super::ports::Ports;
 use super::tracked::Tracked;
 use super::{Probe, drain_all, map_error, monotonic_ns, wire_bytes};
 use crate::collect::ctnetlink::hold::{Hold, Released};
-use crate::collect::ctnetlink::{self, CtnetlinkError, Listener, Told};
-use crate::core::model::event::{Conntrack, Event};
+use crate::collect::ctnetlink::{CtnetlinkError, Listener, Told};
+use crate::core::model::event::Event;
 use crate::core::model::flow::Proto;
 use aya::maps::{HashMap, MapData};
-use porttrace_ebpf::{Predicted, ROLE_IGNORED, ROLE_OPENING};
+use porttrace_ebpf::{Predicted, ROLE_IGNORED};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -43,19 +44,19 @@ impl Late {
     pub fn new(
         listener: Listener,
         kernel: &mut Kernel,
-        ports: &[u16],
+        config: &ProbeConfig,
         netns: u32,
         degradations: &mut Vec<String>,
     ) -> Result<Self, ProbeError> {
-        let older = older(ports, degradations);
-        let (tracked, filter) = (kernel.tracked()?, Ports::of(kernel)?);
-        adopt_older(&tracked, &filter, &older);
-        let hold = Hold::new(ports, netns, &older);
+        let older = older(config, degradations);
+        let (tracked, ports) = (kernel.tracked()?, Ports::of(kernel)?);
+        adopt_older(&tracked, &ports, &older);
+        let hold = Hold::new(&config.ports, netns, older);
         Ok(Self {
             listener,
             hold,
             tracked,
-            ports: filter,
+            ports,
             told: Vec::new(),
             predicted: BTreeSet::new(),
             unclaimed: 0,
@@ -176,31 +177,6 @@ pub fn costs(reasons: Option<&str>) -> String {
          connections that conntrack let through",
         ConntrackBackend::Ctnetlink
     )
-}
-
-/// Lets the kernel side know a rewritten connection: its packets then need no prediction.
-fn adopt(tracked: &Tracked, ports: &Ports, entry: &Conntrack) {
-    let rewritten = entry.reply.inverted();
-    if rewritten != entry.original {
-        tracked.set_role(&rewritten, ROLE_OPENING);
-    }
-    ports.track(entry.reply.sport);
-}
-
-/// Lets the kernel side know connections that are older than the session.
-pub fn adopt_older(tracked: &Tracked, ports: &Ports, older: &[Conntrack]) {
-    for entry in older {
-        tracked.set_role(&entry.original, ROLE_OPENING);
-        adopt(tracked, ports, entry);
-    }
-}
-
-/// The entries that conntrack knows already.
-pub fn older(ports: &[u16], degradations: &mut Vec<String>) -> Vec<Conntrack> {
-    ctnetlink::present(ports).unwrap_or_else(|error| {
-        degradations.push(format!("connections that are older than this session cannot be followed: {error}"));
-        Vec::new()
-    })
 }
 
 fn key((proto, address): &(Proto, SocketAddr)) -> PredictedKey {

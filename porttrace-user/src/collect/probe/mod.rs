@@ -3,6 +3,7 @@
 //! All of aya stays in this folder. A [`Probe`] belongs to the network namespace of the thread that starts it; everything
 //! that it attaches vanishes with it.
 
+mod adopt;
 mod attach;
 mod btf;
 mod clsact;
@@ -102,7 +103,7 @@ impl Probe {
             observe_conntrack(config, known, netns, without_types, &mut degradations)?;
         let OnInterfaces { links, attachments, refusals } = interfaces;
         let late = match listener {
-            Some(listener) => Some(Late::new(listener, &mut kernel, &config.ports, netns, &mut degradations)?),
+            Some(listener) => Some(Late::new(listener, &mut kernel, config, netns, &mut degradations)?),
             None => None,
         };
         let (drops, resets) = attach_tracepoints(&mut kernel, without_types, &mut degradations);
@@ -111,9 +112,9 @@ impl Probe {
         ports.watch(config);
         let mut older = Older::default();
         if matches!(conntrack_backend, ConntrackBackend::Fentry | ConntrackBackend::Kprobe) {
-            let entries = late::older(&config.ports, &mut degradations);
-            late::adopt_older(&kernel.tracked()?, &ports, &entries);
-            older = Older::new(netns, &entries);
+            let entries = adopt::older(config, &mut degradations);
+            adopt::adopt_older(&kernel.tracked()?, &ports, &entries);
+            older = Older::new(netns, entries);
         }
         let info = ProbeInfo {
             conntrack_backend,
