@@ -60,9 +60,9 @@ fn batch((proto, port): (Proto, u16), count: u16) -> (u16, Batch) {
     (rounds, Batch { proto, from: NodeName::Worker2.v4(), ports, to })
 }
 
-/// Lets all who will send know the addresses on their links. The first connection's packets would wait for that, one after the other, and its
-/// reset may then leave before the last ACK of its handshake: its server never has the connection, and conntrack, which saw an
-/// ACK last, takes the next one from its port for the same (`nf_conntrack_tcp_packet`).
+/// Lets all who will send know the addresses on their links. The first connection's packets would wait for that, one after the
+/// other, and its reset may then leave before the last ACK of its handshake: its server never has the connection, and conntrack,
+/// which saw an ACK last, takes the next one from its port for the same (`nf_conntrack_tcp_packet`).
 fn acquaint(lab: &Lab) -> Result<()> {
     let node = NodeName::Worker3;
     let closed = 1;

@@ -82,7 +82,8 @@ fn every_lost_event_is_counted_by_hooks() {
     if !may_run("porttrace watch") {
         return;
     }
-    // In at eth0, out to the pod; and conntrack: three looks by NETFILTER programs, or at its functions DNAT and the entry's confirmation.
+    // In at eth0, out to the pod; and conntrack: three looks by NETFILTER programs, or at its functions DNAT and the entry's
+    // confirmation.
     let at_functions = std::env::var(BACKEND).is_ok_and(|backend| matches!(backend.as_str(), "fentry" | "kprobe"));
     every_lost_event_is_counted(&[], if at_functions { 4 } else { 5 }, false);
 }

@@ -67,8 +67,8 @@ struct Suite {
     tests: &'static [&'static str],
 }
 
-/// What runs on every change. Emulation is ten times slower: the whole matrix of `watch` runs with fentry programs only and in one lab,
-/// and of the probe's tests those in which the backends differ.
+/// What runs on every change. Emulation is ten times slower: the whole matrix of `watch` runs with fentry programs only and in one
+/// lab, and of the probe's tests those in which the backends differ.
 const SHORT_6_1: [Suite; 5] = [
     Suite { target: "probe", backend: "fentry", tests: &["path::", "routes::", "refusal::a_dropped", "programs::"] },
     Suite { target: "watch_e2e", backend: "fentry", tests: &["--ignored", "one_lab_for_all"] },

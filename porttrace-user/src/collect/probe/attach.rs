@@ -9,8 +9,8 @@ use crate::collect::ctnetlink::{Listener, RECEIVE_BYTES};
 use crate::collect::links::LinkWatcher;
 
 /// `trace_call_bpf` (kernel/trace/bpf_trace.c) and `kprobe_ftrace_handler` (arch/x86/kernel/kprobes/ftrace.c).
-const KPROBES_ARE_LEFT_OUT: &str = "connections that an interrupt brings while another eBPF program or kprobe runs may be told without \
-                                    their NAT: the kernel leaves kprobes out then, and does not count that";
+const KPROBES_ARE_LEFT_OUT: &str = "connections that an interrupt brings while another eBPF program or kprobe runs may be \
+                                    told without their NAT: the kernel leaves kprobes out then, and does not count that";
 
 /// Attaches the TC programs; an interface that vanished meanwhile is no error.
 pub fn attach_interface(

@@ -11,7 +11,8 @@ const TYPES: &str = "/sys/kernel/btf";
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 const MODULE: &str = "/sys/kernel/btf/nf_conntrack";
 
-/// The functions of conntrack at which its entries are observed where no NETFILTER program is, and their modules where they are in one.
+/// The functions of conntrack at which its entries are observed where no NETFILTER program is, and their modules where they are
+/// in one.
 pub const CONNTRACK_FUNCTIONS: [(&str, &str); 3] =
     [("nf_nat_setup_info", "nf_nat"), ("__nf_conntrack_confirm", "nf_conntrack"), ("nf_ct_delete", "nf_conntrack")];
 
