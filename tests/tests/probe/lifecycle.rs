@@ -76,6 +76,20 @@ async fn wait_for_link(probe: &mut Probe, name: &str) -> anyhow::Result<()> {
     }
 }
 
+/// What a tool lists. Of a link that another test is just making it has the number, and cannot open it yet (EAGAIN from
+/// `bpf_link_by_id`, kernel/bpf/syscall.c): it then looks again.
+fn listed(node: &Netns, listing: &str) -> String {
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        match node.exec(listing.split(' ')) {
+            Err(error) if format!("{error:#}").contains("temporarily unavailable") && Instant::now() < deadline => {
+                std::thread::yield_now();
+            }
+            outcome => return outcome.unwrap(),
+        }
+    }
+}
+
 /// Everything that hangs on the node's interfaces and hooks.
 fn attached(node: &Netns) -> Vec<String> {
     let mut all = Vec::new();
@@ -88,7 +102,7 @@ fn attached(node: &Netns) -> Vec<String> {
         ("bpftool link show", "nf_"),
         ("bpftool prog show", "tp_"),
     ] {
-        let text = node.exec(listing.split(' ')).unwrap();
+        let text = listed(node, listing);
         all.extend(text.lines().filter(|line| line.contains(mark)).map(|line| format!("{listing}: {line}")));
     }
     all
