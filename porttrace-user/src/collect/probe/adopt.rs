@@ -17,16 +17,13 @@ pub fn adopt(tracked: &Tracked, ports: &Ports, entry: &Conntrack) {
     ports.track(entry.reply.sport);
 }
 
-/// Lets the kernel side know connections that are older than the session.
-pub fn adopt_older(tracked: &Tracked, ports: &Ports, older: &[Conntrack]) {
-    for entry in older {
-        tracked.set_role(&entry.original, ROLE_OPENING);
-        adopt(tracked, ports, entry);
-    }
-}
-
-/// The entries that conntrack knows already, as many as the table of connections has room for.
-pub fn older(config: &ProbeConfig, degradations: &mut Vec<String>) -> Vec<Conntrack> {
+/// Lets the kernel side know the connections that are older than the session, as many as its table has room for: their entries.
+pub fn adopt_older(
+    config: &ProbeConfig,
+    tracked: &Tracked,
+    ports: &Ports,
+    degradations: &mut Vec<String>,
+) -> Vec<Conntrack> {
     // Each has two tuples there, and others come.
     let most = config.tracked as usize / 4;
     let (entries, others) = ctnetlink::present(&config.ports, most).unwrap_or_else(|error| {
@@ -36,6 +33,10 @@ pub fn older(config: &ProbeConfig, degradations: &mut Vec<String>) -> Vec<Conntr
     if others > 0 {
         let all = entries.len() + others;
         degradations.push(format!("of {all} connections older than this session only {} are followed", entries.len()));
+    }
+    for entry in &entries {
+        tracked.set_role(&entry.original, ROLE_OPENING);
+        adopt(tracked, ports, entry);
     }
     entries
 }

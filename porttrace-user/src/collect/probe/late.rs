@@ -1,7 +1,7 @@
 //! The backend that learns of NAT from conntrack's events (ctnetlink): TC programs show packets at the addresses that the rules
 //! predict, and [`Hold`] finds out which of them are of watched connections.
 
-use super::adopt::{adopt, adopt_older, older};
+use super::adopt::{adopt, adopt_older};
 use super::config::{ConntrackBackend, ProbeConfig, ProbeError};
 use super::object::Kernel;
 use super::ports::Ports;
@@ -48,9 +48,8 @@ impl Late {
         netns: u32,
         degradations: &mut Vec<String>,
     ) -> Result<Self, ProbeError> {
-        let older = older(config, degradations);
         let (tracked, ports) = (kernel.tracked()?, Ports::of(kernel)?);
-        adopt_older(&tracked, &ports, &older);
+        let older = adopt_older(config, &tracked, &ports, degradations);
         let hold = Hold::new(&config.ports, netns, older);
         Ok(Self {
             listener,

@@ -32,6 +32,7 @@ use super::ctnetlink::older::Older;
 use super::links::{LinkChange, LinkWatcher};
 use crate::core::model::event::{DecodeError, Event};
 use crate::core::model::flow::{Proto, Tuple};
+use adopt::adopt_older;
 use attach::{Observed, OnInterfaces, attach_interface, attach_tracepoints, observe_conntrack};
 use aya::maps::{MapData, PerCpuArray};
 use kernel_log::KernelLog;
@@ -110,12 +111,12 @@ impl Probe {
         degradations.extend(refusals);
         let ports = Ports::of(&mut kernel)?;
         ports.watch(config);
-        let mut older = Older::default();
-        if matches!(conntrack_backend, ConntrackBackend::Fentry | ConntrackBackend::Kprobe) {
-            let entries = adopt::older(config, &mut degradations);
-            adopt::adopt_older(&kernel.tracked()?, &ports, &entries);
-            older = Older::new(netns, entries);
-        }
+        let older = match conntrack_backend {
+            ConntrackBackend::Fentry | ConntrackBackend::Kprobe => {
+                Older::new(netns, adopt_older(config, &kernel.tracked()?, &ports, &mut degradations))
+            }
+            _ => Older::default(),
+        };
         let info = ProbeInfo {
             conntrack_backend,
             tc: attachments.mode(),
