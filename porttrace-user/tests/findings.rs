@@ -96,6 +96,8 @@ fn recorded_nodes_get_what_is_wrong_with_them_and_no_more() {
         ("iptables_nft_fixed_worker3", "iptables-nft/fixed/nodes/worker3"),
         ("iptables_nft_fixed_worker2", "iptables-nft/fixed/nodes/worker2"),
         ("iptables_nft_fixed_worker", "iptables-nft/fixed/nodes/worker"),
+        ("nftables_broken", "nftables/broken/nodes/worker3"),
+        ("nftables_fixed", "nftables/fixed/nodes/worker3"),
     ] {
         let files = snapshot::read_files(&folder.join(node)).expect("a recorded node");
         let report = diagnosed(&parse::facts(&files), None);

@@ -177,7 +177,7 @@ fn shares(trace: &Trace) -> Result<(), TestCaseError> {
         return Ok(());
     }
     let sum: f64 = trace.branches.iter().map(|branch| branch.probability.as_f64()).sum();
-    let random = |decision: &Decision| matches!(decision, Decision::Random { .. });
+    let random = |decision: &Decision| matches!(decision, Decision::Random { .. } | Decision::Drawn { .. });
     let sure = trace.branches.iter().all(|branch| branch.decisions.iter().all(random));
     prop_assert!(sum > 1.0 - 1e-6 && (!sure || sum < 1.0 + 1e-6), "the sum is {sum}");
     Ok(())

@@ -15,6 +15,9 @@ use std::io::Read;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+const CASES: [&str; 5] =
+    ["iptables-nft/broken", "iptables-nft/fixed", "iptables-legacy/broken", "nftables/broken", "nftables/fixed"];
+
 #[derive(Deserialize)]
 struct Flow {
     client: String,
@@ -111,7 +114,7 @@ fn happened(flow: &Flow) -> Outcome {
 fn every_flow_came_out_as_the_matrix_says() {
     let mut wrong = Vec::new();
     let (mut told, mut unknown, mut uncovered, mut depends) = (0, BTreeMap::<String, usize>::new(), 0, 0);
-    for case in ["iptables-nft/broken", "iptables-nft/fixed", "iptables-legacy/broken"] {
+    for case in CASES {
         let nodes = nodes(case);
         let worlds: BTreeMap<String, World<'_>> =
             nodes.iter().map(|(name, facts)| (name.clone(), World::new(facts))).collect();

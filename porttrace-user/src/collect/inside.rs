@@ -265,7 +265,7 @@ impl Thread<'_> {
     async fn take_state(&mut self, state: Box<NodeState>) -> Result<(), ProbeError> {
         self.is_reading = false;
         if self.probe.wants_predictions() {
-            self.probe.predict(&nat_targets(state.rulesets.iter().map(Arc::as_ref), &self.config.ports))?;
+            self.probe.predict(&nat_targets(state.all_rules().map(Arc::as_ref), &self.config.ports))?;
         }
         self.tell(News::State(state)).await;
         if self.is_stale {

@@ -184,11 +184,18 @@ fn read_rules(found: &mut Found) {
     native(found);
 }
 
-/// Where native nftables rules have a say.
+/// Where native nftables rules have a say, and what they say.
 fn native(found: &mut Found) {
     match nftables::bases() {
-        Ok(bases) if bases.is_empty() => {}
-        Ok(bases) => found.text("nft-hooks.txt", parse::nftables::write(&bases)),
+        Ok(bases) => {
+            found.text("nft-hooks.txt", parse::nftables::write(&bases));
+            match nftables::rules() {
+                Ok(rules) => rules.into_iter().for_each(|rules| found.text("nft-ruleset.json", rules)),
+                Err(error) => {
+                    found.missing.push(format!("what native nftables rules say is unknown: {error}"));
+                }
+            }
+        }
         Err(error) if has_native_tables() => {
             found.missing.push(format!("where native nftables rules have a say is unknown: {error}"));
         }
@@ -304,17 +311,15 @@ fn has_native_tables() -> bool {
     nftables::tables().is_ok_and(|tables| tables.iter().any(|table| !nftables::is_iptables(table)))
 }
 
-/// Native nftables rules as the tool prints them. Nothing reads them yet, but a person who helps does.
+/// Native nftables rules as the tool prints them for people: a person who helps reads them.
 fn report(found: &mut Found) {
     if !has_native_tables() {
         return;
     }
-    for (name, arguments) in
-        [("nft-ruleset.txt", &["list", "ruleset"][..]), ("nft-ruleset.json", &["-j", "list", "ruleset"])]
-    {
-        match tool::run("nft", arguments) {
-            Ok(text) => drop(found.files.insert(name.to_owned(), text)),
-            Err(error) => return found.missing.push(format!("native nftables rules are not in the snapshot: {error}")),
+    match tool::run("nft", &["list", "ruleset"]) {
+        Ok(text) => drop(found.files.insert("nft-ruleset.txt".to_owned(), text)),
+        Err(error) => {
+            found.missing.push(format!("native nftables rules are not in the snapshot as text: {error}"));
         }
     }
 }

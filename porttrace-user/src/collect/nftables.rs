@@ -1,10 +1,8 @@
-//! The little that is asked of nf_tables itself: the generation of its rules, which tables there are, and portmap's own.
+//! What is asked of nf_tables itself: the generation of its rules, which tables there are, and what native ones say.
 
 use super::attributes::{attributes, be32};
 use super::netlink::socket::{Connection, NetlinkError};
-use super::tool;
-use crate::core::model::cluster::Part;
-use crate::core::model::facts::NativeTable;
+use super::tool::{self, ToolError};
 use crate::core::model::state::NativeBase;
 use crate::core::parse;
 use std::collections::BTreeSet;
@@ -32,20 +30,40 @@ pub fn generation() -> Result<u32, NetlinkError> {
     answer.ok_or(NetlinkError::Malformed)
 }
 
-/// All tables, sorted.
+/// All tables, in the order in which they were made.
 ///
 /// # Errors
 /// As [`generation`].
-pub fn tables() -> Result<BTreeSet<Table>, NetlinkError> {
+pub fn tables() -> Result<Vec<Table>, NetlinkError> {
     let mut connection = Connection::open(netlink_sys::protocols::NETLINK_NETFILTER)?;
-    let tables = connection.dump(GET_TABLE, &[0; 4], |_, payload| {
+    connection.dump(GET_TABLE, &[0; 4], |_, payload| {
         let family = family(*payload.first()?);
         // NFTA_TABLE_NAME
         let (_, name) = attributes(payload.get(4..)?).find(|(kind, _)| *kind == 1)?;
         let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
         Some((family, String::from_utf8_lossy(name).into_owned()))
-    })?;
-    Ok(tables.into_iter().collect())
+    })
+}
+
+/// What the native rules say that IP packets meet, as `nft -j` prints them; `nft` is run only where there are any.
+///
+/// # Errors
+/// When `nft` is missing or fails.
+pub fn rules() -> Result<Option<String>, ToolError> {
+    let tables = tables().unwrap_or_default();
+    let native = tables.iter().filter(|table| matches!(table.0, "ip" | "ip6" | "inet") && !is_iptables(table));
+    let mut items = String::new();
+    // One table after the other: those of iptables-nft, which may be large, are left out.
+    for (family, name) in native {
+        let listing = tool::run("nft", &["-j", "list", "table", family, name])?;
+        let listing = String::from_utf8_lossy(&listing);
+        let list = listing.split_once('[').and_then(|(_, rest)| rest.rsplit_once(']')).map_or("", |(list, _)| list);
+        if !(items.is_empty() || list.is_empty()) {
+            items.push_str(", ");
+        }
+        items.push_str(list);
+    }
+    Ok((!items.is_empty()).then(|| format!("{{\"nftables\": [{items}]}}\n")))
 }
 
 /// Base chains of native rules that IP packets meet, but for empty ones.
@@ -128,22 +146,6 @@ fn base(payload: &[u8]) -> Option<NativeBase> {
     let at = HOOKS.get(usize::try_from(of_hook(1)?).ok()?)?;
     let priority = of_hook(2).map(u32::cast_signed);
     if does_nothing { None } else { parse::nftables::base([family, &table, &name, &kind, at], priority) }
-}
-
-/// portmap's tables of native rules; `nft` is run only where there are any.
-pub fn portmap() -> Part<Vec<NativeTable>> {
-    let tables = match tables() {
-        Ok(tables) => tables,
-        Err(error) => return Part::Missing(format!("native nftables rules are not known: {error}")),
-    };
-    let mut found = Vec::new();
-    for (family, name) in tables.iter().filter(|(_, name)| name == "cni_hostport") {
-        match tool::run("nft", &["-j", "list", "table", family, name]) {
-            Ok(text) => found.extend(parse::native_tables(&String::from_utf8_lossy(&text)).unwrap_or_default()),
-            Err(error) => return Part::Missing(format!("portmap's nftables rules are not known: {error}")),
-        }
-    }
-    Part::Known(found)
 }
 
 /// Whether iptables-nft keeps its rules in a table of this name.

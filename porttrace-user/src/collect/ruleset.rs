@@ -138,18 +138,13 @@ fn gather<S: Sink>() -> (BTreeMap<Dump, S>, Vec<String>) {
         let dump = Dump { flavour: Flavour::IptablesNft, family };
         read.entry(dump).or_insert_with(|| S::of(dump));
     }
-    missing.extend(needed.native.iter().map(|(family, name)| {
-        format!("nftables table {family} {name} holds native rules, which are not followed yet")
-    }));
     (read, missing)
 }
 
-/// Which dumps hold rules, and what is beside them.
+/// Which dumps hold rules.
 #[derive(Default)]
 struct Needed {
     dumps: Vec<Dump>,
-    /// Tables of native nftables rules.
-    native: BTreeSet<nftables::Table>,
     /// The kernel answered for both flavours: what is not in `dumps` does not exist.
     is_whole: bool,
 }
@@ -157,8 +152,9 @@ struct Needed {
 /// Finds out without touching anything: the save tools of iptables-legacy register their tables when they look.
 fn needed(missing: &mut Vec<String>) -> Needed {
     let mut needed = Needed { is_whole: true, ..Needed::default() };
+    let mut tables = Vec::new();
     match nftables::tables() {
-        Ok(found) => needed.native = found,
+        Ok(found) => tables = found,
         // A kernel without nf_tables has no such rules. Anything else hides them.
         Err(error) if nf_tables_is_absent(&error) => {}
         Err(error) => {
@@ -167,7 +163,7 @@ fn needed(missing: &mut Vec<String>) -> Needed {
         }
     }
     for (family, name) in [(Family::V4, "ip"), (Family::V6, "ip6")] {
-        if needed.native.iter().any(|table| table.0 == name && nftables::is_iptables(table)) {
+        if tables.iter().any(|table| table.0 == name && nftables::is_iptables(table)) {
             needed.dumps.push(Dump { flavour: Flavour::IptablesNft, family });
         }
         match legacy_tables(family) {
@@ -179,7 +175,6 @@ fn needed(missing: &mut Vec<String>) -> Needed {
             }
         }
     }
-    needed.native.retain(|table| !nftables::is_iptables(table));
     needed
 }
 

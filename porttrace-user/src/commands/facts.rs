@@ -5,7 +5,7 @@ use super::sources::Sources;
 use anyhow::{Context, bail};
 use porttrace_user::collect::{facts, live, snapshot};
 use porttrace_user::core::kube::ebpf;
-use porttrace_user::core::model::cluster::{ObjectName, Part};
+use porttrace_user::core::model::cluster::ObjectName;
 use porttrace_user::core::model::facts::Facts;
 use porttrace_user::core::parse::{self, Files};
 use porttrace_user::core::simulate::ipvs_in_use;
@@ -50,10 +50,6 @@ impl Source {
         };
         self.add_objects(&mut files)?;
         let mut facts = parse::facts(&files);
-        // `nft` is asked only where there are native rules.
-        if self.snapshot.is_none() && facts.native.known().is_none() && nix::unistd::geteuid().is_root() {
-            facts.native = Part::Known(Vec::new());
-        }
         facts.name_node();
         Ok(facts)
     }

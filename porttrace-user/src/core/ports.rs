@@ -2,7 +2,7 @@
 
 use super::kube::owners::{Claim, ClaimKind};
 use super::model::flow::{Family, Proto};
-use super::model::trace::{Branch, Hop, RuleRef, Trace, Verdict};
+use super::model::trace::{Action, Branch, Hop, RuleRef, Trace, Verdict};
 use super::reach::{self, Outcome, Reach};
 use super::world::World;
 use serde::Serialize;
@@ -45,6 +45,8 @@ pub enum Kind {
     HostPort,
     ExternalIp,
     LoadBalancer,
+    /// An externalIP or a LoadBalancer's address: native rules do not tell which.
+    External,
     /// kube-proxy refuses it: no endpoints.
     Refused,
     /// A process of this node.
@@ -58,6 +60,7 @@ impl Kind {
             Self::HostPort => "hostPort",
             Self::ExternalIp => "externalIP",
             Self::LoadBalancer => "LoadBalancer",
+            Self::External => "external",
             Self::Refused => "refused",
             Self::Listener => "process",
         }
@@ -110,13 +113,9 @@ fn place(world: &World<'_>, claim: &Claim) -> Option<Option<IpAddr>> {
         ClaimKind::HostPort { .. } | ClaimKind::NodePort { .. } => Some(None),
         ClaimKind::Listener { address, .. } => (!address.is_loopback()).then_some(None),
         ClaimKind::ServicePort { address, .. } => external(world, claim, *address).map(|_| Some(*address)),
-        ClaimKind::Refused { .. } => {
-            let rule = world.rule(claim.rule.as_ref()?)?;
-            let to = super::kube::owners::destination_of(rule);
-            match to {
-                None => Some(None),
-                Some(address) => (!is_cluster_ip(world, claim, address)).then_some(Some(address)),
-            }
+        ClaimKind::Refused { address: None, .. } => Some(None),
+        ClaimKind::Refused { address: Some(address), .. } => {
+            (!is_cluster_ip(world, claim, *address)).then_some(Some(*address))
         }
     }
 }
@@ -143,6 +142,9 @@ fn external(world: &World<'_>, claim: &Claim, address: IpAddr) -> Option<Kind> {
         if service.ingress.iter().any(|ingress| ingress.ip == address) {
             return Some(Kind::LoadBalancer);
         }
+    }
+    if claim.leads_to.as_ref().is_some_and(|chain| chain.starts_with("external-")) {
+        return Some(Kind::External);
     }
     let comment = comment(world, claim);
     if comment.ends_with("external IP") {
@@ -276,7 +278,7 @@ fn shown(world: &World<'_>, claim: &Claim) -> PortClaim {
             let kind = external(world, claim, *address).unwrap_or(Kind::ExternalIp);
             PortClaim { endpoints: Some(*endpoints), ..plain(kind, service.to_string()) }
         }
-        ClaimKind::Refused { why } => plain(Kind::Refused, why.clone()),
+        ClaimKind::Refused { why, .. } => plain(Kind::Refused, why.clone()),
         ClaimKind::Listener { address, process } => {
             let who = process.clone().unwrap_or_else(|| "a process".to_owned());
             PortClaim { only: Some(*address).filter(|address| !address.is_unspecified()), ..plain(Kind::Listener, who) }
@@ -296,7 +298,13 @@ fn winner(claim: &Claim, trace: &Trace) -> Wins {
 
 fn comes_to(claim: &Claim, branch: &Branch) -> bool {
     match &claim.rule {
-        Some(of) => branch.hops.iter().any(|hop| matches!(hop, Hop::Rule { rule, .. } if rule == of)),
+        Some(of) => branch.hops.iter().any(|hop| match (hop, &claim.leads_to) {
+            (Hop::Rule { rule, action: Action::Jump { chain } | Action::Goto { chain }, .. }, Some(to)) => {
+                rule == of && *chain.chain == **to
+            }
+            (Hop::Rule { rule, .. }, _) => rule == of,
+            _ => false,
+        }),
         None => matches!(&branch.verdict, Verdict::Delivered { to, listening: Some(true) } if to.dport == claim.port),
     }
 }

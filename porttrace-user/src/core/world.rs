@@ -61,9 +61,10 @@ impl<'a> World<'a> {
         self.simulator.trace(&Packet::first_of(tuple, Some(interface.into())))
     }
 
-    /// Whether kube-proxy's iptables rules are here: chains of Services, not only the empty ones of other modes.
-    pub fn writes_iptables(&self) -> bool {
-        ebpf::writes_iptables(&self.facts.state)
+    /// Whether kube-proxy's rules are here and could be read: chains of Services, not only the empty ones of other modes.
+    pub fn has_proxy_rules(&self) -> bool {
+        let mut native = self.facts.state.native_rules.iter().flat_map(|set| &set.tables);
+        ebpf::writes_iptables(&self.facts.state) || native.any(|table| table.name.ends_with(" kube-proxy"))
     }
 
     /// The network that serves Services in eBPF here instead of kube-proxy, in whatever mode.
@@ -112,8 +113,7 @@ impl<'a> World<'a> {
 
     /// The rule at a place.
     pub fn rule(&self, at: &RuleRef) -> Option<&'a Rule> {
-        let rulesets = self.facts.state.rulesets.iter();
-        let ruleset = rulesets.filter(|set| set.flavour == at.flavour && set.family == at.family);
+        let ruleset = self.facts.state.all_rules().filter(|set| set.flavour == at.flavour && set.family == at.family);
         let mut tables = ruleset.flat_map(|set| &set.tables).filter(|table| *table.name == *at.table);
         let number = usize::try_from(at.number()?).ok()?;
         tables.find_map(|table| table.chain(&at.chain)).and_then(|chain| chain.rules.get(number.checked_sub(1)?))

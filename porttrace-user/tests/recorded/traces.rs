@@ -1,7 +1,7 @@
 //! The kernel's own rule traces, and the same lines made from a branch.
 
 use porttrace_user::core::model::rules::conditions;
-use porttrace_user::core::model::trace::{Action, Branch, Hop, RuleRef};
+use porttrace_user::core::model::trace::{Action, Branch, Flavour, Hop, RuleRef};
 use serde::Deserialize;
 
 /// One line of TRACE as the kernel's log prints it: `table:chain:rule|policy|return:number`.
@@ -10,7 +10,8 @@ pub struct LegacyStep {
     pub rule: String,
 }
 
-/// `nft monitor trace` without its packet lines, as `table chain verdict`. The raw table held only the rule that traces.
+/// `nft monitor trace` without its packet lines, as `table chain verdict`. The tables raw and rigtrace held only the rule that
+/// traces.
 pub fn nft_steps(lines: &[String]) -> Vec<String> {
     let step = |line: &String| {
         let mut words = line.split_whitespace();
@@ -20,7 +21,7 @@ pub fn nft_steps(lines: &[String]) -> Vec<String> {
             "rule" => line.rsplit_once("(verdict ")?.1.trim_end_matches(')').to_owned(),
             _ => return None,
         };
-        (table != "raw").then(|| format!("{table} {} {}", pod(chain), pod(&verdict)))
+        (!matches!(table, "raw" | "rigtrace")).then(|| format!("{table} {} {}", pod(chain), pod(&verdict)))
     };
     lines.iter().filter_map(step).collect()
 }
@@ -28,24 +29,36 @@ pub fn nft_steps(lines: &[String]) -> Vec<String> {
 /// A branch in the words of [`nft_steps`]. An empty base chain of iptables-nft leaves no line in the trace; a packet that comes
 /// back by lo gets another trace ID there (`nft_trace_init` hashes `skb_iif`), so that the recorded trace ends where it left.
 pub fn branch_steps(branch: &Branch, empty: &dyn Fn(&RuleRef) -> bool) -> Vec<String> {
-    let step = |hop: &Hop| {
-        let Hop::Rule { rule, action, .. } = hop else { return None };
-        if rule.number().is_none() && empty(rule) {
-            return None;
-        }
-        let verdict = match action {
-            _ if rule.number().is_none() => "policy accept".to_owned(),
-            Action::Jump { chain } => format!("jump {}", chain.chain),
-            Action::Goto { chain } => format!("goto {}", chain.chain),
-            Action::Return => "return".into(),
-            Action::Drop | Action::Reject { .. } => "drop".into(),
-            Action::Accept | Action::Dnat { .. } | Action::Snat { .. } | Action::Masquerade => "accept".into(),
-            _ => "continue".into(),
-        };
-        Some(format!("{} {} {}", rule.table, pod(&rule.chain), pod(&verdict)))
-    };
     let first_way = branch.hops.iter().take_while(|hop| !matches!(hop, Hop::Transmit { .. }));
-    first_way.filter_map(step).collect()
+    let mut steps: Vec<(&RuleRef, String)> = Vec::new();
+    for (rule, step) in first_way.filter_map(|hop| step(hop, empty)) {
+        // A native rule may do several things, of which the kernel tells the last.
+        match steps.last_mut() {
+            Some((last, of_last)) if *last == rule && rule.flavour == Flavour::Nftables => *of_last = step,
+            _ => steps.push((rule, step)),
+        }
+    }
+    steps.into_iter().map(|(_, step)| step).collect()
+}
+
+/// A rule, and the line that the kernel would trace it by.
+fn step<'h>(hop: &'h Hop, empty: &dyn Fn(&RuleRef) -> bool) -> Option<(&'h RuleRef, String)> {
+    let Hop::Rule { rule, action, .. } = hop else { return None };
+    if rule.number().is_none() && empty(rule) {
+        return None;
+    }
+    let verdict = match action {
+        _ if rule.number().is_none() => "policy accept".to_owned(),
+        Action::Jump { chain } => format!("jump {}", chain.chain),
+        Action::Goto { chain } => format!("goto {}", chain.chain),
+        Action::Return => "return".into(),
+        Action::Drop | Action::Reject { .. } => "drop".into(),
+        Action::Accept | Action::Dnat { .. } | Action::Snat { .. } | Action::Masquerade => "accept".into(),
+        _ => "continue".into(),
+    };
+    // Without the family.
+    let table = rule.table.rsplit(' ').next().unwrap_or_default();
+    Some((rule, format!("{table} {} {}", pod(&rule.chain), pod(&verdict))))
 }
 
 /// Texts of the rules that `xtables-monitor --trace` printed, comments apart (they carry container IDs).

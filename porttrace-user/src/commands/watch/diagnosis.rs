@@ -118,7 +118,6 @@ fn facts(rules: &Rules, pods: &Pods) -> Facts {
         sandboxes: pods.sandboxes.clone(),
         listeners: pods.listeners.clone(),
         proxy: pods.makers.proxy.clone(),
-        native: pods.makers.native.clone(),
         ..Facts::default()
     };
     facts.state.name = facts.cluster.pods_of.clone().or_else(|| Some(Node::here().name));

@@ -2,9 +2,9 @@
 //! who makes the rules that lead there.
 
 use porttrace_user::collect::kubernetes::{ApiError, Watch};
-use porttrace_user::collect::{facts, kube_proxy, nftables, pods};
+use porttrace_user::collect::{facts, kube_proxy, pods};
 use porttrace_user::core::model::cluster::{Cluster, Part, Sandbox};
-use porttrace_user::core::model::facts::{NativeTable, ProxyConfig};
+use porttrace_user::core::model::facts::ProxyConfig;
 use porttrace_user::core::model::pods::PodSockets;
 use porttrace_user::core::model::state::Socket;
 use porttrace_user::core::model::workloads::Workloads;
@@ -39,13 +39,11 @@ pub struct Pods {
 #[derive(Clone, Default, PartialEq)]
 pub struct Makers {
     pub proxy: Part<ProxyConfig>,
-    /// portmap's native nftables rules.
-    pub native: Part<Vec<NativeTable>>,
 }
 
 impl Makers {
     fn read() -> Self {
-        Self { proxy: kube_proxy::read(), native: nftables::portmap() }
+        Self { proxy: kube_proxy::read() }
     }
 }
 

@@ -89,6 +89,8 @@ impl Rules {
         let fingerprint = fingerprint.with_legacy(legacy);
         // A watched connection is new to conntrack; entries of older ones would only stand in the way.
         state.conntrack = Some(Vec::new());
+        // They put clients into sets (session affinity), of which nobody tells.
+        state.sets_move = true;
         // How long each takes by itself is not known yet.
         let reading = Reading::at(begun_ns);
         Self {
@@ -279,7 +281,7 @@ fn settings(all: Option<&BTreeMap<String, String>>) -> impl Iterator<Item = (&St
 
 fn counts(state: &NodeState) -> BTreeMap<Flavour, usize> {
     let mut counts = BTreeMap::new();
-    for ruleset in &state.rulesets {
+    for ruleset in state.all_rules() {
         let rules: usize = ruleset.tables.iter().flat_map(|table| &table.chains).map(|chain| chain.rules.len()).sum();
         if rules > 0 {
             *counts.entry(ruleset.flavour).or_default() += rules;

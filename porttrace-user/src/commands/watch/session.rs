@@ -304,7 +304,7 @@ fn predict_targets(probe: &mut Probe, rules: &Rules, args: &Args) -> anyhow::Res
 
 /// Where the rules may send the watched connections.
 fn targets(rules: &Rules, args: &Args) -> BTreeSet<NatTarget> {
-    nat_targets(rules.state.rulesets.iter().map(Arc::as_ref), &args.ports)
+    nat_targets(rules.state.all_rules().map(Arc::as_ref), &args.ports)
 }
 
 /// Never ends without `--into-pods`.

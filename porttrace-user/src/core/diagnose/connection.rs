@@ -341,7 +341,7 @@ fn meets(world: &World<'_>, claim: &Claim, asked: Tuple, failed: &Failed<'_>) ->
 fn service(claim: &Claim) -> Option<ObjectName> {
     match &claim.kind {
         ClaimKind::ServicePort { service, .. } | ClaimKind::NodePort { service, .. } => super::service_of(service),
-        ClaimKind::Refused { why } => super::service_of(why.split(' ').next()?),
+        ClaimKind::Refused { why, .. } => super::service_of(why.split(' ').next()?),
         ClaimKind::HostPort { .. } | ClaimKind::Listener { .. } => None,
     }
 }

@@ -3,6 +3,9 @@
 use super::{Checked, Evidence, Finding, Scene, Severity};
 use crate::core::kube::owners::ClaimKind;
 use crate::core::model::flow::Family;
+use crate::core::model::native::{Expr, Field, Statement, Verdict};
+use crate::core::model::rules::{Chain, Rule, Target};
+use crate::core::model::trace::{Flavour, Hook};
 use crate::core::ports::{Kind, Port, PortClaim, Wins};
 use crate::core::world::World;
 use std::collections::BTreeMap;
@@ -29,11 +32,19 @@ fn overlap(one: &PortClaim, other: &PortClaim) -> bool {
     addresses && one.families.iter().any(|family| other.families.contains(family))
 }
 
+fn is_native(claim: &PortClaim) -> bool {
+    claim.rule.as_ref().is_some_and(|rule| rule.flavour == Flavour::Nftables)
+}
+
 /// `the hostPort wins now`, in words.
 fn who_wins(first: &PortClaim, second: &PortClaim) -> String {
     match (first.wins, second.wins) {
         (Wins::Yes, Wins::No) => format!("the {} wins now", first.kind.name()),
         (Wins::No, Wins::Yes) => format!("the {} wins now", second.kind.name()),
+        (Wins::Partly, Wins::Partly) if is_native(first) || is_native(second) => {
+            "who wins depends on whose nftables chains were made last, which the rules do not show (kube-proxy's are made anew when it starts)"
+                .to_owned()
+        }
         _ => "who wins depends on the address".to_owned(),
     }
 }
@@ -246,25 +257,41 @@ pub(super) fn host_ip(scene: &Scene<'_, '_>) -> Checked {
 
 /// portmap's nftables backend of 1.6.1 to 1.8 rewrites what is only forwarded.
 pub(super) fn catches_forwarded(scene: &Scene<'_, '_>) -> Checked {
-    let tables = scene.world.facts.native.get()?;
+    let state = &scene.world.facts.state;
+    if !state.knows_native || state.unfollowed().any(|base| base.table == "cni_hostport") {
+        return Err("native nftables rules are not known".to_owned());
+    }
     let mut found = Vec::new();
-    for table in tables.iter().filter(|table| table.name == "cni_hostport") {
-        let Some(chain) = table.chains.iter().find(|chain| chain.hook.as_deref() == Some("prerouting")) else {
+    for table in state.native_rules.iter().flat_map(|set| &set.tables) {
+        let asked = |chain: &&Chain| chain.base.is_some_and(|base| base.hook == Hook::Prerouting);
+        let Some(chain) = table.chains.iter().find(asked).filter(|_| table.name.ends_with(" cni_hostport")) else {
             continue;
         };
-        // portmap_nftables.go of 1.9 asks `fib daddr type local` before it jumps.
-        let Some(rule) = chain.rules.iter().find(|rule| rule.jumps && !rule.asks_local) else { continue };
+        let Some(rule) = chain.rules.iter().find(|rule| jumps_unasked(rule)) else { continue };
         let sentence = format!(
-            "portmap's nftables rules ({} {}) rewrite every packet to a hostPort's number, also one that is only forwarded through this node",
-            table.family, table.name
+            "portmap's nftables rules ({}) rewrite every packet to a hostPort's number, also one that is only forwarded through this node",
+            table.name
         );
         let change = "update the CNI plugins to 1.9 or later, and recreate the pods with hostPorts".to_owned();
-        let place = format!("{} {} {}", table.family, table.name, chain.name);
+        let place = format!("{} {}", table.name, chain.name());
         found.push(
             Finding::new(Severity::Error, sentence, change)
-                .with([Evidence::new("rule", place, rule.text.clone())])
+                .with([Evidence::new("rule", place, rule.text.read().to_string())])
                 .of_node(),
         );
     }
     Ok(found)
+}
+
+/// Whether a native rule leads to another chain without asking whether the destination is this node's (portmap_nftables.go of 1.9
+/// does, by `fib daddr type local`).
+fn jumps_unasked(rule: &Rule) -> bool {
+    let Target::Native(all) = &rule.target else { return false };
+    let mut asks = false;
+    let mut jumps = false;
+    for statement in &all.0 {
+        statement.walk(&mut |part| asks |= matches!(part, Expr::Field(Field::FibType { source: false, .. })));
+        jumps |= matches!(statement, Statement::Verdict(Verdict::Jump(_) | Verdict::Goto(_)));
+    }
+    jumps && !asks
 }

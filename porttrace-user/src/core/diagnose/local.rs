@@ -6,6 +6,7 @@ use super::{Checked, Evidence, Finding, Scene, Severity};
 use crate::core::kube::owners::ClaimKind;
 use crate::core::model::cluster::{Service, ServicePort};
 use crate::core::model::flow::Family;
+use crate::core::model::native::Value;
 use crate::core::model::rules::{MatchKind, Target};
 use crate::core::model::trace::{DropReason, Verdict};
 use crate::core::quantity;
@@ -70,7 +71,7 @@ fn without_local(scene: &Scene<'_, '_>, policy: &str, wanted: impl Fn(&Service) 
 fn dropping(world: &World<'_>, service: &Service, port: &ServicePort) -> Option<Evidence> {
     let wanted = format!("{} has no local endpoints", port_name(service, port));
     let mut claims = world.owners.all();
-    let claim = claims.find(|claim| matches!(&claim.kind, ClaimKind::Refused { why } if *why == wanted))?;
+    let claim = claims.find(|claim| matches!(&claim.kind, ClaimKind::Refused { why, .. } if *why == wanted))?;
     claim.rule.as_ref().map(|rule| Evidence::rule(world, rule))
 }
 
@@ -183,9 +184,25 @@ fn asked(scene: &Scene<'_, '_>, family: Family) -> Option<IpAddr> {
     Some(asked).filter(|_| ours && Family::of(asked) == family)
 }
 
-/// The addresses for which KUBE-SERVICES goes on to KUBE-NODEPORTS; none where it does so for every local address.
+/// The addresses for which KUBE-SERVICES goes on to KUBE-NODEPORTS, and those of kube-proxy's native set for that; none where it does
+/// so for every local address.
 fn jumps(world: &World<'_>) -> (Vec<IpAddr>, Vec<Evidence>) {
     let (mut addresses, mut rules) = (Vec::new(), Vec::new());
+    for table in world.facts.state.native_rules.iter().flat_map(|set| &set.tables) {
+        let set = table.sets.iter().find(|set| *set.name == *"nodeport-ips");
+        let Some(set) = set.filter(|_| table.name.ends_with(" kube-proxy")) else { continue };
+        let mut of_set: Vec<IpAddr> = set
+            .elements()
+            .filter_map(|(key, ..)| match key {
+                [Value::Address(address)] => Some(*address),
+                _ => None,
+            })
+            .collect();
+        of_set.sort_unstable();
+        let listed = of_set.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        rules.push(Evidence::new("rule", format!("set nodeport-ips of {}", table.name), listed));
+        addresses.extend(of_set);
+    }
     for set in &world.facts.state.rulesets {
         let Some(table) = set.tables.iter().find(|table| table.name == "nat") else { continue };
         let Some(chain) = table.chain("KUBE-SERVICES") else { continue };

@@ -77,7 +77,9 @@ pub(super) fn of_service(severity: Severity, service: &Service, sentence: String
 fn refusals(world: &World<'_>, service: &Service) -> Vec<Evidence> {
     let prefix = format!("{}:", service.name);
     let mut rules = world.owners.all().filter_map(|claim| match &claim.kind {
-        ClaimKind::Refused { why } if why.starts_with(&prefix) || why.starts_with(&format!("{} ", service.name)) => {
+        ClaimKind::Refused { why, .. }
+            if why.starts_with(&prefix) || why.starts_with(&format!("{} ", service.name)) =>
+        {
             claim.rule.as_ref()
         }
         _ => None,
@@ -135,7 +137,7 @@ fn by_rules(world: &World<'_>) -> Checked {
     let mut names = BTreeSet::new();
     let mut found = Vec::new();
     for claim in world.owners.all() {
-        let ClaimKind::Refused { why } = &claim.kind else { continue };
+        let ClaimKind::Refused { why, .. } = &claim.kind else { continue };
         let Some(name) = why.strip_suffix(" has no endpoints") else { continue };
         let (Some(service), Some(rule)) = (super::service_of(name), &claim.rule) else { continue };
         if !names.insert(name.to_owned()) {
@@ -290,8 +292,8 @@ pub(super) fn rules_differ(scene: &Scene<'_, '_>) -> Checked {
     let world = scene.world;
     world.facts.asked_services()?;
     world.facts.cluster.slices.get()?;
-    if !world.writes_iptables() {
-        return Err("there are no iptables rules of kube-proxy here".to_owned());
+    if !world.has_proxy_rules() {
+        return Err("there are no rules of kube-proxy here that porttrace follows".to_owned());
     }
     let mut found = Vec::new();
     for service in served(scene) {

@@ -5,6 +5,7 @@ use crate::core::kube::hash;
 use crate::core::kube::owners::{Claim, ClaimKind};
 use crate::core::model::flow::{Family, Proto};
 use crate::core::model::name::Name;
+use crate::core::model::trace::Flavour;
 use crate::core::ports::{Kind, Port, Wins};
 use crate::core::world::World;
 use std::collections::BTreeMap;
@@ -28,7 +29,7 @@ pub(super) fn stale(scene: &Scene<'_, '_>) -> Checked {
             "hostPort {}/{} still leads to {to}, which is no pod's any more{shadow}: packets to it are lost",
             claim.port, claim.proto
         );
-        let lines = removal(world, claim.family, by.entries(), chain);
+        let lines = by.removal(world, claim, chain);
         let change = format!("remove the leftover ({}): {lines}", by.missed());
         let finding = Finding::new(Severity::Error, sentence, change)
             .because(format!("no pod has {} any more{shadow}", to.ip()))
@@ -43,13 +44,28 @@ pub(super) fn stale(scene: &Scene<'_, '_>) -> Checked {
 
 /// Who made a hostPort's chain, and of what its name is a hash.
 enum Maker<'c> {
-    Portmap { network: Option<&'c str> },
-    Crio { port: u16, proto: String, host_ip: String },
+    Portmap {
+        network: Option<&'c str>,
+    },
+    /// portmap's native rules, which name the sandbox in a comment.
+    Native {
+        sandbox: Option<&'c str>,
+        handle: u32,
+    },
+    Crio {
+        port: u16,
+        proto: String,
+        host_ip: String,
+    },
 }
 
 impl<'c> Maker<'c> {
-    fn of(claim: &Claim, chain: &str, network: Option<&'c str>) -> Self {
-        let ClaimKind::HostPort { host_ip, .. } = &claim.kind else { return Self::Portmap { network } };
+    fn of(claim: &'c Claim, chain: &str, network: Option<&'c str>) -> Self {
+        let ClaimKind::HostPort { host_ip, sandbox, .. } = &claim.kind else { return Self::Portmap { network } };
+        if let Some(rule) = claim.rule.as_ref().filter(|rule| rule.flavour == Flavour::Nftables) {
+            let handle = rule.rule().map_or(0, |rule| rule.line);
+            return Self::Native { sandbox: sandbox.as_deref(), handle };
+        }
         if !chain.starts_with(hash::CRIO) {
             return Self::Portmap { network };
         }
@@ -61,6 +77,7 @@ impl<'c> Maker<'c> {
     fn names(&self, sandbox: &str, chain: &str) -> bool {
         match self {
             Self::Portmap { network } => network.is_some_and(|network| hash::portmap_chain(network, sandbox) == chain),
+            Self::Native { sandbox: of, .. } => *of == Some(sandbox),
             // A hostIP of all addresses stands in the hash, and not in the rules.
             Self::Crio { port, proto, host_ip } => [host_ip.as_str(), "0.0.0.0", "::"]
                 .iter()
@@ -68,17 +85,31 @@ impl<'c> Maker<'c> {
         }
     }
 
-    /// The chain whose rules lead to it.
-    const fn entries(&self) -> &'static str {
+    /// The command lines that take the leftover away.
+    fn removal(&self, world: &World<'_>, claim: &Claim, chain: &str) -> String {
         match self {
-            Self::Portmap { .. } => "CNI-HOSTPORT-DNAT",
-            Self::Crio { .. } => "KUBE-HOSTPORTS",
+            Self::Portmap { .. } => removal(world, claim.family, "CNI-HOSTPORT-DNAT", chain),
+            Self::Crio { .. } => removal(world, claim.family, "KUBE-HOSTPORTS", chain),
+            Self::Native { handle, .. } => {
+                let table = claim.rule.as_ref().map_or_else(String::new, |rule| rule.table.to_string());
+                format!("`nft delete rule {table} {chain} handle {handle}`")
+            }
+        }
+    }
+
+    /// What no sandbox has to do with any more.
+    fn unclaimed(&self, chain: &str, made_for: Option<&str>) -> String {
+        let short = made_for.map(|id| id.get(..13).unwrap_or(id));
+        match (self, short) {
+            (Self::Native { .. }, Some(id)) => format!("no sandbox of the runtime is {id}, for which it was made"),
+            (_, Some(id)) => format!("no sandbox of the runtime hashes to {chain}; it was made for {id}"),
+            (_, None) => format!("no sandbox of the runtime hashes to {chain}"),
         }
     }
 
     const fn missed(&self) -> &'static str {
         match self {
-            Self::Portmap { .. } => "CNI DEL never came for its sandbox",
+            Self::Portmap { .. } | Self::Native { .. } => "CNI DEL never came for its sandbox",
             Self::Crio { .. } => "CRI-O did not remove it with its sandbox",
         }
     }
@@ -128,13 +159,7 @@ fn gone(
         if live.clone().any(|one| by.names(&one.id, chain) || one.ips.contains(&to.ip())) {
             return None;
         }
-        let text = match sandbox {
-            Some(id) => {
-                format!("no sandbox of the runtime hashes to {chain}; it was made for {}", id.get(..13).unwrap_or(id))
-            }
-            None => format!("no sandbox of the runtime hashes to {chain}"),
-        };
-        proofs.push(Evidence::new("object", "container runtime", text));
+        proofs.push(Evidence::new("object", "container runtime", by.unclaimed(chain, sandbox)));
     }
     if let Some(pods) = facts.cluster.pods.known() {
         if pods.iter().any(|pod| pod.ips.contains(&to.ip())) {

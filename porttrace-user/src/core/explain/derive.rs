@@ -1,7 +1,7 @@
 //! Services and pods where the Kubernetes API says nothing: as kube-proxy's rules and the container runtime know them.
 
 use crate::core::diagnose::service_of;
-use crate::core::kube::owners::{Claim, ClaimKind, Owners, destination_of};
+use crate::core::kube::owners::{Claim, ClaimKind, Owners};
 use crate::core::model::cluster::{
     ObjectName, Part, Pod, PodContainer, Sandbox, Service, ServicePort, ServiceType, TargetPort,
 };
@@ -56,10 +56,9 @@ fn services(state: &NodeState) -> Vec<Service> {
         let (full, address, node_port) = match &claim.kind {
             ClaimKind::ServicePort { service, address, .. } => (service.as_str(), Some(*address), None),
             ClaimKind::NodePort { service, .. } => (service.as_str(), None, Some(claim.port)),
-            ClaimKind::Refused { why } => {
-                let address = refused(state, claim);
+            ClaimKind::Refused { why, address } => {
                 let node_port = address.is_none().then_some(claim.port);
-                (why.split(' ').next().unwrap_or_default(), address, node_port)
+                (why.split(' ').next().unwrap_or_default(), *address, node_port)
             }
             ClaimKind::HostPort { .. } | ClaimKind::Listener { .. } => continue,
         };
@@ -106,13 +105,4 @@ fn add(
             service.cluster_ips.push(address);
         }
     }
-}
-
-/// The address that kube-proxy's refusal is about; `None`: the node's own.
-fn refused(state: &NodeState, claim: &Claim) -> Option<IpAddr> {
-    let at = claim.rule.as_ref()?;
-    let sets = state.rulesets.iter().filter(|set| set.flavour == at.flavour && set.family == at.family);
-    let mut tables = sets.flat_map(|set| &set.tables).filter(|table| *table.name == *at.table);
-    let number = usize::try_from(at.number()?).ok()?;
-    destination_of(tables.find_map(|table| table.chain(&at.chain))?.rules.get(number.checked_sub(1)?)?)
 }

@@ -339,6 +339,7 @@ fn claim(claim: &PortClaim) -> String {
         Kind::NodePort => format!("NodePort of Service {}", claim.who),
         Kind::ExternalIp => format!("externalIP of Service {}", claim.who),
         Kind::LoadBalancer => format!("load balancer's address of Service {}", claim.who),
+        Kind::External => format!("external address of Service {}", claim.who),
         Kind::Refused => format!("refused by kube-proxy ({})", claim.who),
         Kind::Listener => format!("listened on by {}{only}", claim.who),
     }

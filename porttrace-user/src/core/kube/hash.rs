@@ -31,6 +31,14 @@ pub fn crio_chain(sandbox: &str, port: u16, protocol: &str, host_ip: &str) -> St
     format!("{CRIO}{}", suffix(&[sandbox, &port.to_string(), &protocol, host_ip]))
 }
 
+/// The eight letters in the names of kube-proxy's native chains, of what follows them (pkg/proxy/nftables/proxier.go,
+/// `hashAndTruncate`).
+pub fn native_suffix(name: &str) -> String {
+    let mut text = BASE32.encode(&Sha256::digest(name.as_bytes()));
+    text.truncate(8);
+    text
+}
+
 /// How the names of CRI-O's chains begin.
 pub const CRIO: &str = "KUBE-HP-";
 

@@ -2,6 +2,7 @@
 
 pub mod ebpf;
 pub mod hash;
+mod native_owners;
 pub mod owners;
 pub mod server;
 pub mod targets;

@@ -1,12 +1,12 @@
 //! Who claims a port on this node, and who stands behind an address, read from the rules and sockets alone.
 
-use super::hash;
 use super::targets::{NatTarget, nat_targets};
+use super::{hash, native_owners};
 use crate::core::model::flow::{Family, Proto};
 use crate::core::model::name::Name;
 use crate::core::model::rules::{Chain, MatchKind, NatRange, Net, PortSide, Rule, Ruleset, Table, Target};
 use crate::core::model::state::NodeState;
-use crate::core::model::trace::{Chains, Place, RuleRef};
+use crate::core::model::trace::{Chains, Flavour, Place, RuleRef};
 use foldhash::HashSet;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -21,6 +21,8 @@ pub struct Claim {
     pub kind: ClaimKind,
     /// The rule that says so; `None` for a socket.
     pub rule: Option<RuleRef>,
+    /// The chain to which that rule leads connections of this claim, where it leads others elsewhere (a native look-up).
+    pub leads_to: Option<Name>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,8 +34,9 @@ pub enum ClaimKind {
     NodePort { service: Name, endpoints: usize },
     /// kube-proxy: a Service's own port on one of its addresses.
     ServicePort { service: Name, address: IpAddr, endpoints: usize },
-    /// kube-proxy refuses it: `why` is its comment (`default/noep:p80 has no endpoints`).
-    Refused { why: String },
+    /// kube-proxy refuses it: `why` is its comment (`default/noep:p80 has no endpoints`); `address`: the Service's, `None` for the
+    /// node's own.
+    Refused { why: String, address: Option<IpAddr> },
     /// A process of this node listens.
     Listener { address: IpAddr, process: Option<String> },
 }
@@ -58,15 +61,15 @@ struct OfRules {
 impl Owners {
     /// Reads the claims out of a state.
     pub fn of(state: &NodeState) -> Self {
-        Self { of_rules: Arc::new(OfRules::of(&state.rulesets)), listeners: listeners(state) }
+        Self { of_rules: Arc::new(OfRules::of(state.all_rules())), listeners: listeners(state) }
     }
 
     /// Those of another state of the same node. Where the rules are the same, they are not read again, which takes much longer than
     /// all the rest.
     pub fn renewed(&self, state: &NodeState) -> Self {
         let known = &self.of_rules.rulesets;
-        let same = known.len() == state.rulesets.len()
-            && known.iter().zip(&state.rulesets).all(|(one, other)| Arc::ptr_eq(one, other));
+        let same = known.len() == state.all_rules().count()
+            && known.iter().zip(state.all_rules()).all(|(one, other)| Arc::ptr_eq(one, other));
         if !same {
             return Self::of(state);
         }
@@ -127,15 +130,22 @@ fn listeners(state: &NodeState) -> Vec<Claim> {
         family: Family::of(socket.address),
         kind: ClaimKind::Listener { address: socket.address, process: socket.process.clone() },
         rule: None,
+        leads_to: None,
     });
     sockets.collect()
 }
 
 impl OfRules {
-    fn of(rulesets: &[Arc<Ruleset>]) -> Self {
-        let mut found = Self { rulesets: rulesets.to_vec(), ..Self::default() };
-        for ruleset in rulesets {
+    fn of<'r>(rulesets: impl Iterator<Item = &'r Arc<Ruleset>>) -> Self {
+        let mut found = Self { rulesets: rulesets.cloned().collect(), ..Self::default() };
+        for ruleset in &found.rulesets.clone() {
             for (at, table) in ruleset.tables.iter().enumerate() {
+                if ruleset.flavour == Flavour::Nftables {
+                    let read = native_owners::read(ruleset, at);
+                    found.claims.extend(read.claims);
+                    found.endpoints.extend(read.endpoints);
+                    continue;
+                }
                 let chains = Arc::new(Chains::Of(Arc::clone(ruleset), at));
                 let mut reader = Reader { ruleset, table, chains, names: HashSet::default() };
                 match table.name.as_str() {
@@ -205,6 +215,7 @@ impl<'r> Reader<'r> {
                             chain: chain.id.chain.clone(),
                         },
                         rule: self.reference(at, number),
+                        leads_to: None,
                     });
                 }
             }
@@ -227,7 +238,7 @@ impl<'r> Reader<'r> {
                 let name = chain.id.chain.clone();
                 let kind = ClaimKind::HostPort { to, host_ip, network: None, sandbox: None, chain: name };
                 let rule = self.reference(at, number);
-                found.claims.push(Claim { port, proto, family: self.ruleset.family, kind, rule });
+                found.claims.push(Claim { port, proto, family: self.ruleset.family, kind, rule, leads_to: None });
             }
         }
     }
@@ -245,7 +256,7 @@ impl<'r> Reader<'r> {
                 None => ClaimKind::NodePort { service, endpoints },
             };
             let rule = self.reference(at, number);
-            found.claims.push(Claim { port, proto, family: self.ruleset.family, kind, rule });
+            found.claims.push(Claim { port, proto, family: self.ruleset.family, kind, rule, leads_to: None });
         }
     }
 
@@ -299,8 +310,10 @@ impl<'r> Reader<'r> {
                         family: self.ruleset.family,
                         kind: ClaimKind::Refused {
                             why: rule.comment().unwrap_or_else(|| rule.text.read().to_string()),
+                            address: asked.destination,
                         },
                         rule: self.reference(at, number),
+                        leads_to: None,
                     });
                 }
             }

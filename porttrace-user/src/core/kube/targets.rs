@@ -2,7 +2,11 @@
 //! other conditions on the way.
 
 use crate::core::model::flow::{Family, Proto};
-use crate::core::model::rules::{Match, MatchKind, Net, PortSide, Rule, Ruleset, Table, Target};
+use crate::core::model::native::{
+    self, BaseKind, Datum, Expr, Field, Nat, NatKind, Op, Operand, Part, Set, Statement, Value, Verdict,
+};
+use crate::core::model::rules::{Chain, Match, MatchKind, Net, PortSide, Rule, Ruleset, Table, Target};
+use crate::core::model::trace::{Flavour, Hook};
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -16,7 +20,8 @@ const MOST: u128 = 1024;
 pub fn nat_targets<'a>(rulesets: impl IntoIterator<Item = &'a Ruleset>, ports: &[u16]) -> BTreeSet<NatTarget> {
     let mut found = BTreeSet::new();
     for ruleset in rulesets {
-        for table in ruleset.tables.iter().filter(|table| table.name == "nat") {
+        let is_native = ruleset.flavour == Flavour::Nftables;
+        for table in ruleset.tables.iter().filter(|table| is_native || table.name == "nat") {
             for proto in [Proto::Tcp, Proto::Udp, Proto::Sctp] {
                 for &port in ports {
                     let mut walk = Walk {
@@ -28,7 +33,7 @@ pub fn nat_targets<'a>(rulesets: impl IntoIterator<Item = &'a Ruleset>, ports: &
                         found: &mut found,
                     };
                     for index in 0..table.chains.len() {
-                        if matches!(table.chains[index].name(), "PREROUTING" | "OUTPUT") {
+                        if is_asked(&table.chains[index], is_native) {
                             walk.chain(index);
                         }
                     }
@@ -37,6 +42,21 @@ pub fn nat_targets<'a>(rulesets: impl IntoIterator<Item = &'a Ruleset>, ports: &
         }
     }
     found
+}
+
+/// All destinations that DNAT can give to a connection to `port` which is in a chain of a table.
+pub fn targets_of_chain((table, chain): (&Table, u32), family: Family, proto: Proto, port: u16) -> BTreeSet<NatTarget> {
+    let mut found = BTreeSet::new();
+    Walk { table, family, proto, port, visited: BTreeSet::new(), found: &mut found }.chain(chain as usize);
+    found
+}
+
+/// Whether it is a base chain that may send a connection elsewhere.
+fn is_asked(chain: &Chain, is_native: bool) -> bool {
+    match chain.base {
+        Some(base) => base.kind == BaseKind::Nat && matches!(base.hook, Hook::Prerouting | Hook::Output),
+        None => !is_native && matches!(chain.name(), "PREROUTING" | "OUTPUT"),
+    }
 }
 
 struct Walk<'a, 't> {
@@ -65,6 +85,7 @@ impl Walk<'_, '_> {
                     let ports = range.ports.unwrap_or((self.port, self.port));
                     self.add(range.addresses.as_ref(), ports);
                 }
+                Target::Native(all) => self.native(&all.0),
                 Target::None
                 | Target::Accept
                 | Target::Drop
@@ -100,6 +121,108 @@ impl Walk<'_, '_> {
             };
             met != *negated
         })
+    }
+
+    /// A native rule: wherever its statements may lead, until one does not match.
+    fn native(&mut self, all: &[Statement]) {
+        let table = self.table;
+        let goes = |walk: &mut Self, verdict: &Verdict| {
+            if let Verdict::Jump(to) | Verdict::Goto(to) = verdict {
+                walk.chain(*to as usize);
+            }
+        };
+        for statement in all {
+            match statement {
+                Statement::Match { left, op: Op::Is, right } if !self.may_be(left, right) => return,
+                Statement::Verdict(verdict) => goes(self, verdict),
+                Statement::Vmap { key, map } => {
+                    let Some(map) = table.source(map) else { continue };
+                    let may_be = |key_is: &[Value]| self.is(key, key_is) != Some(false);
+                    let verdicts = map.elements().filter(|(key, ..)| may_be(key)).filter_map(|(_, datum, _)| datum);
+                    let verdicts: Vec<&Datum> = verdicts.chain(map.data_of_ranges()).collect();
+                    for datum in verdicts {
+                        if let Datum::Verdict(verdict) = datum {
+                            goes(self, verdict);
+                        }
+                    }
+                }
+                Statement::Nat(nat) if nat.kind == NatKind::Dnat => self.native_dnat(nat),
+                _ => {}
+            }
+        }
+    }
+
+    /// All that a DNAT statement may make of the destination.
+    fn native_dnat(&mut self, nat: &Nat) {
+        let own = (self.port, self.port);
+        let fixed = match &nat.port {
+            None => Some(own),
+            Some(Expr::Constant(parts)) => parts.first().and_then(native::ports),
+            Some(_) => None,
+        };
+        let table = self.table;
+        let mut add = |parts: &[Part]| {
+            let ports = parts.get(1).map_or(fixed, native::ports);
+            let addresses = parts.first().and_then(native::addresses);
+            if let (Some(addresses), Some(ports)) = (addresses, ports) {
+                self.add(Some(&addresses), ports);
+            }
+        };
+        match &nat.address {
+            Some(Expr::Constant(parts)) => add(parts),
+            Some(Expr::Map { map, .. }) => {
+                for datum in table.source(map).into_iter().flat_map(Set::data) {
+                    if let Datum::Parts(parts) = datum {
+                        add(parts);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether the comparison may hold, by protocol and port.
+    fn may_be(&self, left: &Expr, right: &Operand) -> bool {
+        match right {
+            Operand::Parts(parts) => {
+                let of = |at: usize| parts.get(at);
+                self.each(left).iter().enumerate().all(|(at, known)| match (known, of(at)) {
+                    (Some(value), Some(part)) => part.holds(value),
+                    _ => true,
+                })
+            }
+            Operand::Set(source) => match self.table.source(source) {
+                Some(set)
+                    if !set.has_unknown && !set.dynamic && set.data_of_ranges().next().is_none() && set.is_exact() =>
+                {
+                    set.elements().any(|(key, ..)| self.is(left, key) != Some(false))
+                }
+                _ => true,
+            },
+            Operand::Expr(_) | Operand::Unknown(_) => true,
+        }
+    }
+
+    /// Whether an expression is this, as far as protocol and port tell.
+    fn is(&self, left: &Expr, key: &[Value]) -> Option<bool> {
+        let known = self.each(left);
+        let differs = known.iter().zip(key).any(|(known, value)| known.as_ref().is_some_and(|known| known != value));
+        if differs { Some(false) } else { known.iter().all(Option::is_some).then_some(true) }
+    }
+
+    /// The parts of an expression, those known that are the protocol or the port.
+    fn each(&self, left: &Expr) -> Vec<Option<Value>> {
+        let proto = self.proto.number();
+        match left {
+            Expr::Concat(parts) => parts.iter().flat_map(|part| self.each(part)).collect(),
+            Expr::Field(Field::L4Proto | Field::Protocol(_)) => vec![Some(Value::Number(proto.into()))],
+            Expr::Field(Field::DestinationPort(of)) => {
+                // A port of another protocol is never this one's.
+                let is_ours = of.is_none_or(|of| of == proto);
+                vec![Some(Value::Number(if is_ours { self.port.into() } else { u64::MAX }))]
+            }
+            _ => vec![None],
+        }
     }
 
     fn add(&mut self, addresses: Option<&(Net, Net)>, (low, high): (u16, u16)) {

@@ -62,7 +62,7 @@ fn of_port(world: &World<'_>, port: u16, proto: Option<Proto>, ways: &mut Vec<Wa
                 let kind = match claim.kind {
                     Kind::HostPort => WayKind::HostPort,
                     Kind::NodePort | Kind::Refused => WayKind::NodePort,
-                    Kind::ExternalIp | Kind::LoadBalancer => WayKind::External,
+                    Kind::ExternalIp | Kind::LoadBalancer | Kind::External => WayKind::External,
                     Kind::Listener => WayKind::Process,
                 };
                 let what = format!("{} {port} of {}", claim.kind.name(), claim.who);

@@ -21,37 +21,8 @@ pub struct Facts {
     /// Network namespaces of the node by name → addresses.
     pub namespaces: BTreeMap<String, Vec<IpAddr>>,
     pub proxy: Part<ProxyConfig>,
-    /// Tables of native nftables rules.
-    pub native: Part<Vec<NativeTable>>,
     /// Services are those that kube-proxy's rules name, as the Kubernetes API said nothing, for this reason.
     pub derived: Option<String>,
-}
-
-/// A table of native nftables rules, as far as findings ask.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct NativeTable {
-    /// `ip`, `ip6`, `inet`.
-    pub family: String,
-    pub name: String,
-    pub chains: Vec<NativeChain>,
-}
-
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct NativeChain {
-    pub name: String,
-    /// Of a base chain.
-    pub hook: Option<String>,
-    pub rules: Vec<NativeRule>,
-}
-
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct NativeRule {
-    /// Its expressions in JSON.
-    pub text: String,
-    /// It jumps or goes to another chain.
-    pub jumps: bool,
-    /// It asks whether the destination is an address of the node (`fib daddr type local`).
-    pub asks_local: bool,
 }
 
 /// What kube-proxy was told, as far as rules alone do not tell it.

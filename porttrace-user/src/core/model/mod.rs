@@ -8,6 +8,7 @@ pub mod flow;
 pub mod hops;
 pub mod interfaces;
 pub mod name;
+pub mod native;
 pub mod place;
 pub mod pods;
 pub mod rules;

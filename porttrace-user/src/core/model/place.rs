@@ -2,7 +2,7 @@
 
 use super::flow::Family;
 use super::name::{Name, name};
-use super::rules::{Chain, Rule, Ruleset, conditions};
+use super::rules::{Chain, Rule, Ruleset, Table, conditions, native_conditions};
 use super::trace::Flavour;
 use serde::ser::{Serialize, SerializeStruct, Serializer};
 use std::cmp::Ordering;
@@ -38,8 +38,13 @@ pub enum Chains {
 impl Chains {
     /// The chain at index `at` of the table; `None` where only a name is known, or no such chain is.
     pub fn chain(&self, at: u32) -> Option<&Chain> {
+        self.table()?.chains.get(at as usize)
+    }
+
+    /// The table; `None` where only a name is known.
+    pub fn table(&self) -> Option<&Table> {
         match self {
-            Self::Of(ruleset, table) => ruleset.tables.get(*table)?.chains.get(at as usize),
+            Self::Of(ruleset, table) => ruleset.tables.get(*table),
             Self::Named(_) => None,
         }
     }
@@ -131,9 +136,12 @@ impl RuleRef {
         self.rule().map(|rule| rule.text.read()).unwrap_or_default()
     }
 
-    /// The matches that decided, as iptables writes them, without the comment.
+    /// The matches that decided, as iptables (or nft) writes them, without the comment.
     pub fn because(&self) -> String {
-        conditions(&self.text())
+        match self.flavour {
+            Flavour::Nftables => native_conditions(&self.text()),
+            _ => conditions(&self.text()),
+        }
     }
 
     /// Tells rules apart that live at the same time, cheaper than their names do.

@@ -3,6 +3,7 @@
 use super::dump::Text;
 use super::flow::Family;
 use super::name::Name;
+use super::native::{Base, Set, Source};
 use super::place::ChainRef;
 pub use super::targets::{ConnMarkOp, MarkOp, NatRange, Target, Tproxy, TtlOp};
 use super::trace::Flavour;
@@ -19,14 +20,25 @@ pub struct Ruleset {
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Table {
-    /// `raw`, `mangle`, `nat`, `filter`, `security`.
+    /// `raw`, `mangle`, `nat`, `filter`, `security`; of native rules family and name: `ip kube-proxy`.
     pub name: Name,
     pub chains: Vec<Chain>,
+    /// Of native rules.
+    pub sets: Vec<Set>,
 }
 
 impl Table {
     pub fn chain(&self, name: &str) -> Option<&Chain> {
         self.chains.iter().find(|chain| chain.name() == name)
+    }
+
+    /// A set of its own, or one that stands in a rule.
+    pub fn source<'t>(&'t self, source: &'t Source) -> Option<&'t Set> {
+        match source {
+            Source::Named(at) => self.sets.get(*at as usize),
+            Source::Inline(set) => Some(set),
+            Source::Missing(_) => None,
+        }
     }
 }
 
@@ -35,6 +47,8 @@ pub struct Chain {
     pub id: ChainRef,
     /// Built-in chains only.
     pub policy: Option<Policy>,
+    /// Of native rules: where the kernel calls it. Those of iptables follow from their tables and names.
+    pub base: Option<Base>,
     pub rules: Vec<Rule>,
     /// The rules stand at their numbers; false where they were pasted without the rest of the chain.
     pub numbered: bool,
@@ -72,13 +86,44 @@ impl Rule {
         crate::core::parse::iptables::counters(&self.text.before())?.0
     }
 
-    /// The text of `-m comment --comment`, unquoted.
+    /// The text of `-m comment --comment` (of native rules: `comment`), unquoted.
     pub fn comment(&self) -> Option<String> {
         let text = self.text.read();
+        if matches!(self.target, Target::Native(_)) {
+            let (_, comment) = text.rsplit_once("comment \"")?;
+            return Some(comment.strip_suffix('"').unwrap_or(comment).to_owned());
+        }
         let mut words = crate::core::parse::words::Words::new(&text);
         words.by_ref().find(|word| *word == "--comment")?;
         words.next().map(|word| crate::core::parse::words::unquote(word).into_owned())
     }
+}
+
+/// What a native rule's text asks, without what it does and its comment.
+pub fn native_conditions(text: &str) -> String {
+    const DOES: [&str; 14] = [
+        "accept",
+        "drop",
+        "continue",
+        "return",
+        "jump",
+        "goto",
+        "dnat",
+        "snat",
+        "masquerade",
+        "redirect",
+        "reject",
+        "notrack",
+        "queue",
+        "comment",
+    ];
+    let words = || text.split(' ').enumerate();
+    // A look-up of a verdict is both.
+    let end = words().find(|(_, word)| DOES.contains(word)).map(|(at, _)| at);
+    let sets = words().find(|(_, word)| *word == "set").map(|(at, _)| at.saturating_sub(2));
+    let looks_up = text.contains(" vmap ") || text.contains(" map ");
+    let end = [sets, end.filter(|_| !looks_up)].into_iter().flatten().min();
+    text.split(' ').take(end.unwrap_or(usize::MAX)).collect::<Vec<_>>().join(" ")
 }
 
 /// The matches of a rule's text, without chain, comment and target.

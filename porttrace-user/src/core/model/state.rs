@@ -35,8 +35,14 @@ pub struct NodeState {
     pub neighbours: Option<Vec<Neighbour>>,
     /// What IPVS takes for itself; empty where the kernel has no IPVS.
     pub ipvs: Option<Vec<VirtualServer>>,
-    /// Where native nftables rules have a say; what they say is not followed.
+    /// Whether anybody looked for native nftables rules.
+    pub knows_native: bool,
+    /// Where they have a say.
     pub native: Vec<NativeBase>,
+    /// What they say, as far as it could be read: a ruleset for each family.
+    pub native_rules: Vec<Arc<Ruleset>>,
+    /// What packets put into sets of nftables is not read again when it changes: it is not known.
+    pub sets_move: bool,
     /// Packets that the kernel dropped, by its own counts.
     pub drops: DropCounts,
     /// What could not be read or understood, each a sentence with its place.
@@ -58,10 +64,24 @@ impl NodeState {
         (!found.is_empty()).then(|| format!("{}{more}", found.join(", ")))
     }
 
-    /// The tables of native nftables rules that may send connections elsewhere, in a row; `None` where there are none.
+    /// All rules that could be read, those of iptables first.
+    pub fn all_rules(&self) -> impl Iterator<Item = &Arc<Ruleset>> {
+        self.rulesets.iter().chain(&self.native_rules)
+    }
+
+    /// Base chains of native rules that could not be read.
+    pub fn unfollowed(&self) -> impl Iterator<Item = &NativeBase> {
+        let is_read = |base: &&NativeBase| {
+            let table = base.table();
+            self.native_rules.iter().flat_map(|set| &set.tables).any(|read| *read.name == *table)
+        };
+        self.native.iter().filter(move |base| !is_read(base))
+    }
+
+    /// The tables of native nftables rules that may send connections elsewhere and could not be read, in a row; `None` where there
+    /// are none.
     pub fn native_dnat(&self) -> Option<String> {
-        let tables: BTreeSet<String> =
-            self.native.iter().filter(|base| base.is_dnat()).map(NativeBase::table).collect();
+        let tables: BTreeSet<String> = self.unfollowed().filter(|base| base.is_dnat()).map(NativeBase::table).collect();
         (!tables.is_empty()).then(|| tables.into_iter().collect::<Vec<_>>().join(", "))
     }
 }

@@ -211,7 +211,8 @@ fn of_target(rule: &Rule, chains: &Arc<Chains>) -> Action {
         | Target::Netmap(_)
         | Target::Ttl(_)
         | Target::Tos { .. }
-        | Target::Tproxy(_) => Action::Continue,
+        | Target::Tproxy(_)
+        | Target::Native(_) => Action::Continue,
     }
 }
 

@@ -1,6 +1,7 @@
 //! What rules do.
 
 use super::name::Name;
+use super::native::Statements;
 use super::rules::Net;
 use std::fmt;
 use std::net::IpAddr;
@@ -34,6 +35,8 @@ pub enum Target {
         mask: u8,
     },
     Tproxy(Box<Tproxy>),
+    /// A native rule, which has its matches among its statements.
+    Native(Box<Statements>),
     /// Leaves the model: NFQUEUE, QUEUE, SYNPROXY, …
     Stop(Name),
     /// Named, without effect on the path: LOG, TRACE, CT --zone, …

@@ -303,8 +303,10 @@ impl Serialize for Fraction {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case", tag = "decider")]
 pub enum Decision {
-    /// `statistic --mode random`, or nftables' `numgen random`.
+    /// `statistic --mode random`, or a match of nftables' `numgen random`.
     Random { rule: RuleRef, taken: bool },
+    /// One of several things that a rule draws among (nftables' maps by `numgen random`), counted from 0.
+    Drawn { rule: RuleRef, number: u32 },
     /// Session affinity: `recent --rcheck` or a set's element.
     Affinity { rule: RuleRef, taken: bool },
     /// A match that the model cannot decide was assumed to be true or false.

@@ -4,7 +4,7 @@ use super::notes::Notes;
 use super::objects::Objects;
 use super::{Files, iproute, kube_proxy, sockets, state};
 use crate::core::model::cluster::{Cluster, Part};
-use crate::core::model::facts::{Facts, NativeChain, NativeRule, NativeTable, ProxyConfig};
+use crate::core::model::facts::{Facts, ProxyConfig};
 use crate::core::model::pods::PodSockets;
 use crate::core::model::state::{Diagnostic, Socket};
 use ipnet::IpNet;
@@ -31,7 +31,6 @@ pub fn facts(files: &Files) -> Facts {
     (facts.listeners, facts.namespaces) = reader.namespaces();
     facts.cni = reader.cni();
     facts.proxy = reader.proxy();
-    facts.native = reader.native();
     facts.forget_balancers();
     facts.state.diagnostics.append(&mut reader.diagnostics);
     facts
@@ -136,63 +135,6 @@ impl<'a> Reader<'a> {
             (Err(why), None) => Part::Missing(why.to_owned()),
         }
     }
-}
-
-impl Reader<'_> {
-    fn native(&mut self) -> Part<Vec<NativeTable>> {
-        const NAME: &str = "nft-ruleset.json";
-        let Some(text) = self.text(NAME) else {
-            return Part::Missing("native nftables rules are not known".to_owned());
-        };
-        match native_tables(&text) {
-            Ok(tables) => Part::Known(tables),
-            Err(error) => {
-                self.note(NAME, format!("not understood: {error}"));
-                Part::Missing("native nftables rules were not understood".to_owned())
-            }
-        }
-    }
-}
-
-/// `nft -j list ruleset` (libnftables-json): tables, chains and rules in one list, in the order in which they were made.
-///
-/// # Errors
-/// When it is no JSON.
-pub fn native_tables(text: &str) -> Result<Vec<NativeTable>, serde_json::Error> {
-    let ruleset: Value = serde_json::from_str(text)?;
-    let mut tables: Vec<NativeTable> = Vec::new();
-    let items = ruleset.get("nftables").and_then(Value::as_array).into_iter().flatten();
-    for item in items {
-        let Some((kind, body)) = item.as_object().and_then(|item| item.iter().next()) else { continue };
-        let text = |key: &str| body.get(key).and_then(Value::as_str).unwrap_or_default();
-        let (family, name) = (text("family"), if kind == "table" { text("name") } else { text("table") });
-        if kind == "table" {
-            tables.push(NativeTable { family: family.to_owned(), name: name.to_owned(), chains: Vec::new() });
-            continue;
-        }
-        let Some(table) = tables.iter_mut().find(|table| table.family == family && table.name == name) else {
-            continue;
-        };
-        match kind.as_str() {
-            "chain" => {
-                let hook = body.get("hook").and_then(Value::as_str).map(str::to_owned);
-                table.chains.push(NativeChain { name: text("name").to_owned(), hook, rules: Vec::new() });
-            }
-            "rule" => {
-                let expressions = body.get("expr").map(Value::to_string).unwrap_or_default();
-                let rule = NativeRule {
-                    jumps: expressions.contains("\"jump\"") || expressions.contains("\"goto\""),
-                    asks_local: expressions.contains("\"fib\"") && expressions.contains("\"local\""),
-                    text: expressions,
-                };
-                if let Some(chain) = table.chains.iter_mut().find(|chain| chain.name == text("chain")) {
-                    chain.rules.push(rule);
-                }
-            }
-            _ => {}
-        }
-    }
-    Ok(tables)
 }
 
 /// The addresses of a CNI result (`ips[].address`, with a prefix).

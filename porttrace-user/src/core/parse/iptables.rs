@@ -255,7 +255,7 @@ impl OpenTable {
     fn new(name: &str, flavour: Flavour, family: Family, implicit: bool) -> Self {
         let name = table_name(name);
         Self {
-            table: Table { name: name.clone(), chains: Vec::new() },
+            table: Table { name: name.clone(), chains: Vec::new(), sets: Vec::new() },
             id: ChainRef { flavour, family, table: name, chain: Name::default() },
             index: HashMap::default(),
             last: None,
@@ -275,7 +275,7 @@ impl OpenTable {
                 let name = Name::from(name);
                 self.index.insert(name.clone(), next);
                 let id = ChainRef { chain: name.clone(), ..self.id.clone() };
-                self.table.chains.push(Chain { id, policy: None, rules: Vec::new(), numbered: true });
+                self.table.chains.push(Chain { id, policy: None, base: None, rules: Vec::new(), numbered: true });
                 (name, next, true)
             }
         };

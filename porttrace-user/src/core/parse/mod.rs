@@ -15,6 +15,7 @@ mod iptables_targets;
 pub mod ipvs;
 pub mod kube_proxy;
 pub mod listing;
+pub mod native;
 pub mod nftables;
 pub mod notes;
 pub mod objects;
@@ -26,5 +27,5 @@ mod state;
 pub mod sysctl;
 pub mod words;
 
-pub use facts::{facts, native_tables};
+pub use facts::facts;
 pub use state::{FORMAT, Files, Metadata, state, state_of, with_network};

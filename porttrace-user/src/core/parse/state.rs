@@ -2,7 +2,7 @@
 
 use super::notes::Notes;
 use super::rulesets::FileRules;
-use super::{conntrack, drops, iproute, ipset, ipvs, nftables, recent, rulesets, sockets, sysctl};
+use super::{conntrack, drops, iproute, ipset, ipvs, native, nftables, recent, rulesets, sockets, sysctl};
 use crate::core::model::flow::Family;
 use crate::core::model::rules::Ruleset;
 use crate::core::model::state::{Diagnostic, NativeBase, NodeState, PolicyRule, RouteEntry, VirtualServer};
@@ -13,6 +13,10 @@ use std::sync::Arc;
 
 /// The format of snapshots that this porttrace writes.
 pub const FORMAT: u32 = 1;
+
+/// Base chains of native nftables rules, and those rules as `nft -j` prints them.
+const NATIVE_HOOKS: &str = "nft-hooks.txt";
+const NATIVE_RULES: &str = "nft-ruleset.json";
 
 /// The source of what could not be collected at all.
 const COLLECTION: &str = "collection";
@@ -78,7 +82,9 @@ fn with_rules(files: &Files, (rulesets, diagnostics): (Vec<Ruleset>, Vec<Diagnos
         sockets: reader.part("ss.txt", "which ports the node itself listens on is unknown", |text, notes| {
             Some(sockets::sockets(text, notes))
         }),
+        knows_native: [NATIVE_HOOKS, NATIVE_RULES].iter().any(|name| files.contains_key(*name)),
         native: reader.native(),
+        native_rules: reader.native_rules(),
         drops: drops::counts(reader.text("nf_conntrack.txt").as_deref(), reader.text("netstat.txt").as_deref()),
         ..NodeState::default()
     };
@@ -215,12 +221,19 @@ impl<'a> Reader<'a> {
         found
     }
 
+    /// What native rules say, where nft printed it. Nothing is said where it did not: most nodes have none.
+    fn native_rules(&mut self) -> Vec<Arc<Ruleset>> {
+        let mut notes = Notes::new(NATIVE_RULES);
+        // That it is no JSON is said already.
+        let read = self.text(NATIVE_RULES).and_then(|text| native::rulesets(&text, &mut notes).ok());
+        self.diagnostics.extend(notes.finish());
+        read.unwrap_or_default().into_iter().map(Arc::new).collect()
+    }
+
     /// The kernel's base chains, or those of what nft printed. Nothing is said where there is neither: most nodes have none.
     fn native(&mut self) -> Vec<NativeBase> {
-        const HOOKS: &str = "nft-hooks.txt";
-        const RULESET: &str = "nft-ruleset.json";
-        let (mut hooks, mut ruleset) = (Notes::new(HOOKS), Notes::new(RULESET));
-        let found = match (self.text(HOOKS), self.text(RULESET)) {
+        let (mut hooks, mut ruleset) = (Notes::new(NATIVE_HOOKS), Notes::new(NATIVE_RULES));
+        let found = match (self.text(NATIVE_HOOKS), self.text(NATIVE_RULES)) {
             (Some(text), _) => nftables::bases(&text, &mut hooks),
             (None, Some(text)) => nftables::bases_of_ruleset(&text).unwrap_or_else(|error| {
                 ruleset.add(error.line(), format!("not understood: {error}"));

@@ -1,12 +1,14 @@
 //! Whether a client's port can make a difference to the path that is predicted.
 
+use crate::core::model::flow::Direction;
+use crate::core::model::native::{Expr, Field, Part, Statement};
 use crate::core::model::rules::{CtField, MatchKind, NatRange, PortSide, Rule, Target};
 use crate::core::model::state::NodeState;
 
 /// Whether anything in this state decides by the port that a connection comes from. What the model leaves open (`hashlimit` by
 /// port, a port that NAT draws) is open for every port alike.
 pub fn matters(state: &NodeState) -> bool {
-    let chains = state.rulesets.iter().flat_map(|ruleset| &ruleset.tables).flat_map(|table| &table.chains);
+    let chains = state.all_rules().flat_map(|ruleset| &ruleset.tables).flat_map(|table| &table.chains);
     // The source of a packet is looked up with the ports the other way round.
     let routed = || state.policy.iter().flatten().any(|rule| rule.sport.is_some() || rule.dport.is_some());
     chains.flat_map(|chain| &chain.rules).any(of_rule) || routed()
@@ -37,10 +39,25 @@ fn of_target(target: &Target) -> bool {
         Target::Dnat(range) | Target::Snat(range) | Target::Masquerade(range) | Target::Redirect(range) => {
             chooses(range)
         }
+        Target::Native(all) => all.0.iter().any(of_statement),
         // Asks for established sockets first.
         Target::Tproxy(_) => true,
         _ => false,
     }
+}
+
+fn of_statement(statement: &Statement) -> bool {
+    let mut found = false;
+    statement.walk(&mut |part| {
+        found |= match part {
+            Expr::Field(Field::SourcePort(_) | Field::CtSourcePort(Direction::Original)) => true,
+            Expr::Field(Field::CtDestinationPort(Direction::Reply)) => true,
+            // NAT chooses among them, as above.
+            Expr::Constant(parts) => parts.iter().any(|part| matches!(part, Part::Span(..))),
+            _ => false,
+        };
+    });
+    found
 }
 
 #[cfg(test)]

@@ -4,13 +4,14 @@ use super::client_port;
 use super::config::Config;
 use super::index::{Index, LONG};
 use super::ipvs::Ipvs;
-use super::native;
 use super::orders;
 use super::routing::Routing;
 use super::sets::Sets;
+use super::unfollowed;
 use crate::core::kube::ebpf::{self, Network};
 use crate::core::model::flow::Family;
 use crate::core::model::name::Name;
+use crate::core::model::native::{BaseKind, Set, Source};
 use crate::core::model::rules::{Chain, Ruleset};
 use crate::core::model::state::{NativeBase, NodeState, RecentEntry};
 use crate::core::model::steps::{Lists, RuleAt};
@@ -32,7 +33,10 @@ pub struct Simulator {
     pub(super) config: Config,
     pub(super) sets: Sets,
     pub(super) ipvs: Ipvs,
-    pub(super) native: Vec<NativeBase>,
+    /// Native rules that could not be read.
+    pub(super) unfollowed: Vec<NativeBase>,
+    /// See [`NodeState::sets_move`].
+    pub(super) sets_move: bool,
     pub(super) recent: Option<BTreeMap<String, Vec<RecentEntry>>>,
     /// Tables in which the order of the two iptables flavours decides and is not known, for IPv4 and IPv6.
     open_orders: [u8; 2],
@@ -61,23 +65,27 @@ pub(super) enum Entry {
     /// `ip_vs_remote_request` at LOCAL_IN, priority 99, and `ip_vs_local_request` at LOCAL_OUT, priority -98
     /// (net/netfilter/ipvs/ip_vs_core.c, `ip_vs_ops4`).
     Ipvs,
-    /// A base chain of native nftables rules that may send connections elsewhere: a place in [`Simulator::native`].
-    Native(u16),
+    /// A base chain of native nftables rules that are not followed and may send connections elsewhere: a place in
+    /// [`Simulator::unfollowed`].
+    Unfollowed(u16),
 }
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BaseChain {
     pub(super) table: u16,
     pub(super) chain: u32,
-    /// The mangle table re-routes in OUTPUT when it changed the packet (`ipt_mangle_out`).
+    /// The mangle table re-routes in OUTPUT when it changed the packet (`ipt_mangle_out`), and so do native chains of type route.
     pub(super) reroutes: bool,
+    /// Asked in the NAT step, where `priority` decides only among such chains.
+    pub(super) is_nat: bool,
+    pub(super) priority: i32,
 }
 
 /// One table of one ruleset.
 #[derive(Debug)]
 pub(super) struct TableData {
     /// Its place among the tables.
-    number: u16,
+    pub(super) number: u16,
     pub(super) flavour: Flavour,
     pub(super) family: Family,
     pub(super) name: Name,
@@ -86,11 +94,28 @@ pub(super) struct TableData {
 }
 
 impl TableData {
-    /// Its chain at a hook.
-    fn base(&self, hook: Hook) -> Option<u32> {
-        (0..)
-            .map_while(|at| Some((at, self.chain(at)?)))
-            .find_map(|(at, chain)| (chain.name() == hook.name()).then_some(at))
+    /// Its chains at a hook.
+    fn bases(&self, hook: Hook) -> impl Iterator<Item = BaseChain> {
+        let chains = (0..).map_while(|at| Some((at, self.chain(at)?)));
+        chains.filter_map(move |(chain, of)| {
+            let (kind, priority) = match of.base {
+                Some(base) => (base.hook == hook).then_some((base.kind, base.priority))?,
+                None if self.flavour == Flavour::Nftables || of.name() != hook.name() => return None,
+                None => kind_and_priority(&self.name, self.flavour, hook)?,
+            };
+            let reroutes = hook == Hook::Output && kind == BaseKind::Route;
+            Some(BaseChain { table: self.number, chain, reroutes, is_nat: kind == BaseKind::Nat, priority })
+        })
+    }
+
+    /// One of its sets.
+    pub(super) fn set(&self, at: u32) -> Option<&Set> {
+        self.chains.table()?.sets.get(at as usize)
+    }
+
+    /// A set of its own, or one that stands in a rule.
+    pub(super) fn source<'t>(&'t self, source: &'t Source) -> Option<&'t Set> {
+        self.chains.table()?.source(source)
     }
 
     pub(super) fn chain(&self, chain: u32) -> Option<&Chain> {
@@ -114,25 +139,27 @@ impl TableData {
 impl Simulator {
     /// Compiles a state. Costs about as much as a walk over all rules; the rules themselves are shared, not copied.
     pub fn new(state: &NodeState) -> Self {
-        let sources = state.rulesets.iter().flat_map(|ruleset| (0..ruleset.tables.len()).map(move |at| (ruleset, at)));
+        let sources = state.all_rules().flat_map(|ruleset| (0..ruleset.tables.len()).map(move |at| (ruleset, at)));
         let tables: Vec<TableData> =
             (0..).zip(sources).map(|(number, (ruleset, at))| table(number, ruleset, at)).collect();
         let routing = Routing::new(state);
         let mut assumptions = routing.assumptions.clone();
-        if state.rulesets.is_empty() {
+        if tables.is_empty() {
             assumptions.push("no iptables rules are part of the state: the packet meets none".into());
         }
         let open_orders = [Family::V4, Family::V6].map(|family| orders::open(&tables, family));
         let ipvs = Ipvs::new(state);
         assumptions.extend(ipvs.in_use());
-        assumptions.extend(native::sentences(&state.native));
+        let unfollowed: Vec<NativeBase> = state.unfollowed().cloned().collect();
+        assumptions.extend(unfollowed::sentences(&unfollowed));
         assumptions.extend(ebpf::serving(state).map(Network::sentence));
         Self {
             timelines: (0..=open_orders[0] | open_orders[1])
-                .map(|order| timeline(&tables, order, ipvs.in_use().is_some(), &state.native))
+                .map(|order| timeline(&tables, order, ipvs.in_use().is_some(), &unfollowed))
                 .collect(),
             ipvs,
-            native: state.native.clone(),
+            unfollowed,
+            sets_move: state.sets_move,
             open_orders,
             lists: Arc::new(Lists {
                 tables: tables.iter().map(|table| Arc::clone(&table.chains)).collect(),
@@ -183,77 +210,63 @@ fn table(number: u16, ruleset: &Arc<Ruleset>, at: usize) -> TableData {
     }
 }
 
-/// Priority of a table's base chain at a hook, `None` where the table has none (`enum nf_ip_hook_priorities`). iptables-nft
+/// Type and priority of a table's base chain at a hook, `None` where the table has none (`enum nf_ip_hook_priorities`). iptables-nft
 /// puts table security behind the NAT of INPUT (`xtables_ipv4`, iptables/nft.c); in the legacy flavour it comes before.
-fn priority(table: &str, flavour: Flavour, hook: Hook) -> Option<i32> {
+fn kind_and_priority(table: &str, flavour: Flavour, hook: Hook) -> Option<(BaseKind, i32)> {
     use Hook::{Input, Output, Postrouting, Prerouting};
-    match (table, hook) {
-        ("raw", Prerouting | Output) => Some(-300),
-        ("mangle", _) => Some(-150),
-        ("nat", Prerouting | Output) => Some(-100),
-        ("nat", Input | Postrouting) => Some(100),
-        ("filter", Hook::Forward | Input | Output) => Some(0),
-        ("security", Hook::Forward | Input | Output) if flavour == Flavour::IptablesLegacy => Some(50),
-        ("security", Hook::Forward | Input | Output) => Some(150),
-        _ => None,
-    }
+    Some(match (table, hook) {
+        ("raw", Prerouting | Output) => (BaseKind::Filter, -300),
+        ("mangle", _) => (BaseKind::Route, -150),
+        ("nat", Prerouting | Output) => (BaseKind::Nat, -100),
+        ("nat", Input | Postrouting) => (BaseKind::Nat, 100),
+        ("filter", Hook::Forward | Input | Output) => (BaseKind::Filter, 0),
+        ("security", Hook::Forward | Input | Output) if flavour == Flavour::IptablesLegacy => (BaseKind::Filter, 50),
+        ("security", Hook::Forward | Input | Output) => (BaseKind::Filter, 150),
+        _ => return None,
+    })
 }
 
 const HOOKS: [Hook; 5] = [Hook::Prerouting, Hook::Input, Hook::Forward, Hook::Output, Hook::Postrouting];
 
-pub(super) fn base_chains(tables: &[TableData], family: Family, hook: Hook) -> Vec<(i32, BaseChain)> {
-    let mut found = Vec::new();
-    for (at, table) in tables.iter().enumerate().filter(|(_, table)| table.family == family) {
-        let Some(priority) = priority(&table.name, table.flavour, hook) else { continue };
-        if let Some(chain) = table.base(hook) {
-            let reroutes = hook == Hook::Output && *table.name == *"mangle";
-            found.push((priority, BaseChain { table: at as u16, chain, reroutes }));
-        }
-    }
-    found
+pub(super) fn base_chains(tables: &[TableData], family: Family, hook: Hook) -> Vec<BaseChain> {
+    tables.iter().filter(|table| table.family == family).flat_map(|table| table.bases(hook)).collect()
 }
 
-fn timeline(tables: &[TableData], order: u8, ipvs: bool, native: &[NativeBase]) -> Timeline {
+fn timeline(tables: &[TableData], order: u8, ipvs: bool, unfollowed: &[NativeBase]) -> Timeline {
     let mut timeline = Timeline::default();
     for family in [Family::V4, Family::V6] {
         for hook in HOOKS {
             let mut chains = base_chains(tables, family, hook);
-            let turned = |base: &BaseChain| order & orders::bit(&tables[usize::from(base.table)].name) != 0;
-            let place = |base: &BaseChain| if turned(base) { u16::MAX - base.table } else { base.table };
-            chains.sort_by_key(|(priority, base)| (*priority, place(base)));
-            timeline[slot(family, hook)] = entries(hook, &chains, ipvs, &native::dnat(native, family, hook));
+            chains.sort_by_key(|base| (base.priority, orders::place(order, &tables[usize::from(base.table)])));
+            let unfollowed = unfollowed::dnat(unfollowed, family, hook);
+            timeline[slot(family, hook)] = entries(hook, &chains, ipvs, &unfollowed);
         }
     }
     timeline
 }
 
-/// `native`: chains of type nat, which are asked beside those of the NAT step; which of them first is not known.
-fn entries(hook: Hook, chains: &[(i32, BaseChain)], ipvs: bool, native: &[u16]) -> Vec<Entry> {
+/// `unfollowed`: chains of type nat, which are asked beside those of the NAT step; which of them first is not known.
+fn entries(hook: Hook, chains: &[BaseChain], ipvs: bool, unfollowed: &[u16]) -> Vec<Entry> {
     let tracked = matches!(hook, Hook::Prerouting | Hook::Output);
     let nat = match hook {
         Hook::Prerouting | Hook::Output => Some(-100),
         Hook::Input | Hook::Postrouting => Some(100),
         Hook::Forward => None,
     };
-    let between = |from: i32, to: i32| {
-        let nat = nat.unwrap_or(i32::MAX);
-        chains.iter().filter(move |(priority, _)| (from..to).contains(priority) && *priority != nat)
+    let plain = |from: i32, to: i32| {
+        let between = chains.iter().filter(move |base| !base.is_nat && (from..to).contains(&base.priority));
+        between.map(|base| Entry::Chain(*base))
     };
-    let plain = |from: i32, to: i32| between(from, to).map(|(_, chain)| Entry::Chain(*chain));
-    let nat_step = nat.map(|nat| {
-        let list = chains.iter().filter(|(priority, _)| *priority == nat);
-        (nat, Entry::Nat(list.map(|(_, chain)| *chain).collect()))
-    });
     let mut entries: Vec<Entry> = plain(i32::MIN, -200).collect();
     if tracked {
         entries.push(Entry::Conntrack);
     }
-    match nat_step {
-        Some((nat, step)) => {
+    match nat {
+        Some(nat) => {
             let takes = |at: Hook| (ipvs && hook == at).then_some(Entry::Ipvs);
             entries.extend(plain(-200, nat).chain(takes(Hook::Input)));
-            entries.extend(native.iter().map(|place| Entry::Native(*place)));
-            entries.push(step);
+            entries.extend(unfollowed.iter().map(|place| Entry::Unfollowed(*place)));
+            entries.push(Entry::Nat(chains.iter().filter(|base| base.is_nat).copied().collect()));
             entries.extend(takes(Hook::Output).into_iter().chain(plain(nat, i32::MAX)));
         }
         None => entries.extend(plain(-200, i32::MAX)),

@@ -27,6 +27,7 @@ mod sets;
 mod source;
 mod source6;
 mod targets;
+mod unfollowed;
 mod walk;
 
 pub use compiled::Simulator;
@@ -68,7 +69,7 @@ impl Simulator {
         let next = run.receive(&mut walk);
         run.follow(walk, next);
         let assumptions = run.assumptions.into_iter().map(Into::into).collect();
-        let unfollowed = native::unfollowed(&self.native, packet.tuple.family());
+        let unfollowed = unfollowed::unfollowed(&self.unfollowed, packet.tuple.family());
         Trace { packet: packet.clone(), branches: run.branches, assumptions, unfollowed }
     }
 }

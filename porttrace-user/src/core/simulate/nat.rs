@@ -1,6 +1,6 @@
 //! NAT: which manip a rule sets up, and how a packet of the connection is rewritten (net/netfilter/nf_nat_core.c).
 
-use super::compiled::BaseChain;
+use super::compiled::{BaseChain, Entry};
 use super::conn::{CONFIRMED, Conn};
 use super::nat_hash::pick;
 use super::run::{Next, Run};
@@ -141,9 +141,9 @@ impl<'s> Run<'s> {
             }
             _ => return Ok(act),
         };
-        let in_nat = self.sim.tables.get(usize::from(at.table)).is_some_and(|table| *table.name == *"nat");
-        if !in_nat || !walk.conn.tracked() {
-            let because = "a NAT target outside table nat".into();
+        let entry = self.sim.entry(self.order, walk.family(), hook, walk.stage.entry.into());
+        if !matches!(entry, Some(Entry::Nat(_))) || !walk.conn.tracked() {
+            let because = "a NAT target outside a chain of type nat".into();
             return Err(Box::new((act, Verdict::Unknown { because, by: self.sim.rule(at) })));
         }
         let wrong = range.addresses.is_some_and(|(low, _)| Family::of(low) != walk.family());

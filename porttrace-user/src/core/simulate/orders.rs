@@ -1,23 +1,43 @@
-//! Rules of iptables-legacy and iptables-nft side by side. At equal priority the chain that was registered last is asked first
-//! (`nf_hook_entries_grow`, net/netfilter/core.c), and all base chains of a table are registered together. When that was, no
-//! dump tells: every order is walked, and what comes out the same is told once.
+//! Chains of equal priority: rules of iptables-legacy and iptables-nft side by side, and nat chains of native nftables rules beside
+//! those and each other. The chain that was registered last is asked first (`nf_hook_entries_grow`, net/netfilter/core.c), and all
+//! base chains of an iptables table are registered together. When that was, no dump tells, and kube-proxy makes its native chains
+//! anew when it starts: every order is walked, and what comes out the same is told once.
 
 use super::compiled::{TableData, base_chains};
 use super::{Question, Simulator};
 use crate::core::model::flow::Family;
 use crate::core::model::rules::Policy;
-use crate::core::model::trace::{Branch, Decision, Hook, Trace};
+use crate::core::model::trace::{Branch, Decision, Flavour, Hook, Trace};
 
 /// Tables whose base chains have one priority in both flavours; the bit of a table in an order says that its chains stand the
 /// other way round. (Table security does not: 50 and 150.)
-pub(super) const TABLES: [&str; 4] = ["raw", "mangle", "nat", "filter"];
+const TABLES: [&str; 4] = ["raw", "mangle", "nat", "filter"];
+
+/// The bit of native chains: they come before those of iptables, the last one first.
+const NATIVE: u8 = 1 << TABLES.len();
 
 /// The bit of a table.
-pub(super) fn bit(table: &str) -> u8 {
-    TABLES.iter().position(|name| *name == table).map_or(0, |at| 1 << at)
+fn bit(table: &TableData) -> u8 {
+    if table.flavour == Flavour::Nftables {
+        return NATIVE;
+    }
+    TABLES.iter().position(|name| *name == &*table.name).map_or(0, |at| 1 << at)
 }
 
-/// The tables of a family in which two rulesets have something to say at the same hook.
+/// Where a table's base chains stand among those of the same priority.
+pub(super) fn place(order: u8, table: &TableData) -> i32 {
+    let number = i32::from(table.number);
+    match (order & bit(table) != 0, table.flavour) {
+        (true, Flavour::Nftables) => -1 - number,
+        (true, _) => i32::from(u16::MAX) - number,
+        // Behind those of iptables, whichever way round these are.
+        (false, Flavour::Nftables) => 2 * i32::from(u16::MAX) + number,
+        (false, _) => number,
+    }
+}
+
+/// The tables of a family in which two rulesets have something to say at the same hook. Of native chains only those of type nat
+/// count: of two others each is asked, whichever comes first.
 pub(super) fn open(tables: &[TableData], family: Family) -> u8 {
     let speaks = |table: &TableData, chain: u32| {
         table.chain(chain).is_some_and(|chain| !chain.rules.is_empty() || chain.policy == Some(Policy::Drop))
@@ -25,10 +45,21 @@ pub(super) fn open(tables: &[TableData], family: Family) -> u8 {
     let mut open = 0;
     for hook in [Hook::Prerouting, Hook::Input, Hook::Forward, Hook::Output, Hook::Postrouting] {
         let mut seen = 0;
-        for (_, base) in base_chains(tables, family, hook) {
+        let mut nat = Vec::new();
+        for base in base_chains(tables, family, hook) {
             let table = &tables[usize::from(base.table)];
-            if speaks(table, base.chain) {
-                let bit = bit(&table.name);
+            if !speaks(table, base.chain) {
+                continue;
+            }
+            if base.is_nat {
+                let native = table.flavour == Flavour::Nftables;
+                let meets =
+                    nat.iter().any(|(priority, is_native)| *priority == base.priority && (native || *is_native));
+                open |= if meets { NATIVE } else { 0 };
+                nat.push((base.priority, native));
+            }
+            if table.flavour != Flavour::Nftables {
+                let bit = bit(table);
                 open |= seen & bit;
                 seen |= bit;
             }
@@ -69,6 +100,7 @@ fn alike(one: &Branch, two: &Branch) -> bool {
         && one.reply_tuple == two.reply_tuple
         && one.probability == two.probability
         && one.decisions == two.decisions
+        && one.sport_chosen == two.sport_chosen
 }
 
 /// Says of which orders a branch is the outcome, unless it is that of all.
@@ -76,9 +108,15 @@ fn labelled(mut branch: Branch, of: &[u8], all: usize, open: u8) -> Branch {
     if of.len() == all {
         return branch;
     }
-    let place = |order: &u8| match TABLES.iter().filter(|table| order & bit(table) != 0).copied().collect::<Vec<_>>() {
-        turned if turned.is_empty() => "in the order of the state".to_owned(),
-        turned => format!("the other way round in {}", turned.join(", ")),
+    let place = |order: &u8| {
+        let mut turned: Vec<&str> = names(open & order & !NATIVE).collect();
+        if order & NATIVE != 0 {
+            turned.push("native nat chains");
+        }
+        match turned.as_slice() {
+            [] => "in the order of the state".to_owned(),
+            turned => format!("the other way round in {}", turned.join(", ")),
+        }
     };
     let places: Vec<String> = of.iter().map(place).collect();
     let text = format!("{}: here {}", question(open), places.join(", or "));
@@ -86,11 +124,18 @@ fn labelled(mut branch: Branch, of: &[u8], all: usize, open: u8) -> Branch {
     branch
 }
 
+fn names(bits: u8) -> impl Iterator<Item = &'static str> {
+    (0..).zip(TABLES).filter(move |(at, _)| bits & 1 << at != 0).map(|(_, name)| name)
+}
+
 fn question(open: u8) -> String {
-    let tables: Vec<&str> = TABLES.into_iter().filter(|table| open & bit(table) != 0).collect();
-    format!(
-        "iptables legacy and iptables-nft both have rules in {}; which of them the kernel asks first depends on which was \
-         loaded last",
-        tables.join(", ")
-    )
+    let tables: Vec<&str> = names(open).collect();
+    let mut parts = Vec::new();
+    if !tables.is_empty() {
+        parts.push(format!("iptables legacy and iptables-nft both have rules in {}", tables.join(", ")));
+    }
+    if open & NATIVE != 0 {
+        parts.push("several nat chains stand at one priority".to_owned());
+    }
+    format!("{}; which the kernel asks first depends on which was made last", parts.join(", and "))
 }

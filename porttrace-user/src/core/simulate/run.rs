@@ -2,6 +2,7 @@
 
 use super::Question;
 use super::compiled::{BaseChain, Entry, Simulator, TableData};
+use super::native::Within;
 use super::path::dropped;
 use super::source::{Reverse, WayBack};
 use super::walk::{Again, Frame, Walk};
@@ -48,7 +49,7 @@ impl Next {
 }
 
 /// How a base chain ended without a final verdict is always "accept"; this is how a rule leaves its chain.
-enum Acted {
+pub(super) enum Acted {
     /// Look at the next rule.
     On,
     /// Another chain comes next, or this one is over.
@@ -59,7 +60,7 @@ enum Acted {
 }
 
 impl Acted {
-    fn end(verdict: Verdict) -> Self {
+    pub(super) fn end(verdict: Verdict) -> Self {
         Self::End(Box::new(verdict))
     }
 }
@@ -141,12 +142,12 @@ impl<'s> Run<'s> {
             }
             Some(Entry::Nat(chains)) => self.nat(walk, chains),
             Some(Entry::Ipvs) => self.ipvs(walk),
-            Some(Entry::Native(place)) => self.native(walk, *place),
+            Some(Entry::Unfollowed(place)) => self.unfollowed(walk, *place),
         }
     }
 
     /// A base chain accepted the packet.
-    fn base_done(&mut self, walk: &mut Walk<'s>) -> Next {
+    pub(super) fn base_done(&mut self, walk: &mut Walk<'s>) -> Next {
         walk.frames.clear();
         let stage = walk.stage;
         match self.sim.entry(self.order, walk.family(), stage.hook, stage.entry.into()) {
@@ -219,11 +220,18 @@ impl<'s> Run<'s> {
         }
     }
 
-    fn act(&mut self, walk: &mut Walk<'s>, table: &TableData, (frame, at): (Frame, u32), rule: &Rule) -> Acted {
+    fn act(&mut self, walk: &mut Walk<'s>, table: &'s TableData, (frame, at): (Frame, u32), rule: &'s Rule) -> Acted {
         let at = table.at(frame.chain, Some(at));
         match &rule.target {
-            Target::Jump(to) => self.jump(walk, (frame, *to, false), at),
-            Target::Goto(to) => self.jump(walk, (frame, *to, true), at),
+            Target::Jump(to) => self.jump(walk, (frame, *to, false), at, Act::Target),
+            Target::Goto(to) => self.jump(walk, (frame, *to, true), at, Act::Target),
+            Target::Native(all) => {
+                // Where the path forks inside the rule, the other branches go on behind it.
+                if let Some(last) = walk.frames.last_mut() {
+                    last.next = at.number;
+                }
+                self.statements(walk, Within { table, frame, at }, &all.0, false)
+            }
             Target::Return => {
                 record(walk, at, Act::Target);
                 if let Some(last) = walk.frames.last_mut() {
@@ -276,14 +284,20 @@ impl<'s> Run<'s> {
     }
 
     /// Goes into another chain; a goto leaves nothing of this one, so that the end of the other returns to the caller's caller.
-    fn jump(&mut self, walk: &mut Walk<'s>, (frame, to, goes): (Frame, u32, bool), at: RuleAt) -> Acted {
+    pub(super) fn jump(
+        &mut self,
+        walk: &mut Walk<'s>,
+        (frame, to, goes): (Frame, u32, bool),
+        at: RuleAt,
+        act: Act,
+    ) -> Acted {
         if walk.frames.iter().any(|frame| frame.chain == to) {
             let table = self.sim.tables.get(usize::from(frame.table));
             let name = table.map_or("", |table| table.chain_name(to));
             let because = format!("chain {name} leads back to itself");
             return Acted::end(Verdict::Unknown { because, by: self.sim.rule(at) });
         }
-        record(walk, at, Act::Target);
+        record(walk, at, act);
         if let Some(last) = walk.frames.last_mut() {
             last.next = if goes { Frame::END } else { at.number };
         }
@@ -353,7 +367,7 @@ fn after_copy<'s>(mut original: Box<Walk<'s>>, copy: &Walk<'_>) -> Box<Walk<'s>>
 }
 
 /// Writes down that a rule matched and what it did.
-fn record(walk: &mut Walk<'_>, at: RuleAt, act: Act) {
+pub(super) fn record(walk: &mut Walk<'_>, at: RuleAt, act: Act) {
     walk.step(Step::Rule { hook: walk.stage.hook, at, act });
 }
 

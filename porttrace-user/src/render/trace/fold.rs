@@ -30,7 +30,9 @@ pub fn fold<'t, 'a>(children: &'t [Child<'a>], all: bool) -> Vec<Shown<'t, 'a>> 
     let mut kinds: Vec<(Vec<Shape<'a>>, Vec<&'t Child<'a>>)> = Vec::new();
     for child in children {
         let mut shape = shape(&child.node);
-        shape.push(Shape::Chance(child.decisions.last().is_none_or(|last| matches!(last, Decision::Random { .. }))));
+        shape.push(Shape::Chance(
+            child.decisions.last().is_none_or(|last| matches!(last, Decision::Random { .. } | Decision::Drawn { .. })),
+        ));
         match kinds.iter_mut().find(|(known, _)| *known == shape) {
             Some((_, alike)) => alike.push(child),
             None => kinds.push((shape, vec![child])),

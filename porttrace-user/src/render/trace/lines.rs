@@ -143,7 +143,10 @@ impl Printer<'_, '_> {
         let style = self.context.style;
         let probability = chance(child);
         let (mood, sentence) = words::summary(&child.node.leaves(), self.context);
-        let why = child.decisions.iter().rfind(|decision| !matches!(decision, Decision::Random { .. }));
+        let why = child
+            .decisions
+            .iter()
+            .rfind(|decision| !matches!(decision, Decision::Random { .. } | Decision::Drawn { .. }));
         let sentence = why.map_or_else(|| sentence.clone(), |why| format!("{}: {sentence}", words::decision(why)));
         let indent = columns(&strip(guide)) + 3 + columns(&probability) + 2;
         for (i, line) in wrap(&sentence, style.width.saturating_sub(indent + 2).max(20)).iter().enumerate() {

@@ -67,7 +67,7 @@ impl Child<'_> {
 
 /// Whether probabilities of siblings add up; assumptions leave each sibling the full one.
 const fn is_chance(decision: &Decision) -> bool {
-    matches!(decision, Decision::Random { .. })
+    matches!(decision, Decision::Random { .. } | Decision::Drawn { .. })
 }
 
 fn node<'a>(paths: &[&Path<'a>], at: usize, decided: usize) -> Node<'a> {

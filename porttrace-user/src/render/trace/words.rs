@@ -212,7 +212,7 @@ pub fn fraction(fraction: Fraction) -> String {
 pub fn decision(decision: &Decision) -> String {
     let no = |taken: &bool| if *taken { "" } else { "not " };
     clean(&match decision {
-        Decision::Random { rule, taken: true } => format!("random, by {}", place(rule)),
+        Decision::Random { rule, taken: true } | Decision::Drawn { rule, .. } => format!("random, by {}", place(rule)),
         Decision::Random { rule, taken: false } => format!("random, what {} leaves", place(rule)),
         Decision::Affinity { rule, taken: true } => format!("session affinity remembers the client at {}", place(rule)),
         Decision::Affinity { rule, taken: false } => format!("no session affinity at {}", place(rule)),

@@ -155,9 +155,10 @@ fn words_of(kind: &ClaimKind) -> (String, String) {
             if let Some(address) = host_ip {
                 tail.push_str(&format!(", only on {address}"));
             }
-            if let (Some(network), Some(sandbox)) = (network, sandbox) {
+            if let Some(sandbox) = sandbox {
                 let short: String = sandbox.chars().take(13).collect();
-                tail.push_str(&format!(" (network {network}, sandbox {short})"));
+                let network = network.as_ref().map_or_else(String::new, |network| format!("network {network}, "));
+                tail.push_str(&format!(" ({network}sandbox {short})"));
             }
             (format!("→ {to}"), tail)
         }
@@ -167,7 +168,7 @@ fn words_of(kind: &ClaimKind) -> (String, String) {
         ClaimKind::ServicePort { service, address, endpoints } => {
             (format!("port of {service} on {address}"), format!(", {}", count(*endpoints, "endpoint")))
         }
-        ClaimKind::Refused { why } => (format!("refused by kube-proxy: {why}"), String::new()),
+        ClaimKind::Refused { why, .. } => (format!("refused by kube-proxy: {why}"), String::new()),
         ClaimKind::Listener { address, process: Some(process) } => {
             (address.to_string(), format!(": {process} of this node listens"))
         }

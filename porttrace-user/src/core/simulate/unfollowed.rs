@@ -36,10 +36,10 @@ pub(super) fn unfollowed(native: &[NativeBase], family: Family) -> Unfollowed {
 
 impl<'s> Run<'s> {
     /// The chain may rewrite the destination of what opens a connection, or leave it alone.
-    pub(super) fn native(&mut self, walk: &mut Walk<'s>, place: u16) -> Next {
+    pub(super) fn unfollowed(&mut self, walk: &mut Walk<'s>, place: u16) -> Next {
         walk.stage.entry += 1;
         let is_asked = walk.conn.tracked() && !walk.conn.dst_done;
-        if let Some(base) = self.sim.native.get(usize::from(place)).filter(|_| is_asked) {
+        if let Some(base) = self.sim.unfollowed.get(usize::from(place)).filter(|_| is_asked) {
             let (chain, table) = (&base.chain, base.table());
             let text = format!("chain {chain} of nftables table {table} rewrites its destination");
             let decision = |taken| Decision::Assumed { rule: None, text: text.clone(), taken };
