@@ -49,6 +49,9 @@ fn random_rules_and_packets() {
         let found = (0..scenarios).find(of).map(|index| scenario(seed + index as u64, BATCH));
         if let Some((small, text)) = found.and_then(|whole| minimal(&whole, first.probe)) {
             println!("\n=== smallest of {}:\nip: {:#?}\nsysctls: {:?}", small.name, small.node.ip, small.node.sysctls);
+            for table in &small.native {
+                println!("{}", table.text());
+            }
             for tables in small.rules.iter().chain(small.later.iter().flatten()) {
                 println!("{:?}\n{}", tables.family, tables.text());
             }
@@ -68,7 +71,9 @@ fn recorded_nodes() {
     }
     let seed = number("ORACLE_SEED", 1);
     let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("cases/recorded");
-    let scenarios: Vec<_> = ["iptables-nft/broken", "iptables-nft/fixed", "iptables-legacy/broken"]
+    let cases_of =
+        ["iptables-nft/broken", "iptables-nft/fixed", "iptables-legacy/broken", "nftables/broken", "nftables/fixed"];
+    let scenarios: Vec<_> = cases_of
         .iter()
         .flat_map(|case| {
             let node = cases.join(case).join("nodes/worker3");

@@ -29,6 +29,27 @@ pub enum Step {
     },
 }
 
+impl Step {
+    /// Whether both are of one rule, as nobody comes to twice in a row.
+    fn is_same_rule(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Rule { table, chain, number, .. }, Self::Rule { table: t, chain: c, number: n, .. }) => {
+                (table, chain, number) == (t, c, n)
+            }
+            _ => false,
+        }
+    }
+
+    /// A native rule may do several things, of which the kernel tells the last verdict and the mark behind all.
+    fn goes_on(&mut self, next: Self) {
+        let (Self::Rule { verdict, mark, .. }, Self::Rule { verdict: later, mark: now, .. }) = (self, next) else {
+            return;
+        };
+        *verdict = later;
+        *mark = now.or(*mark);
+    }
+}
+
 /// Where a packet ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
@@ -139,7 +160,8 @@ pub fn branch_view(branch: &Branch, probe: &Probe) -> View {
             Hop::Conntrack { state, .. } if view.state.is_none() => view.state = Some(state.to_string()),
             Hop::Rule { hook, rule, action, .. } => {
                 let here = (*hook, rule.flavour, rule.table.to_string());
-                if base.as_ref() != Some(&here) {
+                // A native table may have several chains at a hook.
+                if base.as_ref() != Some(&here) || rule.flavour == Flavour::Nftables && tuple != chain_tuple {
                     base = Some(here);
                     chain_tuple = tuple;
                 }
@@ -149,7 +171,13 @@ pub fn branch_view(branch: &Branch, probe: &Probe) -> View {
                         view.legacy.push(Step::Rule { table, chain, number, verdict, tuple, mark: None });
                     }
                     Some(Step::Policy { .. }) if rule.flavour == Flavour::IptablesLegacy => {}
-                    step => view.steps.extend(step),
+                    step => {
+                        let told = view.steps.last_mut().filter(|_| rule.flavour == Flavour::Nftables);
+                        match (told, step) {
+                            (Some(told), Some(step)) if told.is_same_rule(&step) => told.goes_on(step),
+                            (_, step) => view.steps.extend(step),
+                        }
+                    }
                 }
             }
             _ => {}
@@ -163,7 +191,8 @@ pub fn branch_view(branch: &Branch, probe: &Probe) -> View {
 }
 
 fn rule_step(rule: &RuleRef, action: &Action, tuple: Tuple, branch: &Branch) -> Option<Step> {
-    let (table, chain) = (rule.table.to_string(), rule.chain.to_string());
+    // Native tables go by family and name, of which the kernel's traces have the name.
+    let (table, chain) = (rule.table.rsplit(' ').next().unwrap_or_default().to_string(), rule.chain.to_string());
     let Some(number) = rule.number() else {
         return (*action == Action::Drop).then_some(Step::Policy { table, chain });
     };

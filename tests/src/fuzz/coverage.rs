@@ -1,6 +1,6 @@
 //! Which matches and targets the kernel really hit, counted from its own trace and the rules as `iptables-save` prints them.
 
-use super::generate::{matches, targets};
+use super::generate::{matches, native, targets};
 use super::kernel::path::{Place, WATCH};
 use super::run::Round;
 use porttrace_user::core::model::flow::Family;
@@ -15,6 +15,8 @@ pub struct Coverage {
     /// Matches in rules that the kernel matched; `!` counts negated ones.
     pub matches: BTreeMap<String, usize>,
     pub targets: BTreeMap<String, usize>,
+    /// Parts of native rules.
+    pub native: BTreeMap<String, usize>,
     /// `ipv4 nat PREROUTING` → packets that passed it.
     pub chains: BTreeMap<String, usize>,
 }
@@ -28,6 +30,15 @@ impl Coverage {
                 let name = if family == Family::V4 { "ipv4" } else { "ipv6" };
                 *self.chains.entry(format!("{name} {} {}", segment.table, segment.chain)).or_default() += 1;
                 for step in &segment.steps {
+                    if let Place::Rule(number) = step.place
+                        && let Some(rule) =
+                            rule(round, (family, Flavour::Nftables), &segment.table, &step.chain, number)
+                    {
+                        let text = rule.text.read();
+                        for name in native::NAMES.iter().filter(|name| text.contains(**name)) {
+                            *self.native.entry((*name).to_owned()).or_default() += 1;
+                        }
+                    }
                     if let Place::Rule(number) = step.place
                         && let Some(rule) =
                             rule(round, (family, Flavour::IptablesNft), &segment.table, &step.chain, number)
@@ -51,6 +62,7 @@ impl Coverage {
         for (into, from) in [
             (&mut self.matches, &other.matches),
             (&mut self.targets, &other.targets),
+            (&mut self.native, &other.native),
             (&mut self.chains, &other.chains),
         ] {
             for (name, count) in from {
@@ -63,7 +75,9 @@ impl Coverage {
     pub fn missing(&self) -> Vec<String> {
         let matches = matches::NAMES.iter().filter(|name| !self.matches.contains_key(**name));
         let targets = targets::NAMES.iter().filter(|name| !self.targets.contains_key(**name));
-        matches.map(|name| format!("match {name}")).chain(targets.map(|name| format!("target {name}"))).collect()
+        let native = native::NAMES.iter().filter(|name| !self.native.contains_key(**name));
+        let iptables = matches.map(|name| format!("match {name}")).chain(targets.map(|name| format!("target {name}")));
+        iptables.chain(native.map(|name| format!("native {name}"))).collect()
     }
 
     fn hit(&mut self, text: &str) {
@@ -104,8 +118,10 @@ pub fn rule<'a>(
     chain: &str,
     number: u32,
 ) -> Option<&'a Rule> {
-    let mut rulesets = round.state.rulesets.iter();
+    let mut rulesets = round.state.all_rules();
     let ruleset = rulesets.find(|ruleset| ruleset.family == family && ruleset.flavour == flavour)?;
-    let chain = ruleset.tables.iter().find(|one| one.name == table)?.chain(chain)?;
+    // Of native tables the kernel's traces have the name without the family.
+    let is_it = |name: &str| name == table || flavour == Flavour::Nftables && name.rsplit(' ').next() == Some(table);
+    let chain = ruleset.tables.iter().find(|one| is_it(&one.name))?.chain(chain)?;
     chain.rules.get(number.checked_sub(1)? as usize)
 }

@@ -111,6 +111,6 @@ fn once(node: Node, rules: Vec<Tables>, tuple: Tuple) -> Result<Round> {
     let mut packet = Packet::first_of(tuple, Some("eth0".into()));
     packet.length = shortest(tuple.proto, false);
     let probes = vec![Probe { id: 1, packet, uid: 0, mac: 1 }];
-    let outcome = run(&Scenario { name: "fact".into(), node, rules, later: None, probes })?;
+    let outcome = run(&Scenario { name: "fact".into(), node, rules, probes, ..Scenario::default() })?;
     outcome.rounds.into_iter().next().context("no round")
 }

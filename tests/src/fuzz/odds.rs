@@ -121,5 +121,5 @@ fn scenario(endpoints: u8, count: u16) -> Scenario {
         packet.length = shortest(Proto::Tcp, false);
         Probe { id, packet, uid: 0, mac: 1 }
     };
-    Scenario { name: "odds".into(), node, rules, later: None, probes: (1..=count).map(probe).collect() }
+    Scenario { name: "odds".into(), node, rules, probes: (1..=count).map(probe).collect(), ..Scenario::default() }
 }

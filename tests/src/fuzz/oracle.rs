@@ -202,7 +202,9 @@ fn same_beginning(view: &View, kernel: &View) -> usize {
 
 fn text_of(round: &Round, probe: &Probe, step: &Step, flavour: Flavour) -> Name {
     let Step::Rule { table, chain, number, .. } = step else { return Name::default() };
-    rule(round, (probe.packet.tuple.family(), flavour), table, chain, *number)
+    let family = probe.packet.tuple.family();
+    rule(round, (family, flavour), table, chain, *number)
+        .or_else(|| rule(round, (family, Flavour::Nftables), table, chain, *number))
         .map(|rule| rule.text.read())
         .unwrap_or_default()
 }
@@ -222,6 +224,7 @@ impl fmt::Display for Report {
         writeln!(f, "batches sent again in halves: {}; scenarios not run: {}", self.halved, self.broken.len())?;
         list(f, "rules hit, by match", &self.coverage.matches)?;
         list(f, "rules hit, by target", &self.coverage.targets)?;
+        list(f, "native rules hit, by part", &self.coverage.native)?;
         list(f, "packets, by base chain", &self.coverage.chains)?;
         list(f, "packets with an assumed match", &self.assumed)?;
         list(f, "packets where the model ends", &self.unknown)?;

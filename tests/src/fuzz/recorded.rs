@@ -4,7 +4,9 @@ use super::kernel::wire::shortest;
 use super::rng::Rng;
 use super::scenario::{Chain, Link, Node, Probe, Rule, Scenario, Table, Tables};
 use anyhow::{Context, Result};
+use porttrace_user::core::kube::owners::{ClaimKind, Owners};
 use porttrace_user::core::model::flow::{Family, Proto, Tuple};
+use porttrace_user::core::model::native::Value;
 use porttrace_user::core::model::state::{NodeState, RouteEntry};
 use porttrace_user::core::model::trace::{Packet, RouteKind};
 use porttrace_user::core::parse::{Files, state};
@@ -25,6 +27,7 @@ pub fn scenario(directory: &Path, seed: u64, count: usize) -> Result<Scenario> {
         Tables::from_save(&text("iptables-save.txt"), Family::V4),
         Tables::from_save(&text("ip6tables-save.txt"), Family::V6),
     ];
+    let listing = native(&text("nft-ruleset.txt"));
     let state = state(&files);
     let node = node(&state)?;
     let targets = targets(&rules, &state);
@@ -32,7 +35,23 @@ pub fn scenario(directory: &Path, seed: u64, count: usize) -> Result<Scenario> {
     let probes = (1..=count as u16).filter_map(|id| probe(&mut rng, &state, &targets, id)).collect();
     let tail: Vec<_> = directory.iter().rev().take(4).map(|part| part.to_string_lossy()).collect();
     let name = tail.iter().rev().map(AsRef::as_ref).collect::<Vec<_>>().join("/");
-    Ok(Scenario { name: format!("{name}, seed {seed}"), node, rules, later: None, probes })
+    Ok(Scenario { name: format!("{name}, seed {seed}"), node, rules, listing, probes, ..Scenario::default() })
+}
+
+/// The native tables of a listing: those of iptables-nft are loaded by its own tool.
+fn native(listing: &str) -> String {
+    let mut kept = String::new();
+    let mut is_native = false;
+    for line in listing.lines() {
+        if let Some(table) = line.strip_prefix("table ") {
+            is_native = !(table.starts_with("ip nat ") || table.starts_with("ip6 nat "));
+        }
+        if is_native {
+            kept.push_str(line);
+            kept.push('\n');
+        }
+    }
+    kept
 }
 
 impl Tables {
@@ -131,6 +150,21 @@ fn targets(rules: &[Tables], state: &NodeState) -> Vec<Target> {
             }
         }
     }
+    let native = state.native_rules.iter().flat_map(|set| set.tables.iter().map(|table| (set.family, table)));
+    for (family, table) in native {
+        for key in table.sets.iter().flat_map(|set| set.elements().map(|(key, ..)| key)) {
+            let (address, proto, port) = match key {
+                [Value::Address(address), Value::Number(proto), Value::Number(port)] => (Some(*address), proto, port),
+                [Value::Number(proto), Value::Number(port)] => (None, proto, port),
+                _ => continue,
+            };
+            let (Ok(proto), Ok(port)) = (u8::try_from(*proto), u16::try_from(*port)) else { continue };
+            targets.insert((family, Proto::from_number(proto), address, port));
+        }
+    }
+    let owners = Owners::of(state);
+    let host_ports = owners.all().filter(|claim| matches!(claim.kind, ClaimKind::HostPort { .. }));
+    targets.extend(host_ports.map(|claim| (claim.family, claim.proto, None, claim.port)));
     // Pods directly, and a port that no rule knows.
     for route in state.routes.iter().flatten().filter(|route| route.table == "main") {
         let family = Family::of(route.dst.addr());

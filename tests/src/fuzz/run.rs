@@ -5,7 +5,7 @@ use super::kernel::path::{Arrival, Path};
 use super::kernel::router::Router;
 use super::kernel::send::{Sent, Watched};
 use super::kernel::trace::numbers;
-use super::scenario::{Link, Probe, Scenario, Tables};
+use super::scenario::{Link, NativeTable, Probe, Scenario, Tables};
 use anyhow::Result;
 use porttrace_user::core::model::flow::Proto;
 use porttrace_user::core::model::state::NodeState;
@@ -43,19 +43,26 @@ pub struct Outcome {
 pub fn run(scenario: &Scenario) -> Result<Outcome> {
     let router = Router::build(&scenario.node)?;
     let mut rounds = Vec::new();
-    let Some(first) = round(&router, &scenario.rules, &scenario.probes)? else { return halves(scenario) };
+    let Some(first) = round(&router, (&scenario.rules, &scenario.listing, &scenario.native), &scenario.probes)? else {
+        return halves(scenario);
+    };
     let second = scenario.later.as_ref().map(|rules| (rules, followers(scenario, &first)));
     rounds.push(first);
     if let Some((rules, probes)) = second {
-        let Some(second) = round(&router, rules, &probes)? else { return halves(scenario) };
+        let Some(second) = round(&router, (rules, "", &[]), &probes)? else { return halves(scenario) };
         rounds.push(second);
     }
     Ok(Outcome { rounds, halved: 0 })
 }
 
-fn round(router: &Router, rules: &[Tables], probes: &[Probe]) -> Result<Option<Round>> {
+fn round(
+    router: &Router,
+    (rules, listing, native): (&[Tables], &str, &[NativeTable]),
+    probes: &[Probe],
+) -> Result<Option<Round>> {
     let probes: &[Probe] = &probes.iter().map(|probe| router.known(probe)).collect::<Vec<_>>();
-    let refused = router.load(rules)?;
+    let mut refused = router.load(rules)?;
+    refused.extend(router.load_native(listing, native)?);
     let numbers = router.inside.run_in(numbers)??;
     let state = router.state()?;
     let how = Watched {

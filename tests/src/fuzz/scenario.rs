@@ -11,6 +11,10 @@ pub struct Scenario {
     pub name: String,
     pub node: Node,
     pub rules: Vec<Tables>,
+    /// Native nftables tables as `nft list ruleset` prints them, loaded after those.
+    pub listing: String,
+    /// Native nftables rules beside them, loaded last.
+    pub native: Vec<NativeTable>,
     /// Rules that replace `rules` after a first round of packets, so that the second round meets conntrack entries made by
     /// other rules.
     pub later: Option<Vec<Tables>>,
@@ -71,6 +75,46 @@ pub struct Rule {
     pub matches: Vec<String>,
     /// `-j …`, `-g …`, or empty.
     pub target: String,
+}
+
+/// A table of native nftables rules.
+#[derive(Clone, Debug)]
+pub struct NativeTable {
+    /// `ip`, `ip6`, `inet`.
+    pub family: String,
+    pub name: String,
+    /// Sets and maps, a whole declaration each.
+    pub sets: Vec<String>,
+    pub chains: Vec<NativeChain>,
+}
+
+#[derive(Clone, Debug)]
+pub struct NativeChain {
+    pub name: String,
+    /// What makes it a base chain: type, hook, priority, policy.
+    pub base: Option<String>,
+    pub rules: Vec<String>,
+}
+
+impl NativeTable {
+    /// As `nft -f` reads it; what stands on a line of its own can be left out.
+    pub fn text(&self) -> String {
+        let mut text = format!("table {} {} {{\n", self.family, self.name);
+        // Sets lead to chains, and chains ask sets: chains are named first.
+        for chain in &self.chains {
+            let _ = writeln!(text, "chain {} {{ {} }}", chain.name, chain.base.as_deref().unwrap_or_default());
+        }
+        for set in &self.sets {
+            let _ = writeln!(text, "{set}");
+        }
+        text.push_str("}\n");
+        for chain in &self.chains {
+            for rule in &chain.rules {
+                let _ = writeln!(text, "add rule {} {} {} {rule}", self.family, self.name, chain.name);
+            }
+        }
+        text
+    }
 }
 
 /// A packet to send, and what the simulator's [`Packet`] does not say of it.

@@ -39,6 +39,13 @@ pub fn shrink(scenario: &Scenario, probe: u16, mut fails: impl FnMut(&Scenario) 
         chunk /= 2;
     }
     attempt(&mut best, &remove_idle_chains);
+    attempt(&mut best, &|smaller| smaller.native.clear());
+    for table in (0..best.native.len()).rev() {
+        attempt(&mut best, &|smaller| drop(smaller.native.remove(table)));
+    }
+    for index in (0..native_rules(&mut best).len()).rev() {
+        attempt(&mut best, &|smaller| drop(remove_native_rule(smaller, index)));
+    }
     for index in (0..matches(&mut best.clone())).rev() {
         attempt(&mut best, &|smaller| remove_match(smaller, index));
     }
@@ -60,6 +67,19 @@ fn each_rule(scenario: &mut Scenario) -> impl Iterator<Item = &mut super::scenar
         .flat_map(|tables| &mut tables.tables)
         .flat_map(|table| &mut table.chains)
         .flat_map(|chain| &mut chain.rules)
+}
+
+/// The rules of each native chain.
+fn native_rules(scenario: &mut Scenario) -> Vec<(usize, usize, usize)> {
+    let chains =
+        scenario.native.iter().enumerate().flat_map(|(table, of)| (0..of.chains.len()).map(move |at| (table, at)));
+    let count = |(table, chain): (usize, usize)| scenario.native[table].chains[chain].rules.len();
+    chains.flat_map(|(table, chain)| (0..count((table, chain))).map(move |rule| (table, chain, rule))).collect()
+}
+
+fn remove_native_rule(scenario: &mut Scenario, index: usize) -> Option<String> {
+    let (table, chain, rule) = *native_rules(scenario).get(index)?;
+    Some(scenario.native[table].chains[chain].rules.remove(rule))
 }
 
 fn rules(scenario: &mut Scenario) -> usize {

@@ -3,6 +3,7 @@
 pub mod chains;
 pub mod kube;
 pub mod matches;
+pub mod native;
 pub mod node;
 pub mod packets;
 pub mod targets;
@@ -33,8 +34,13 @@ pub fn scenario(seed: u64, packets: usize) -> Scenario {
     // effect (`nf_nat_setup_info` leaves confirmed entries alone). conntrack -L does not show which entries those are.
     let translated = first.iter().all(|tables| tables.tables.iter().any(|table| table.name == "nat"));
     let later = (draw.percent(30) && translated).then(|| rules(&mut rng.fork()));
+    let mut wild = rng.fork();
+    let native = if wild.percent(40) { native::tables(&mut wild, &world, flavours.len() == 1) } else { Vec::new() };
+    let beside = if native.is_empty() { "" } else { " (native rules beside)" };
     Scenario {
-        name: format!("seed {seed}{}", if kube { " (kube-proxy and portmap)" } else { "" }),
+        name: format!("seed {seed}{}{beside}", if kube { " (kube-proxy and portmap)" } else { "" }),
+        native,
+        listing: String::new(),
         probes: packets::probes(&mut rng.fork(), &world, packets),
         node: world.node,
         rules: first,
@@ -102,5 +108,5 @@ pub fn seldom(seed: u64, packets: usize) -> Scenario {
         ],
     };
     let rules = vec![tables(Family::V4), tables(Family::V6)];
-    Scenario { name: format!("seldom, seed {seed}"), node: world.node, rules, later: None, probes }
+    Scenario { name: format!("seldom, seed {seed}"), node: world.node, rules, probes, ..Scenario::default() }
 }

@@ -1,8 +1,10 @@
 //! Reads a router's state back from its namespace, as a snapshot of a node would hold it.
 
+use super::path::WATCH;
 use super::router::Router;
 use anyhow::{Context, Result};
 use porttrace_user::core::model::flow::Family;
+use porttrace_user::core::model::rules::Ruleset;
 use porttrace_user::core::model::state::{NodeState, RecentEntry};
 use porttrace_user::core::model::trace::Flavour;
 use porttrace_user::core::parse::notes::Notes;
@@ -57,7 +59,9 @@ impl Router {
             self.inside.exec(["conntrack", "-L"])? + &self.inside.exec(["conntrack", "-L", "-f", "ipv6"])?;
         files.insert("conntrack.txt".into(), conntrack.into_bytes());
         files.extend(self.inside.run_in(proc_files)??);
+        files.insert("nft-ruleset.json".into(), self.inside.exec(["nft", "-j", "list", "ruleset"])?.into_bytes());
         let mut state = state(&files);
+        forget_watch(&mut state);
         for (program, family, flavour) in SAVE {
             let text = self.inside.exec([program, "-c"])?;
             let (ruleset, diagnostics) = iptables::parse(&text, program, flavour, family);
@@ -67,6 +71,19 @@ impl Router {
         state.recent = Some(self.inside.run_in(recent_lists)??);
         Ok(state)
     }
+}
+
+/// Takes our own tables out.
+fn forget_watch(state: &mut NodeState) {
+    state.native.retain(|base| base.table != WATCH);
+    let own = format!("inet {WATCH}");
+    for set in &mut state.native_rules {
+        let mut set_without = Ruleset::clone(set);
+        set_without.tables.retain(|table| *table.name != *own);
+        *set = Arc::new(set_without);
+    }
+    state.native_rules.retain(|set| !set.tables.is_empty());
+    state.diagnostics.retain(|diagnostic| !diagnostic.message.contains(WATCH));
 }
 
 /// Lists of `-m recent` by name.

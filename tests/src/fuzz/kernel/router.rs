@@ -1,7 +1,7 @@
 //! Builds a scenario's router in a network namespace, and its neighbours in another.
 
 use super::path::WATCH;
-use crate::fuzz::scenario::{Link, Node, Tables};
+use crate::fuzz::scenario::{Link, NativeTable, Node, Tables};
 use crate::netlink::{NLM_F_ACK, NLM_F_CREATE, NetfilterSocket, Request};
 use crate::netns::Netns;
 use anyhow::{Context, Result};
@@ -99,6 +99,31 @@ impl Router {
                 refused.push(format!("{program}: {rule}"));
                 lines.remove(at);
             }
+        }
+        Ok(refused)
+    }
+
+    /// Adds native tables. Lines of generated ones that nft refuses are left out and returned.
+    pub fn load_native(&self, listing: &str, tables: &[NativeTable]) -> Result<Vec<String>> {
+        let mut refused = Vec::new();
+        if !listing.is_empty() {
+            self.inside.exec_with(["nft", "-f", "-"], listing)?;
+        }
+        if tables.is_empty() {
+            return Ok(refused);
+        }
+        let text: String = tables.iter().map(NativeTable::text).collect();
+        let mut lines: Vec<&str> = text.lines().collect();
+        while let Err(error) = self.inside.exec_with(["nft", "-f", "-"], &(lines.join("\n") + "\n")) {
+            // `/dev/stdin:12:33-45: Error: …`
+            let said = format!("{error:#}");
+            let at = said.split("/dev/stdin:").nth(1).and_then(|rest| rest.split(':').next()?.parse::<usize>().ok());
+            let at = at.and_then(|at| at.checked_sub(1)).filter(|at| *at < lines.len());
+            let Some(at) = at.filter(|at| lines[*at].starts_with("add rule ")) else {
+                return Err(error.context(format!("loading\n{text}")));
+            };
+            refused.push(format!("nft: {} ({})", lines[at], said.lines().next().unwrap_or_default()));
+            lines.remove(at);
         }
         Ok(refused)
     }

@@ -69,7 +69,8 @@ pub type Numbers = BTreeMap<(Family, String, String, u64), u32>;
 /// Reads the numbers of all rules of both families in the calling thread's namespace.
 pub fn numbers() -> Result<Numbers> {
     let mut numbers = Numbers::new();
-    for (code, family) in [(2, Family::V4), (10, Family::V6)] {
+    // Those of inet are in both families.
+    for (code, family) in [(2, Family::V4), (10, Family::V6), (1, Family::V4), (1, Family::V6)] {
         let request = Request { kind: GET_RULE, flags: NLM_F_DUMP, family: code, res_id: 0, attributes: &[] };
         let answer = NetfilterSocket::open(0)?.request(&request)?;
         let mut counts = BTreeMap::<(String, String), u32>::new();

@@ -27,6 +27,7 @@ pub(super) enum Kind {
     Icmp,
     Icmpv6,
     Mac,
+    Dscp,
     /// Whatever it looks like.
     Any,
 }
@@ -64,6 +65,7 @@ fn kind(name: &str) -> Kind {
         "icmp_type" => Kind::Icmp,
         "icmpv6_type" => Kind::Icmpv6,
         "ether_addr" => Kind::Mac,
+        "dscp" => Kind::Dscp,
         _ => Kind::Any,
     }
 }
@@ -116,7 +118,10 @@ fn flags_of(flags: &[Value], kind: Kind) -> Option<Is> {
 }
 
 fn word_of(word: &str, kind: Kind) -> Option<Is> {
-    let number = || word.strip_prefix("0x").map_or_else(|| word.parse().ok(), |hex| u64::from_str_radix(hex, 16).ok());
+    // nft writes so what it does not know the type of.
+    let plain = word.strip_suffix(" [invalid type]").unwrap_or(word);
+    let number =
+        || plain.strip_prefix("0x").map_or_else(|| plain.parse().ok(), |hex| u64::from_str_radix(hex, 16).ok());
     let known = match kind {
         Kind::Address => return word.parse().ok().map(Is::Address),
         Kind::Name => return Some(Is::Name(Name::from(word))),
@@ -138,6 +143,7 @@ fn word_of(word: &str, kind: Kind) -> Option<Is> {
             .find(|(name, _)| *name == word)
             .map(|(_, is)| *is),
         Kind::TcpFlags => position(word, &["fin", "syn", "rst", "psh", "ack", "urg", "ecn", "cwr"]).map(|bit| 1 << bit),
+        Kind::Dscp => dscp(word),
         Kind::Icmp => named(word, &ICMP),
         Kind::Icmpv6 => named(word, &ICMPV6),
     };
@@ -225,6 +231,20 @@ fn protocol(word: &str) -> Option<u64> {
         ("udplite", 136),
     ];
     named(word, &PROTOCOLS)
+}
+
+/// Class selectors (RFC 2474), assured forwarding (RFC 2597), and the others that nft names.
+fn dscp(word: &str) -> Option<u64> {
+    let digit = |at: usize| word.get(at..=at)?.parse::<u64>().ok();
+    match word {
+        "ef" => Some(46),
+        "va" => Some(44),
+        "le" | "lephb" => Some(1),
+        "df" | "be" => Some(0),
+        _ if word.starts_with("cs") && word.len() == 3 => Some(digit(2)? * 8),
+        _ if word.starts_with("af") && word.len() == 4 => Some(digit(2)? * 8 + digit(3)? * 2),
+        _ => None,
+    }
 }
 
 /// The bits of [`CtStates`].

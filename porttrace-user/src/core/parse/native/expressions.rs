@@ -163,10 +163,21 @@ pub(super) fn operand(value: &Value, scope: &Scope, kinds: &[Kind]) -> Operand {
 
 fn field(tag: &str, body: &Value) -> Option<(Field, Kind)> {
     match tag {
+        "payload" if body.get("base").is_some() => raw(body),
         "payload" => payload(body.get("protocol")?.as_str()?, body.get("field")?.as_str()?),
         "meta" => meta(body.get("key")?.as_str()?),
         "ct" => conntrack(body.get("key")?.as_str()?, body.get("dir").and_then(Value::as_str)),
         "fib" => fib(body),
+        _ => None,
+    }
+}
+
+/// Bits by their place, as nft writes ports where it does not see of which protocol: `@th,16,16`.
+fn raw(body: &Value) -> Option<(Field, Kind)> {
+    let number = |key: &str| body.get(key).and_then(Value::as_u64);
+    match (body.get("base")?.as_str()?, number("offset")?, number("len")?) {
+        ("th", 0, 16) => Some((Field::SourcePort(None), Kind::Number)),
+        ("th", 16, 16) => Some((Field::DestinationPort(None), Kind::Number)),
         _ => None,
     }
 }
@@ -184,7 +195,7 @@ fn payload(protocol: &str, field: &str) -> Option<(Field, Kind)> {
             "daddr" => (Field::Destination(family), Kind::Address),
             "protocol" | "nexthdr" => (Field::Protocol(family), Kind::Proto),
             "ttl" | "hoplimit" => (Field::HopLimit(family), Kind::Number),
-            "dscp" => (Field::Dscp(family), Kind::Number),
+            "dscp" => (Field::Dscp(family), Kind::Dscp),
             "ecn" => (Field::Ecn(family), Kind::Number),
             _ => return None,
         })

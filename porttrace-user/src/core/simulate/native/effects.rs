@@ -220,9 +220,9 @@ impl<'s> Run<'s> {
                 return Effect::Unknown("where a rule sends the packet is not understood".to_owned());
             }
         }
-        // `nft_nat_init`: a rule of family inet does nothing to the other family's packets.
+        // `nft_nat_inet_eval`: a rule of family inet does nothing to the other family's packets, and matches.
         let other = range.addresses.as_ref().is_some_and(|(first, _)| Family::of(first.address()) != walk.family());
-        if other { Effect::Break } else { Effect::Nat(nat.kind, range) }
+        if other { Effect::Go } else { Effect::Nat(nat.kind, range) }
     }
 
     /// An expression that may be a range. `None`: the rule does not match.

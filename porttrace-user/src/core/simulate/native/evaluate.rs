@@ -3,6 +3,7 @@
 use super::super::compiled::TableData;
 use super::super::config::icmp_type;
 use super::super::conn::CtInfo;
+use super::super::routing::{Found, Key};
 use super::super::run::Run;
 use super::super::walk::Walk;
 use crate::core::model::flow::{Direction, Family, Proto};
@@ -101,9 +102,15 @@ impl<'s> Run<'s> {
     fn field(&mut self, walk: &Walk<'s>, field: Field) -> Got {
         let tuple = &walk.tuple;
         let of = |family: Family, got: Got| if walk.family() == family { got } else { Got::Missing };
-        let ports = |proto: Option<u8>, got: Got| {
-            let has = tuple.proto.has_ports() && proto.is_none_or(|number| number == tuple.proto.number());
-            if has { got } else { Got::Missing }
+        let ports = |run: &mut Self, proto: Option<u8>, got: Got| match proto {
+            Some(number) if number != tuple.proto.number() => Got::Missing,
+            _ if tuple.proto.has_ports() => got,
+            Some(_) => Got::Missing,
+            // `th dport` reads what stands there, whatever it is.
+            None => {
+                run.assume("what stands where other protocols have ports is taken for none that rules ask for");
+                Got::number(1u32 << 16)
+            }
         };
         match field {
             Field::Source(family) => of(family, Got::address(tuple.src)),
@@ -113,10 +120,10 @@ impl<'s> Run<'s> {
             Field::Dscp(family) => of(family, Got::number(walk.tos >> 2)),
             Field::Ecn(family) => of(family, Got::number(walk.tos & 3)),
             Field::SourcePort(proto) if walk.conn.sport_chosen => {
-                ports(proto, Got::Unknown("which source port the kernel chose".to_owned()))
+                ports(self, proto, Got::Unknown("which source port the kernel chose".to_owned()))
             }
-            Field::SourcePort(proto) => ports(proto, Got::number(tuple.sport)),
-            Field::DestinationPort(proto) => ports(proto, Got::number(tuple.dport)),
+            Field::SourcePort(proto) => ports(self, proto, Got::number(tuple.sport)),
+            Field::DestinationPort(proto) => ports(self, proto, Got::number(tuple.dport)),
             Field::TcpFlags if tuple.proto == Proto::Tcp => Got::number(walk.packet.tcp_flags),
             Field::IcmpType(family) | Field::IcmpCode(family) if is_icmp(family, tuple.proto) => {
                 let (kind, code) = icmp_type(tuple);
@@ -148,35 +155,49 @@ impl<'s> Run<'s> {
             Field::Uid => owner(walk, walk.packet.sender.uid),
             Field::Gid => owner(walk, walk.packet.sender.gid),
             Field::FibType { source, device } => {
-                let address = if source { tuple.src } else { tuple.dst };
-                self.fib_type(walk, address, device)
+                let ends = if source { (tuple.src, tuple.dst) } else { (tuple.dst, tuple.src) };
+                self.fib_type(walk, ends, device)
             }
             _ => conntrack(walk, field),
         }
     }
 
-    /// `nft_fib4_eval_type`, `nft_fib6_eval_type`.
-    fn fib_type(&mut self, walk: &Walk<'s>, address: IpAddr, device: Option<Device>) -> Got {
+    /// `nft_fib4_eval_type`, `nft_fib6_eval_type`: the type of an address; `other`: the packet's other end.
+    fn fib_type(&mut self, walk: &Walk<'s>, (address, other): (IpAddr, IpAddr), device: Option<Device>) -> Got {
         let device = match device {
             None => None,
             Some(Device::Input) => walk.input_name(),
             Some(Device::Output) => walk.hook_output_name(),
         };
-        let unknown = || Got::Unknown(format!("whether {address} is an address of this node"));
-        if let (IpAddr::V6(_), Some(device)) = (address, device) {
-            if self.sim.config.has_address(device, address) {
-                return Got::number(number_of(RouteKind::Local));
-            }
-            // `__nft_fib6_eval_type`: with an interface, an address of another one is not local.
-            return match self.sim.routing.address_type(address, None) {
-                Some(RouteKind::Local) => Got::number(number_of(RouteKind::Unicast)),
-                Some(kind) => Got::number(number_of(kind)),
-                None => unknown(),
-            };
+        let Some(kind) = self.sim.routing.address_type(address, device) else {
+            return Got::Unknown(format!("whether {address} is an address of this node"));
+        };
+        if address.is_ipv4() || address.is_multicast() {
+            return Got::number(number_of(kind));
         }
-        match self.sim.routing.address_type(address, device) {
-            Some(kind) => Got::number(number_of(kind)),
-            None => unknown(),
+        let own = device.is_some_and(|device| self.sim.config.has_address(device, address));
+        Got::number(number_of(if own { RouteKind::Local } else { self.route_type(walk, (address, other), device) }))
+    }
+
+    /// What the routes say of an IPv6 address (`__nft_fib6_eval_type`): there is no such thing as an address without a route.
+    fn route_type(&mut self, walk: &Walk<'s>, (dst, src): (IpAddr, IpAddr), device: Option<&str>) -> RouteKind {
+        let key = Key {
+            dst,
+            src: Some(src),
+            input: "lo",
+            output: None,
+            mark: 0,
+            tos: walk.tos,
+            proto: Some(walk.tuple.proto),
+            ports: (0, 0),
+        };
+        let sim = self.sim;
+        match sim.routing.lookup(&key, &mut |text| self.assume(text)) {
+            // With an interface, an address of another one is not local.
+            Found::Route(entry) if entry.kind == RouteKind::Local && device.is_some() => RouteKind::Unicast,
+            Found::Route(entry) => entry.kind,
+            Found::Refused(RouteKind::None) => RouteKind::Unreachable,
+            Found::Refused(kind) => kind,
         }
     }
 }
