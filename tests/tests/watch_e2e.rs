@@ -42,7 +42,18 @@ struct Told {
 
 impl Scene {
     fn set(options: LabOptions) -> Self {
+        Self::watching(Lab::up(options).unwrap(), options)
+    }
+
+    /// The same in kube-proxy's nftables mode, with portmap's nftables backend.
+    fn native(phase: Phase) -> Self {
+        let options = LabOptions { phase, ..LabOptions::default() };
         let lab = Lab::up(options).unwrap();
+        lab.go_native(phase).unwrap();
+        Self::watching(lab, options)
+    }
+
+    fn watching(lab: Lab, options: LabOptions) -> Self {
         let node = lab.node(NodeName::Worker3);
         let conntrack = ConntrackEvents::start(node).unwrap();
         let filters = [Proto::Tcp, Proto::Udp].map(|proto| TraceFilter { proto, dport: None, first_only: true });
@@ -123,12 +134,14 @@ impl Told {
         }
     }
 
-    /// watch names exactly the rules and policies that the packet met, says the kernel. The raw table is left out: in it the
-    /// trace of legacy iptables is switched on.
+    /// watch names exactly the rules and policies that the packet met, says the kernel. The tables are left out in which the trace
+    /// is switched on: raw for legacy iptables, else our own.
     fn rules_are_those_of_the_kernel(&self) {
-        let is_told = |rule: &PredictedRule| rule.0 != "raw";
+        let is_told = |rule: &PredictedRule| !matches!(rule.0.as_str(), "raw" | "ptl_trace");
+        // The kernel's traces name a native table without its family.
+        let plain = |rule: PredictedRule| (rule.0.rsplit(' ').next().unwrap_or_default().to_owned(), rule.1, rule.2);
         let kernel: BTreeSet<PredictedRule> = self.steps.iter().filter_map(place).filter(is_told).collect();
-        let predicted: BTreeSet<PredictedRule> = self.watch.rules().into_iter().filter(is_told).collect();
+        let predicted: BTreeSet<PredictedRule> = self.watch.rules().into_iter().map(plain).filter(is_told).collect();
         let wrong: Vec<_> = predicted.difference(&kernel).collect();
         let missing: Vec<_> = kernel.difference(&predicted).collect();
         if !wrong.is_empty() || !missing.is_empty() || kernel.is_empty() {
@@ -279,6 +292,42 @@ fn node_ports_from_everywhere(scene: &mut Scene) {
             service_from(scene, origin, Transport::Tcp, to(true, service::DUAL_NODE_PORT));
         }
     }
+}
+
+#[test]
+fn the_host_port_and_services_by_native_rules() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let mut scene = Scene::native(Phase::Broken);
+    host_port_from_everywhere(&mut scene, Phase::Broken);
+    // kube-proxy's nftables mode serves no NodePort on 127.0.0.1.
+    for origin in CLIENTS.into_iter().filter(|origin| *origin != Origin::Loopback) {
+        let to = |v6, port| SocketAddr::new(origin.target(v6), port);
+        service_from(&mut scene, origin, Transport::Tcp, to(false, service::FRONTEND_NODE_PORT));
+        service_from(&mut scene, origin, Transport::Udp, to(false, service::DNS_NODE_PORT));
+        service_from(&mut scene, origin, Transport::Tcp, to(true, service::DUAL_NODE_PORT));
+    }
+    cluster_ips_from_node_and_pod(&mut scene);
+}
+
+#[test]
+fn a_repair_of_native_rules_while_watching_is_noticed() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let mut scene = Scene::native(Phase::Broken);
+    let to = SocketAddr::new(Origin::OtherNode.target(false), HOST_PORT);
+    let before = scene.connect(Origin::OtherNode, Transport::Tcp, to, WAIT);
+    assert_eq!(before.watch.verdict["outcome"], "refused", "{}", before.watch.report());
+    let node = scene.lab.node(NodeName::Worker3);
+    for family in ["ip", "ip6"] {
+        node.exec(["nft", "delete", "table", family, "cni_hostport"]).unwrap();
+    }
+    node.exec_with(["nft", "-f", "-"], &porttrace_tests::lab::native::portmap(Phase::Fixed)).unwrap();
+    scene.trace.reread_rules().unwrap();
+    let endpoint = scene.check(Origin::OtherNode, Transport::Tcp, to);
+    assert_eq!(endpoint.port(), Phase::Fixed.container_port());
 }
 
 #[test]

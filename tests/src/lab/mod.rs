@@ -5,6 +5,7 @@
 
 pub mod cni;
 pub mod conntrack;
+pub mod native;
 pub mod nfacct;
 mod node;
 pub mod pod;

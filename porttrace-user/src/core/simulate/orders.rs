@@ -13,7 +13,8 @@ use crate::core::model::trace::{Branch, Decision, Flavour, Hook, Trace};
 /// other way round. (Table security does not: 50 and 150.)
 const TABLES: [&str; 4] = ["raw", "mangle", "nat", "filter"];
 
-/// The bit of native chains: they come before those of iptables, the last one first.
+/// The bit of native chains. Where it is not set they come before those of iptables, the last table of the listing first, as they
+/// were registered if nobody made chains anew; else behind those, the other way round.
 const NATIVE: u8 = 1 << TABLES.len();
 
 /// The bit of a table.
@@ -28,10 +29,10 @@ fn bit(table: &TableData) -> u8 {
 pub(super) fn place(order: u8, table: &TableData) -> i32 {
     let number = i32::from(table.number);
     match (order & bit(table) != 0, table.flavour) {
-        (true, Flavour::Nftables) => -1 - number,
-        (true, _) => i32::from(u16::MAX) - number,
+        (false, Flavour::Nftables) => -1 - number,
+        (true, _) if table.flavour != Flavour::Nftables => i32::from(u16::MAX) - number,
         // Behind those of iptables, whichever way round these are.
-        (false, Flavour::Nftables) => 2 * i32::from(u16::MAX) + number,
+        (true, _) => 2 * i32::from(u16::MAX) + number,
         (false, _) => number,
     }
 }

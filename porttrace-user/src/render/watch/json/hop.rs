@@ -7,7 +7,6 @@ use crate::core::correlate::route::Taken;
 use crate::core::correlate::story::{Certainty, Line, PacketSeen, RulePath, RuleStep, What};
 use crate::core::model::flow::Tuple;
 use crate::core::model::name::Name;
-use crate::core::model::rules::conditions;
 use crate::core::model::trace::{Action, Flavour, Fraction, Hook, Manip, Route, RouteKind, Verdict};
 use crate::render::watch::{Context, words};
 use serde::Serialize;
@@ -184,7 +183,7 @@ fn rules(path: &RulePath, rewrite: Option<(Manip, Tuple, Tuple)>) -> Kind<'_> {
 impl<'a> Step<'a> {
     fn of(step: &'a RuleStep) -> Self {
         let text = step.rule.text();
-        Self { chain: &step.rule.chain, number: step.rule.number(), because: conditions(&text), text }
+        Self { chain: &step.rule.chain, number: step.rule.number(), because: step.rule.because(), text }
     }
 }
 
