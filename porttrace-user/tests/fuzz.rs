@@ -115,6 +115,9 @@ fn node() -> &'static Files {
     ONCE.get_or_init(|| {
         let node = "../tests/cases/recorded/iptables-nft/broken/nodes/worker3";
         let mut files = snapshot::read_files(&Path::new(env!("CARGO_MANIFEST_DIR")).join(node)).unwrap();
+        let native = "../tests/cases/recorded/nftables/broken/nodes/worker3/nft-ruleset.json";
+        let native = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join(native)).unwrap();
+        files.insert("nft-ruleset.json".into(), native);
         files.insert("conntrack.txt".into(), CONNTRACK.into());
         files.insert("ss.txt".into(), "tcp LISTEN 0 128 0.0.0.0:22 0.0.0.0:*\nudp UNCONN 0 0 [::]:53 *:*\n".into());
         files

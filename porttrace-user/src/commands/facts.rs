@@ -107,7 +107,7 @@ pub fn missing(facts: &Facts) -> Vec<String> {
     }
     if let Some(tables) = facts.state.native_dnat() {
         sentences.push(format!(
-            "native nftables rules (table {tables}) are not followed: what they serve is not listed, and what they send \
+            "native nftables rules (table {tables}) could not be read: what they serve is not listed, and what they send \
              elsewhere is not foreseen"
         ));
     }

@@ -86,13 +86,13 @@ impl<'a> World<'a> {
     pub fn native_sentence(&self) -> Option<String> {
         let tables = self.facts.state.native_dnat()?;
         let whose = if self.facts.state.native.iter().any(|base| base.table == "kube-proxy" && base.is_dnat()) {
-            "kube-proxy runs in nftables mode"
+            "kube-proxy writes native nftables rules"
         } else {
             "native nftables rules may send connections elsewhere"
         };
         Some(format!(
-            "{whose} here (table {tables}), which porttrace does not follow yet: what it predicts for Services and ports of this \
-             node may not hold"
+            "{whose} here (table {tables}), and porttrace could not read them: what it predicts for Services and ports of this node \
+             may not hold"
         ))
     }
 

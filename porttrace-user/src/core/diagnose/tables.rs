@@ -175,7 +175,7 @@ pub(super) fn replaced(scene: &Scene<'_, '_>) -> Checked {
     Ok(vec![finding.because(cause).with(evidence).of_node()])
 }
 
-/// Native nftables rules may decide where connections go, and are not followed.
+/// Native nftables rules may decide where connections go, and could not be read.
 pub(super) fn native(scene: &Scene<'_, '_>) -> Checked {
     let world = scene.world;
     let Some(sentence) = world.native_sentence() else { return Ok(Vec::new()) };

@@ -65,7 +65,12 @@ fn kube_proxy(facts: &Facts) -> Check {
         (None, _) => leftovers(check(Status::Warning, format!("traces of several modes: {}", traces.join("; ")))),
     };
     let mode = said.as_ref().map(|(mode, _)| *mode).into_iter().chain(modes.iter().map(|(mode, _)| *mode));
-    not_followed(check, &mode.collect())
+    not_followed(check, &mode.collect(), can_read_native(facts))
+}
+
+/// Native rules are read with `nft`.
+fn can_read_native(facts: &Facts) -> bool {
+    facts.rules.tools.contains_key("nft")
 }
 
 fn leftovers(check: Check) -> Check {
@@ -75,13 +80,19 @@ fn leftovers(check: Check) -> Check {
 }
 
 /// Modes whose rules are not followed make predictions worthless, however healthy they are.
-fn not_followed(mut check: Check, modes: &BTreeSet<&str>) -> Check {
-    let foreign: Vec<&str> = ["ipvs", "nftables"].into_iter().filter(|mode| modes.contains(mode)).collect();
+fn not_followed(mut check: Check, modes: &BTreeSet<&str>, reads_native: bool) -> Check {
+    let mut foreign = Vec::new();
+    if modes.contains("ipvs") {
+        foreign.push("ipvs is not followed yet");
+    }
+    if modes.contains("nftables") && !reads_native {
+        foreign.push("native nftables rules cannot be read without nft");
+    }
     if foreign.is_empty() {
         return check;
     }
     check.status = Status::Warning;
-    let cost = format!("{} is not followed yet: do not trust predictions about Services here", foreign.join(" and "));
+    let cost = format!("{}: do not trust predictions about Services here", foreign.join(", and "));
     check.costs = Some(check.costs.map_or(cost.clone(), |earlier| format!("{earlier}; {cost}")));
     check.advice.get_or_insert_with(|| "go by what was observed: sightings, NAT and verdicts hold".to_owned());
     check
@@ -107,9 +118,12 @@ fn portmap(facts: &Facts) -> Check {
             if !is_empty {
                 text += &format!("; and its iptables backend: {}", chains.join(", "));
             }
+            if can_read_native(facts) {
+                return check(Status::Good, text + &tail);
+            }
             check(Status::Warning, text + &tail)
-                .costs("portmap's nftables backend is not followed yet: hostPorts in it are seen, not predicted")
-                .advice("go by what was observed: sightings, NAT and verdicts hold")
+                .costs("its rules cannot be read without nft: hostPorts in them are seen, not predicted")
+                .advice("install nft; sightings, NAT and verdicts hold")
         }
         (true, true) if !facts.rights.missing.is_empty() => {
             check(Status::Unknown, format!("unknown, as the rules are{tail}"))

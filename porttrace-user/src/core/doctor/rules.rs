@@ -115,11 +115,12 @@ fn native(rules: &Rules) -> Option<Check> {
         return None;
     }
     let text = format!("native nftables tables: {}", rules.native.join(", "));
-    let check = Check::new(Group::Rules, "nftables", Status::Warning, text);
-    let check = check.costs("they are not followed: what they rewrite or drop is seen, but not predicted");
+    let check = |status| Check::new(Group::Rules, "nftables", status, text);
     Some(if rules.tools.contains_key("nft") {
-        check.advice("read them with `nft list ruleset`; observed NAT and verdicts still hold")
+        check(Status::Good)
     } else {
-        check.advice("install nft to read them; observed NAT and verdicts still hold")
+        check(Status::Warning)
+            .costs("they cannot be read: what they rewrite or drop is seen, but not predicted")
+            .advice("install nft; observed NAT and verdicts still hold")
     })
 }

@@ -28,12 +28,12 @@ pub(super) fn read(ruleset: &Arc<Ruleset>, at: usize) -> Read {
     let chains = Arc::new(Chains::Of(Arc::clone(ruleset), at));
     let reader = Reader { family: ruleset.family, table, chains };
     let mut found = Read::default();
-    match table.name.as_str() {
-        "ip kube-proxy" | "ip6 kube-proxy" => {
+    match table.name.rsplit(' ').next() {
+        Some("kube-proxy") => {
             reader.services(&mut found);
             reader.endpoints(&mut found);
         }
-        "ip cni_hostport" | "ip6 cni_hostport" => reader.host_ports(&mut found),
+        Some("cni_hostport") => reader.host_ports(&mut found),
         _ => {}
     }
     found

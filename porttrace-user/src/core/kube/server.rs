@@ -6,16 +6,15 @@ use crate::core::model::state::NodeState;
 /// What to do where IPVS decides.
 pub const IPVS_ADVICE: &str = "ask IPVS (`ipvsadm -Ln`), and go by what `porttrace watch` observes";
 
-/// What to do where native nftables rules may decide.
-pub const NATIVE_ADVICE: &str =
-    "see what they do with it (`nft list ruleset`), and go by what `porttrace watch` observes";
+/// What to do where native nftables rules may decide that could not be read.
+pub const NATIVE_ADVICE: &str = "install nft, by which porttrace reads them, and go by what `porttrace watch` observes";
 
 /// Who may serve a port that no rule claims which is followed.
 pub enum Server {
     Ebpf(Network),
     /// Its virtual servers with this port.
     Ipvs(String),
-    /// Tables of native nftables rules.
+    /// Tables of native nftables rules that could not be read.
     Native(String),
     Nobody,
 }
@@ -50,9 +49,7 @@ impl Server {
                 format!("{place}, which IPVS takes (virtual server {servers}): {NOT_FOLLOWED}{sockets}")
             }
             Self::Native(tables) => {
-                format!(
-                    "{place}; no iptables rule serves it{sockets}; native nftables rules may ({tables}): {NOT_FOLLOWED}"
-                )
+                format!("{place}; no rule that could be read serves it{sockets}; native nftables rules may ({tables})")
             }
             Self::Nobody => format!("{place}, but no rule of this node serves it{sockets}"),
         }
@@ -70,7 +67,7 @@ impl Server {
                 format!("IPVS takes port {port} of {node} (virtual server {servers}): {NOT_FOLLOWED}{sockets}")
             }
             Self::Native(tables) => format!(
-                "no iptables rule of {node} claims port {port}{sockets}; native nftables rules may ({tables}): {NOT_FOLLOWED}"
+                "no rule of {node} that could be read claims port {port}{sockets}; native nftables rules may ({tables})"
             ),
             Self::Nobody => format!("nobody claims port {port} on {node}: it is no NodePort and no hostPort{sockets}"),
         }

@@ -12,6 +12,7 @@ mod agreement;
 mod kernel;
 mod matching;
 mod nat;
+mod native;
 mod paths;
 
 const ADDRESSES: &str = r#"[

@@ -1,4 +1,4 @@
-//! Native nftables rules: they are not followed. Where they may send a connection elsewhere the path forks; of the rest it is said
+//! Native nftables rules that could not be read. Where they may send a connection elsewhere the path forks; of the rest it is said
 //! that they are taken to change nothing.
 
 use super::run::{Next, Run};
@@ -17,7 +17,7 @@ pub(super) fn sentences(native: &[NativeBase]) -> impl Iterator<Item = String> {
     tables.into_iter().map(|(table, hooks)| {
         let hooks: Vec<&str> = hooks.into_iter().map(Hook::name).collect();
         let hooks = hooks.join(", ");
-        format!("the native nftables rules of table {table} at {hooks} are not followed: what they drop or change is not foreseen")
+        format!("the native nftables rules of table {table} at {hooks} could not be read: what they drop or change is not foreseen")
     })
 }
 
@@ -45,9 +45,8 @@ impl<'s> Run<'s> {
             let decision = |taken| Decision::Assumed { rule: None, text: text.clone(), taken };
             let mut other = walk.fork();
             other.decide(decision(true));
-            let because = format!(
-                "chain {chain} of nftables table {table} may send it elsewhere: native nftables rules are not followed"
-            );
+            let because =
+                format!("chain {chain} of nftables table {table} may send it elsewhere: its rules could not be read");
             self.finish(other, Verdict::Unknown { because, by: None });
             walk.decide(decision(false));
         }

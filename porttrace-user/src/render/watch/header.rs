@@ -85,9 +85,9 @@ fn what_it_is(owners: &Owners, state: &NodeState, port: u16) -> Vec<(String, Str
         let what = "claims it (as hostPort, NodePort or Service port), and no process listens on it";
         let said = match Server::of(state, port) {
             Server::Ipvs(servers) => format!("IPVS takes it (virtual server {servers}), which is not followed"),
-            Server::Native(tables) => format!(
-                "no iptables rule of this node {what}; native nftables rules may ({tables}), which are not followed"
-            ),
+            Server::Native(tables) => {
+                format!("no rule of this node that could be read {what}; native nftables rules may ({tables})")
+            }
             Server::Ebpf(network) => format!("no rule of this node {what}; {} may serve it in eBPF", network.name()),
             Server::Nobody => format!("no rule of this node {what}"),
         };
@@ -252,11 +252,7 @@ COMMIT
             servers("Prot LocalAddress:Port Scheduler Flags\nTCP  172.18.0.3:30080 rr\n", &mut Notes::new("ip_vs.txt"));
         let state = NodeState { native, ipvs, ..NodeState::default() };
         let said = |port| what_it_is(&Owners::of(&state), &state, port).remove(0).1;
-        assert!(
-            said(9088).ends_with("native nftables rules may (ip kube-proxy), which are not followed"),
-            "{}",
-            said(9088)
-        );
+        assert!(said(9088).ends_with("listens on it; native nftables rules may (ip kube-proxy)"), "{}", said(9088));
         assert_eq!(said(30080), "IPVS takes it (virtual server tcp 172.18.0.3:30080), which is not followed");
     }
 }

@@ -198,7 +198,7 @@ fn kernel_reason(name: &str, report: &Report) -> Option<String> {
             }
             (_, []) => "netfilter, and no rule that porttrace read explains it".to_owned(),
             (_, tables) => format!(
-                "netfilter, and no iptables rule explains it; native nftables rules may ({}), which are not followed",
+                "netfilter, and no rule that porttrace read explains it; native nftables rules may ({}), which could not be read",
                 tables.join(", ")
             ),
         },

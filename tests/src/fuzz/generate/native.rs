@@ -299,7 +299,7 @@ fn effect(rng: &mut Rng, place: &Place<'_>, proto: Option<&'static str>) -> Stri
             rng.pick(&["ct mark set 0x1", "ct mark set meta mark", "meta mark set ct mark"]).into()
         }
         6 => rng.pick(&["return", "accept", "limit rate 100000/second accept"]).into(),
-        7 => format!("tcp dport vmap {{ 80 : jump user-0, 443 : accept, 9088 : goto user-1, 30080-30090 : return }}"),
+        7 => "tcp dport vmap { 80 : jump user-0, 443 : accept, 9088 : goto user-1, 30080-30090 : return }".into(),
         8 => {
             let family = own(rng, place.family);
             format!("{} daddr . meta l4proto . th dport vmap @services-map{}", word(family), number(family))
@@ -325,7 +325,7 @@ fn filter(rng: &mut Rng, place: &Place<'_>, proto: Option<&str>) -> String {
     }
 }
 
-fn target<'p>(rng: &mut Rng, pool: &'p Pool, family: Family) -> (String, String) {
+fn target(rng: &mut Rng, pool: &Pool, family: Family) -> (String, String) {
     let address = pool.host(rng);
     let port = *rng.choose(&PORTS);
     let with_port = if family == Family::V4 { format!("{address}:{port}") } else { format!("[{address}]:{port}") };

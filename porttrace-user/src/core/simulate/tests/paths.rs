@@ -169,14 +169,14 @@ fn two_flavours_on_one_nat_hook_fork_when_the_order_matters() {
 }
 
 #[test]
-fn where_native_rules_may_send_it_elsewhere_the_path_forks() {
+fn where_native_rules_that_were_not_read_may_send_it_elsewhere_the_path_forks() {
     let dump = "*nat\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p tcp -j DNAT --to-destination 10.244.1.9:1\nCOMMIT\n";
     let at = |hooks: &str| trace(&node(dump, &[("nft-hooks.txt", hooks)]), &packet(TO_NODE, "eth0"));
     let [rewritten, open] = [false, true].map(|unknown| {
         let trace =
             at("ip kube-proxy nat-prerouting nat prerouting -100 dnat\ninet fw in filter prerouting -150 no-dnat\n");
         let of = |branch: &&Branch| matches!(branch.verdict, Verdict::Unknown { .. }) == unknown;
-        let said = trace.assumptions.iter().filter(|text| text.contains("not followed")).count();
+        let said = trace.assumptions.iter().filter(|text| text.contains("could not be read")).count();
         assert_eq!((trace.branches.len(), said, trace.unfollowed.may_snat), (2, 2, false));
         assert_eq!(trace.unfollowed.tables, ["inet fw", "ip kube-proxy"]);
         trace.branches.iter().find(of).expect("both ways").clone()
@@ -184,7 +184,7 @@ fn where_native_rules_may_send_it_elsewhere_the_path_forks() {
     assert_eq!((rewritten.final_tuple.dport, open.final_tuple.dport), (1, packet(TO_NODE, "eth0").tuple.dport));
     let Verdict::Unknown { because, .. } = &open.verdict else { panic!("{open:?}") };
     assert!(because.starts_with("chain nat-prerouting of nftables table ip kube-proxy may send"), "{because}");
-    // What cannot send it elsewhere, or is of the other family, leaves one way; that it is not followed is said.
+    // What cannot send it elsewhere, or is of the other family, leaves one way; that it was not read is said.
     let other = at(
         "ip kube-proxy nat-postrouting nat postrouting 100 dnat\nip6 kube-proxy nat-prerouting nat prerouting -100 dnat\n",
     );
