@@ -184,7 +184,9 @@ fn a_live_state_equals_its_snapshot_and_the_tools() -> Result<()> {
     netns.exec(["ipset", "add", "some", "1.2.3.4"])?;
     netns.exec(["iptables-nft", "-A", "FORWARD", "-m", "set", "--match-set", "some", "src", "-j", "DROP"])?;
     netns.exec(["iptables-nft", "-A", "OUTPUT", "-m", "conntrack", "--ctstate", "NEW"])?;
-    netns.exec(["nft", "add", "table", "inet", "native"])?;
+    let native = "add table inet native\nadd chain inet native in { type filter hook input priority 5; }\n\
+                  add rule inet native in tcp dport 9 drop\n";
+    netns.exec_with(["nft", "-f", "-"], native)?;
     netns.exec(["sysctl", "-qw", "net.ipv4.ip_forward=1"])?;
 
     let (state, again, listener) = netns.run_in(|| {
@@ -218,7 +220,10 @@ fn a_live_state_equals_its_snapshot_and_the_tools() -> Result<()> {
     assert_eq!(rules(&state).iter().map(|(_, _, texts)| texts.len()).collect::<Vec<_>>(), [3, 1, 1]);
 
     let said: Vec<&str> = state.diagnostics.iter().map(|note| note.message.as_str()).collect();
-    assert_eq!(said, ["nftables table inet native holds native rules, which are not followed yet"]);
+    assert_eq!(said, [""; 0]);
+    let native = state.native_rules.iter().flat_map(|set| &set.tables).flat_map(|table| &table.chains);
+    let native: Vec<_> = native.flat_map(|chain| &chain.rules).map(|rule| rule.text.to_string()).collect();
+    assert_eq!(native, ["tcp dport 9 drop"; 2], "of both families");
     assert_eq!(state.sysctls.unwrap()["net.ipv4.ip_forward"], "1");
     assert_eq!(state.sets.unwrap()["some"].members, ["1.2.3.4"]);
     let seen = &state.recent.unwrap()["SEEN"];
@@ -391,8 +396,24 @@ fn netlink_says_which_native_base_chains_there_are() -> Result<()> {
     told.sort();
     assert_eq!(found, told);
     let state = netns.run_in(|| live::node(live::Options::default()).state)?;
+    assert_eq!((&state.native, state.native_dnat()), (&found, None), "all of it was read");
+    let rules = state.native_rules.iter().flat_map(|set| set.tables.iter().map(|table| (set.family, table)));
+    let rules =
+        rules.map(|(family, table)| (family, &*table.name, table.chains.iter().map(|one| one.rules.len()).sum()));
+    let (four, six) = (Family::V4, Family::V6);
+    let told: Vec<(_, &str, usize)> = rules.collect();
+    let wanted = [
+        (four, "ip kube-proxy", 3),
+        (four, "inet fw", 2),
+        (four, "ip plain", 2),
+        (four, "inet here", 1),
+        (four, "ip there", 2),
+    ];
+    assert_eq!(told[..5], wanted, "as they were made");
+    assert_eq!(told[5..], [(six, "inet fw", 2), (six, "inet here", 1)]);
+    let unread = NodeState { native_rules: Vec::new(), ..state };
     let tables = Some("inet here, ip kube-proxy, ip there");
-    assert_eq!((&state.native, state.native_dnat().as_deref()), (&found, tables), "what only masquerades does not");
+    assert_eq!(unread.native_dnat().as_deref(), tables, "what only masquerades does not");
     let names: Vec<&str> = found.iter().map(|base| base.chain.as_str()).collect();
     let wanted = ["guard", "marking", "out", "closed", "nat-postrouting", "nat-prerouting", "post", "pre", "pre"];
     assert_eq!(names, wanted);

@@ -6,7 +6,7 @@ use super::trace::words::clean;
 use super::trace::{self, Context};
 use crate::core::diagnose::{Finding, Report, Severity, Unchecked, place};
 use crate::core::explain::{Explanation, Line, Path, PortMap, Word, wins};
-use crate::core::model::trace::{Branch, Hop, Manip, Verdict};
+use crate::core::model::trace::{Branch, Fraction, Hop, Manip, Verdict};
 use crate::core::reach::Outcome;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -157,10 +157,11 @@ const BRANCHES: usize = 4;
 fn steps(path: &Path, style: Style, out: &mut String) {
     let branches = &path.trace.branches;
     for branch in branches.iter().take(BRANCHES) {
-        let chance = if branches.len() > 1 {
-            format!("{}: ", trace::words::fraction(branch.probability))
-        } else {
-            String::new()
+        // What is assumed is no chance: each of its branches has the full one.
+        let chance = match branches.len() {
+            1 => String::new(),
+            _ if branch.probability == Fraction::ONE => "maybe: ".to_owned(),
+            _ => format!("{}: ", trace::words::fraction(branch.probability)),
         };
         let mut steps: Vec<String> = Vec::new();
         for hop in &branch.hops {

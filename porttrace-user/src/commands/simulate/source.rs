@@ -4,6 +4,7 @@ use super::super::Usage;
 use super::super::sources::Sources;
 use anyhow::{Context, bail};
 use porttrace_user::collect::{facts, live, snapshot};
+use porttrace_user::core::kube::owners::{Claim, ClaimKind, Owners};
 use porttrace_user::core::model::cluster::Part;
 use porttrace_user::core::model::facts::Facts;
 use porttrace_user::core::model::flow::{Family, Tuple};
@@ -16,6 +17,7 @@ use std::fs::File;
 use std::io::{Read, stdin};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Pasted rules may be this large; the rules of 5,000 Services take 15 MB.
 const LARGEST: u64 = 256 << 20;
@@ -30,7 +32,7 @@ pub struct Source {
     #[arg(long, value_name = "PATH")]
     snapshot: Option<PathBuf>,
 
-    /// Pasted rules instead of the snapshot's (or alone): iptables-save, iptables -S or iptables -nvL text; - for standard
+    /// Pasted rules instead of the snapshot's (or alone): iptables-save, iptables -S, iptables -nvL or nft -j text; - for standard
     /// input
     #[arg(long, value_name = "FILE")]
     rules: Vec<PathBuf>,
@@ -77,7 +79,7 @@ impl Source {
             match paste::read(&text, &name) {
                 Some(paste) => paste::merge(&mut all, paste),
                 None => bail!(Usage(format!(
-                    "{name} has no line that looks like a rule: it must be what iptables-save, iptables -S or iptables -nvL print"
+                    "{name} has no line that looks like a rule: it must be what iptables-save, iptables -S, iptables -nvL or nft -j list ruleset print"
                 ))),
             }
         }
@@ -96,6 +98,8 @@ impl Loaded {
             }
             state.rulesets.push(ruleset.into());
         }
+        state.native_rules.retain(|old| paste.native.iter().all(|new| new.family != old.family));
+        state.native_rules.extend(paste.native.into_iter().map(Arc::new));
         state.diagnostics.extend(paste.diagnostics);
         self.missing = paste.missing;
     }
@@ -104,7 +108,7 @@ impl Loaded {
     /// rules say that its destination is a Service's; one that is sent here comes from an address of the node.
     pub fn assume_addresses(&mut self, packet: &Packet) -> Option<String> {
         let unknown = self.state.addresses.is_none() && self.state.routes.is_none();
-        if !unknown || self.state.rulesets.is_empty() {
+        if !unknown || self.state.all_rules().next().is_none() {
             return None;
         }
         let Tuple { src, dst, .. } = packet.tuple;
@@ -133,6 +137,10 @@ impl Loaded {
     }
 
     fn is_service(&self, address: IpAddr) -> bool {
+        let claims = |claim: &Claim| matches!(claim.kind, ClaimKind::ServicePort { address: of, .. } if of == address);
+        if !self.state.native_rules.is_empty() && Owners::of(&self.state).all().any(claims) {
+            return true;
+        }
         let tables = self.state.rulesets.iter().flat_map(|ruleset| &ruleset.tables).filter(|table| table.name == "nat");
         let mut rules = tables.filter_map(|table| table.chain("KUBE-SERVICES")).flat_map(|chain| &chain.rules);
         rules.any(|rule| {
@@ -156,7 +164,7 @@ impl Loaded {
             (!absent.is_empty())
                 .then(|| format!("tables that were not pasted are taken as empty: {}", absent.join(", ")))
         });
-        let none = self.pasted && self.state.rulesets.iter().all(|ruleset| ruleset.family != family);
+        let none = self.pasted && self.state.all_rules().all(|ruleset| ruleset.family != family);
         let name = if family == Family::V4 { "IPv4" } else { "IPv6" };
         let none = none.then(|| format!("no {name} rules were pasted: the packet meets none"));
         self.missing.iter().cloned().chain(tables).chain(none)

@@ -12,6 +12,7 @@ pub mod native;
 pub mod place;
 pub mod pods;
 pub mod rules;
+mod sets;
 pub mod state;
 pub mod steps;
 mod targets;

@@ -1,7 +1,8 @@
 //! Rules that somebody pasted, of whatever kind: `iptables-save` output (both families in one file, if need be),
-//! `iptables -S`, listings.
+//! `iptables -S`, listings, `nft -j`.
 
-use super::{iptables, listing};
+use super::notes::Notes;
+use super::{iptables, listing, native};
 use crate::core::model::flow::Family;
 use crate::core::model::rules::Ruleset;
 use crate::core::model::state::Diagnostic;
@@ -13,6 +14,8 @@ use std::net::IpAddr;
 pub struct Paste {
     /// At most one for each family. Rules keep the line of the paste that they come from; 0: made up.
     pub rulesets: Vec<Ruleset>,
+    /// Native nftables rules, likewise.
+    pub native: Vec<Ruleset>,
     /// What was assumed because the paste does not say it, in sentences.
     pub missing: Vec<String>,
     pub diagnostics: Vec<Diagnostic>,
@@ -22,6 +25,9 @@ pub struct Paste {
 
 /// Reads pasted rules; `None` when the text has no line that looks like one. `source` names it in diagnostics.
 pub fn read(text: &str, source: &str) -> Option<Paste> {
+    if text.trim_start().starts_with('{') {
+        return listed_by_nft(text, source);
+    }
     match listing::kind(text) {
         listing::Kind::Save => Some(saved(text, source)),
         listing::Kind::Listing => Some(listed(text, source)),
@@ -41,9 +47,21 @@ pub fn merge(paste: &mut Paste, more: Paste) {
             None => paste.rulesets.push(ruleset),
         }
     }
+    for ruleset in more.native {
+        if paste.native.iter().all(|old| old.family != ruleset.family) {
+            paste.native.push(ruleset);
+        }
+    }
     paste.missing.extend(more.missing);
     paste.diagnostics.extend(more.diagnostics);
     paste.partial |= more.partial;
+}
+
+/// `nft -j list ruleset`, or of some tables; those of iptables-nft are left out: nft does not tell all of them.
+fn listed_by_nft(text: &str, source: &str) -> Option<Paste> {
+    let mut notes = Notes::new(source);
+    let native = native::rulesets(text, &mut notes).ok()?;
+    Some(Paste { native, diagnostics: notes.finish(), ..Paste::default() })
 }
 
 fn listed(text: &str, source: &str) -> Paste {

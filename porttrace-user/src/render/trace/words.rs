@@ -321,7 +321,8 @@ fn targets(branches: &[&Branch]) -> String {
     }
     let shown: Vec<String> = targets.iter().take(3).map(ToString::to_string).collect();
     let even = branches.windows(2).all(|pair| pair[0].probability == pair[1].probability);
-    let each = branches.first().filter(|_| even && targets.len() == branches.len());
+    let by_chance = |branch: &&Branch| branch.probability != Fraction::ONE;
+    let each = branches.first().filter(|_| even && targets.len() == branches.len()).filter(|one| by_chance(one));
     let each = each.map_or_else(String::new, |branch| format!(", {} each", fraction(branch.probability)));
     match targets.len() {
         0 => String::new(),
