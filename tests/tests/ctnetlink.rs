@@ -28,7 +28,10 @@ struct Scene {
 
 impl Scene {
     fn set(phase: Phase) -> Self {
-        let lab = Lab::up(LabOptions { phase, ..LabOptions::default() }).unwrap();
+        Self::watching(Lab::up(LabOptions { phase, ..LabOptions::default() }).unwrap())
+    }
+
+    fn watching(lab: Lab) -> Self {
         let node = lab.node(NodeName::Worker3);
         let conntrack = ConntrackEvents::start(node).unwrap();
         let hooks = Watch::start(node, &lab.tools, &WATCHED).unwrap();
@@ -141,6 +144,28 @@ fn host_port_node_ports_and_services_from_everywhere() {
     // Past the rules, to a pod that they name too: seen by its own port alone.
     let pod = scene.lab.pod("frontend", NodeName::Worker3).unwrap().addresses()[0];
     scene.check(Origin::OtherNode, Transport::Tcp, SocketAddr::new(pod, 80));
+}
+
+/// Where native rules lead is predicted too.
+#[test]
+fn a_host_port_and_a_node_port_of_native_rules() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let lab = Lab::up(LabOptions { phase: Phase::Fixed, ..LabOptions::default() }).unwrap();
+    lab.go_native(Phase::Fixed).unwrap();
+    let mut scene = Scene::watching(lab);
+    for origin in [Origin::OtherNode, Origin::Outside, Origin::Node] {
+        let to = |v6, port| SocketAddr::new(origin.target(v6), port);
+        for v6 in [false, true] {
+            scene.check(origin, Transport::Tcp, to(v6, HOST_PORT));
+            scene.check(origin, Transport::Udp, to(v6, HOST_PORT));
+        }
+        for _ in 0..3 {
+            scene.check(origin, Transport::Tcp, to(false, service::FRONTEND_NODE_PORT));
+            scene.check(origin, Transport::Udp, to(false, service::DNS_NODE_PORT));
+        }
+    }
 }
 
 #[test]
