@@ -187,6 +187,27 @@ fn without_iptables_tools_nat_is_observed_and_no_rule_is_named() {
     assert_eq!(told.rules(), [], "{}", told.report());
 }
 
+/// Native rules that cannot be read may have done what was seen: that is no contradiction.
+#[test]
+fn without_nft_what_native_rules_did_is_observed_and_left_open() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let lab = lab();
+    lab.go_native(Phase::Fixed).unwrap();
+    let (mut watch, ready) = Watch::of(ChildGuard::spawn(without(&lab, "/usr/sbin")).unwrap()).unwrap();
+    let said = |text: &str| warnings(&ready).iter().any(|line| line.contains(text));
+    assert!(said("native nftables rules say is unknown: nft is not installed"), "{ready:#}");
+    let answer = lab.connect_to_node(Origin::Outside, Transport::Tcp, false, HOST_PORT).unwrap();
+    let told = watch.connection(Tuple::new(Proto::Tcp, answer.local, answer.to), WAIT).unwrap();
+    let verdict = &told.verdict;
+    assert_eq!((&verdict["outcome"], &verdict["agrees"]), (&"answered".into(), &Value::Null), "{}", told.report());
+    assert_eq!(verdict["dnat"]["observed"], true, "{}", told.report());
+    assert_eq!(told.rules(), [], "{}", told.report());
+    let open = "nftables table ip kube-proxy may send it elsewhere: its rules could not be read";
+    assert!(told.report().contains(open) || told.report().contains("ip cni_hostport may send"), "{}", told.report());
+}
+
 #[test]
 fn where_nothing_is_allowed_it_says_so_and_ends() {
     if !may_run("porttrace watch") {

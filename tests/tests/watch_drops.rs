@@ -197,7 +197,8 @@ fn what_native_nftables_rules_do_is_told_with_them() {
 
     let answered = attempt(&lab, &mut watch, Type::STREAM, OUTSIDE_V4, ASTRAY);
     assert_eq!((&answered.verdict["outcome"], &answered.verdict["agrees"]), (&json!("answered"), &json!(true)));
-    let made = |hop: &&Value| hop["table"] == "ip kube-proxy" && hop["certainty"] == "both" && !hop["rewrite"].is_null();
+    let made =
+        |hop: &&Value| hop["table"] == "ip kube-proxy" && hop["certainty"] == "both" && !hop["rewrite"].is_null();
     assert_eq!(answered.hops.iter().filter(made).count(), 2, "{}", answered.report());
 
     let dropped = attempt(&lab, &mut watch, Type::STREAM, OUTSIDE_V4, CLOSED);

@@ -32,8 +32,7 @@ pub fn run(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
     let state = &facts.state;
     let mut out = std::io::stdout().lock();
     let rules: usize = state
-        .rulesets
-        .iter()
+        .all_rules()
         .flat_map(|set| &set.tables)
         .flat_map(|table| &table.chains)
         .map(|chain| chain.rules.len())
