@@ -44,6 +44,14 @@ impl Scene {
         Self { lab, conntrack, hooks, events }
     }
 
+    fn host_port(&mut self, origin: Origin) {
+        for v6 in [false, true] {
+            let to = SocketAddr::new(origin.target(v6), HOST_PORT);
+            self.check(origin, Transport::Tcp, to);
+            self.check(origin, Transport::Udp, to);
+        }
+    }
+
     fn check(&mut self, origin: Origin, transport: Transport, to: SocketAddr) {
         let hopeless = origin == Origin::Loopback && to.is_ipv6();
         let timeout = if hopeless { Duration::from_millis(200) } else { WAIT };
@@ -124,10 +132,7 @@ fn host_port_node_ports_and_services_from_everywhere() {
     let mut scene = Scene::set(Phase::Fixed);
     for origin in CLIENTS {
         let to = |v6, port| SocketAddr::new(origin.target(v6), port);
-        for v6 in [false, true] {
-            scene.check(origin, Transport::Tcp, to(v6, HOST_PORT));
-            scene.check(origin, Transport::Udp, to(v6, HOST_PORT));
-        }
+        scene.host_port(origin);
         // Several tries, so that endpoints on this node and on others are met.
         for _ in 0..3 {
             scene.check(origin, Transport::Tcp, to(false, service::FRONTEND_NODE_PORT));
@@ -156,14 +161,11 @@ fn a_host_port_and_a_node_port_of_native_rules() {
     lab.go_native(Phase::Fixed).unwrap();
     let mut scene = Scene::watching(lab);
     for origin in [Origin::OtherNode, Origin::Outside, Origin::Node] {
-        let to = |v6, port| SocketAddr::new(origin.target(v6), port);
-        for v6 in [false, true] {
-            scene.check(origin, Transport::Tcp, to(v6, HOST_PORT));
-            scene.check(origin, Transport::Udp, to(v6, HOST_PORT));
-        }
+        let to = |port| SocketAddr::new(origin.target(false), port);
+        scene.host_port(origin);
         for _ in 0..3 {
-            scene.check(origin, Transport::Tcp, to(false, service::FRONTEND_NODE_PORT));
-            scene.check(origin, Transport::Udp, to(false, service::DNS_NODE_PORT));
+            scene.check(origin, Transport::Tcp, to(service::FRONTEND_NODE_PORT));
+            scene.check(origin, Transport::Udp, to(service::DNS_NODE_PORT));
         }
     }
 }

@@ -31,12 +31,7 @@ pub fn run(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
     let facts = parse::facts(&collected.files);
     let state = &facts.state;
     let mut out = std::io::stdout().lock();
-    let rules: usize = state
-        .all_rules()
-        .flat_map(|set| &set.tables)
-        .flat_map(|table| &table.chains)
-        .map(|chain| chain.rules.len())
-        .sum();
+    let rules: usize = state.rule_counts().values().sum();
     writeln!(
         out,
         "{}: {} KiB, {} files; {rules} rules, {} routes, {} addresses, {} connections, \

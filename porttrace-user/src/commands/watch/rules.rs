@@ -99,7 +99,7 @@ impl Rules {
             generation: 0,
             unread: state.diagnostics.iter().filter_map(unread_family).collect(),
             warnings: warnings(&state),
-            counts: counts(&state),
+            counts: state.rule_counts(),
             took: timings.total,
             state,
             fingerprint,
@@ -277,17 +277,6 @@ impl Rules {
 /// Settings; how many entries conntrack has is none.
 fn settings(all: Option<&BTreeMap<String, String>>) -> impl Iterator<Item = (&String, &String)> {
     all.into_iter().flatten().filter(|(key, _)| *key != "net.netfilter.nf_conntrack_count")
-}
-
-fn counts(state: &NodeState) -> BTreeMap<Flavour, usize> {
-    let mut counts = BTreeMap::new();
-    for ruleset in state.all_rules() {
-        let rules: usize = ruleset.tables.iter().flat_map(|table| &table.chains).map(|chain| chain.rules.len()).sum();
-        if rules > 0 {
-            *counts.entry(ruleset.flavour).or_default() += rules;
-        }
-    }
-    counts
 }
 
 fn warnings(state: &NodeState) -> Vec<String> {

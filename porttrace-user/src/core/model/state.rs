@@ -2,8 +2,8 @@
 //! it knows the difference. A part that could not be had is `None` (not empty), so that the simulator can say what that costs.
 
 use super::flow::{Direction, Family, Proto, Tuple};
-use super::rules::Ruleset;
-use super::trace::{Hook, RouteKind};
+use super::rules::{Ruleset, Table};
+use super::trace::{Flavour, Hook, RouteKind};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -67,6 +67,20 @@ impl NodeState {
     /// All rules that could be read, those of iptables first.
     pub fn all_rules(&self) -> impl Iterator<Item = &Arc<Ruleset>> {
         self.rulesets.iter().chain(&self.native_rules)
+    }
+
+    /// How many rules there are of each flavour. A table of family inet, which is in the rulesets of both families, counts once.
+    pub fn rule_counts(&self) -> BTreeMap<Flavour, usize> {
+        let mut counts = BTreeMap::new();
+        for ruleset in self.all_rules() {
+            let is_counted = |table: &&Table| ruleset.family == Family::V6 && table.name.starts_with("inet ");
+            let tables = ruleset.tables.iter().filter(|table| !is_counted(table));
+            let rules: usize = tables.flat_map(|table| &table.chains).map(|chain| chain.rules.len()).sum();
+            if rules > 0 {
+                *counts.entry(ruleset.flavour).or_default() += rules;
+            }
+        }
+        counts
     }
 
     /// Base chains of native rules that could not be read.

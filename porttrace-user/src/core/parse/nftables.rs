@@ -68,17 +68,22 @@ pub fn is_iptables(family: &str, table: &str) -> bool {
 /// Family, table, chain, type and hook, of a table without DNAT; `None` for those that IP packets on their way through the node do
 /// not meet.
 pub fn base([family, table, chain, kind, hook]: [&str; 5], priority: Option<i32>) -> Option<NativeBase> {
-    let hook = match hook {
+    let hook = self::hook(hook)?;
+    let is_ip = matches!(family, "ip" | "ip6" | "inet");
+    let [family, table, chain, kind] = [family, table, chain, kind].map(str::to_owned);
+    is_ip.then_some(NativeBase { family, table, chain, kind, hook, priority: priority?, has_dnat: false })
+}
+
+/// One of the hooks that IP packets on their way through the node meet.
+pub fn hook(name: &str) -> Option<Hook> {
+    Some(match name {
         "prerouting" => Hook::Prerouting,
         "input" => Hook::Input,
         "forward" => Hook::Forward,
         "output" => Hook::Output,
         "postrouting" => Hook::Postrouting,
         _ => return None,
-    };
-    let is_ip = matches!(family, "ip" | "ip6" | "inet");
-    let [family, table, chain, kind] = [family, table, chain, kind].map(str::to_owned);
-    is_ip.then_some(NativeBase { family, table, chain, kind, hook, priority: priority?, has_dnat: false })
+    })
 }
 
 #[cfg(test)]

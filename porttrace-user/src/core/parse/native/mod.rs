@@ -17,8 +17,8 @@ use crate::core::model::name::Name;
 use crate::core::model::native::{Base, BaseKind, Datum, Set, Statement, Statements};
 use crate::core::model::place::ChainRef;
 use crate::core::model::rules::{Chain, Matches, Policy, Rule, Ruleset, Table, Target};
-use crate::core::model::trace::{Flavour, Hook};
-use crate::core::parse::nftables::is_iptables;
+use crate::core::model::trace::Flavour;
+use crate::core::parse::nftables::{hook, is_iptables};
 use constants::Kind;
 use expressions::Scope;
 use foldhash::HashMap;
@@ -277,14 +277,7 @@ fn base(chain: &Value) -> Option<Base> {
         "route" => BaseKind::Route,
         _ => BaseKind::Filter,
     };
-    let hook = match chain.get("hook")?.as_str()? {
-        "prerouting" => Hook::Prerouting,
-        "input" => Hook::Input,
-        "forward" => Hook::Forward,
-        "output" => Hook::Output,
-        "postrouting" => Hook::Postrouting,
-        _ => return None,
-    };
+    let hook = hook(chain.get("hook")?.as_str()?)?;
     let priority = i32::try_from(chain.get("prio")?.as_i64()?).ok()?;
     Some(Base { kind, hook, priority })
 }

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::core::model::native::{Expr, Field, Op, Operand, Part, Source, Value as Is, Verdict};
+use crate::core::model::trace::Hook;
 use std::fs;
 use std::path::Path;
 
