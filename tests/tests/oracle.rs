@@ -34,7 +34,7 @@ fn random_rules_and_packets() {
     if !may_run("the oracle") {
         return;
     }
-    let packets = number("ORACLE_PACKETS", 5000) as usize;
+    let packets = number("ORACLE_PACKETS", 8000) as usize;
     let seed = number("ORACLE_SEED", 1);
     let scenarios = packets.div_ceil(BATCH);
     let report = campaign(|index| match index {

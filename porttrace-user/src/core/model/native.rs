@@ -201,6 +201,11 @@ pub enum Field {
     CtDestination(Direction),
     CtSourcePort(Direction),
     CtDestinationPort(Direction),
+    /// 1: the route back to the source leads by the interface where the packet came from (`fib saddr . iif oif exists`), as its
+    /// mark has it where `marked`; 0: it does not.
+    ReversePath {
+        marked: bool,
+    },
     /// Type of an address (`RTN_*`): of the source, or of the destination; on an interface only.
     FibType {
         source: bool,

@@ -99,7 +99,7 @@ impl<'s> Run<'s> {
             MatchKind::Source(net) => within(net, tuple.src).into(),
             MatchKind::Destination(net) => within(net, tuple.dst).into(),
             MatchKind::Protocol(number) => (tuple.proto.number() == *number).into(),
-            MatchKind::Input(pattern) => named(pattern, walk.input_name()).into(),
+            MatchKind::Input(pattern) => named(pattern, walk.hook_input_name()).into(),
             MatchKind::Output(_) if walk.output_unknown && after_routing(walk) => {
                 Answer::Unknown("the output interface is not known without routes".into())
             }
@@ -145,7 +145,7 @@ impl<'s> Run<'s> {
         let address = if source { walk.tuple.src } else { walk.tuple.dst };
         let device = match limit {
             None => None,
-            Some(IfaceLimit::In) => walk.input_name(),
+            Some(IfaceLimit::In) => walk.hook_input_name(),
             Some(IfaceLimit::Out) => walk.hook_output_name(),
         };
         // `match_lookup_rt6`: with an interface, only an address on it counts as local.
@@ -195,7 +195,7 @@ impl<'s> Run<'s> {
     fn in_set(&mut self, walk: &Walk<'_>, name: &str, source: &[bool], more: Option<&str>) -> Answer {
         let asked = Asked {
             tuple: &walk.tuple,
-            input: walk.input_name(),
+            input: walk.hook_input_name(),
             output: walk.hook_output_name(),
             mark: walk.mark,
             source,

@@ -161,6 +161,17 @@ impl<'s> Walk<'s> {
         self.input.map(Name::as_str)
     }
 
+    /// Input interface as the present hook sees it (`nf_hook_state.in`): none behind the bridge's own POSTROUTING
+    /// (`br_nf_post_routing`).
+    pub(super) fn hook_input(&self) -> Option<&'s Name> {
+        let past_bridge = self.bridged && self.stage.hook == Hook::Postrouting;
+        self.input.filter(|_| !past_bridge)
+    }
+
+    pub(super) fn hook_input_name(&self) -> Option<&'s str> {
+        self.hook_input().map(Name::as_str)
+    }
+
     pub(super) fn output_name(&self) -> Option<&'s str> {
         self.output.map(Name::as_str)
     }

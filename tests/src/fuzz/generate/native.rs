@@ -7,7 +7,7 @@ use porttrace_user::core::model::flow::Family;
 use std::fmt::Write;
 
 /// What rules hold when they are hit: each must be hit by some packet of a long run.
-pub const NAMES: [&str; 43] = [
+pub const NAMES: [&str; 44] = [
     "ip saddr",
     "ip daddr",
     "ip6 daddr",
@@ -25,6 +25,7 @@ pub const NAMES: [&str; 43] = [
     "oifname",
     "fib daddr type",
     "fib saddr type",
+    "fib saddr . iif oif",
     "ct state",
     "ct status",
     "ct direction",
@@ -225,7 +226,9 @@ fn condition(rng: &mut Rng, place: &Place<'_>, proto: &mut Option<&'static str>)
         11 => {
             format!("fib {} type {not}{}", rng.pick(&["daddr", "saddr"]), rng.pick(&["local", "unicast", "broadcast"]))
         }
-        12 if place.hook == "prerouting" || place.hook == "input" => "fib daddr . iif type local".into(),
+        10 | 12 if matches!(place.hook, "prerouting" | "input") => rng
+            .pick(&["fib daddr . iif type local", "fib saddr . iif oif missing", "fib saddr . mark . iif oif exists"])
+            .into(),
         13 => rng
             .pick(&[
                 "ct state new",
@@ -295,9 +298,8 @@ fn effect(rng: &mut Rng, place: &Place<'_>, proto: Option<&'static str>) -> Stri
             .pick(&["meta mark set 0x1", "meta mark set meta mark | 0x4000", "meta mark set meta mark & 0xff ^ 0x10"])
             .into(),
         4 => rng.pick(&["meta mark set meta mark | 0x2000 jump user-0", "meta mark set 0x2", "counter"]).into(),
-        5 if place.kind != Kind::Raw => {
-            rng.pick(&["ct mark set 0x1", "ct mark set meta mark", "meta mark set ct mark"]).into()
-        }
+        5 if place.kind == Kind::Raw => "notrack".into(),
+        5 => rng.pick(&["ct mark set 0x1", "ct mark set meta mark", "meta mark set ct mark"]).into(),
         6 => rng.pick(&["return", "accept", "limit rate 100000/second accept"]).into(),
         7 => "tcp dport vmap { 80 : jump user-0, 443 : accept, 9088 : goto user-1, 30080-30090 : return }".into(),
         8 => {

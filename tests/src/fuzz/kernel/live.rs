@@ -69,6 +69,8 @@ impl Router {
             state.rulesets.push(Arc::new(ruleset));
         }
         state.recent = Some(self.inside.run_in(recent_lists)??);
+        // The packets before one may put addresses into sets.
+        state.sets_move = true;
         Ok(state)
     }
 }

@@ -256,12 +256,30 @@ fn conntrack(key: &str, direction: Option<&str>) -> Option<(Field, Kind)> {
     })
 }
 
-fn fib(body: &Value) -> Option<(Field, Kind)> {
-    let flags: Vec<&str> = match body.get("flags")? {
+/// What of a packet the FIB is asked by.
+fn fib_flags(body: &Value) -> Option<Vec<&str>> {
+    Some(match body.get("flags")? {
         Value::String(one) => vec![one],
         Value::Array(all) => all.iter().filter_map(Value::as_str).collect(),
         _ => return None,
+    })
+}
+
+/// `fib saddr . iif oif`, of which only is asked whether there is any.
+pub(super) fn reverse_path(value: &Value) -> Option<Field> {
+    let body = value.get("fib")?;
+    let mut flags = fib_flags(body)?;
+    flags.sort_unstable();
+    let marked = match flags.as_slice() {
+        ["iif", "saddr"] => false,
+        ["iif", "mark", "saddr"] => true,
+        _ => return None,
     };
+    matches!(body.get("result")?.as_str()?, "oif" | "oifname").then_some(Field::ReversePath { marked })
+}
+
+fn fib(body: &Value) -> Option<(Field, Kind)> {
+    let flags = fib_flags(body)?;
     if body.get("result")?.as_str()? != "type" || flags.contains(&"mark") {
         return None;
     }

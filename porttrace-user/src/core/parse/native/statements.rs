@@ -1,7 +1,7 @@
 //! Statements: what a rule asks and does, in a row.
 
 use super::constants::Kind;
-use super::expressions::{Scope, named, operand, read, source, tagged, verdict};
+use super::expressions::{Scope, named, operand, read, reverse_path, source, tagged, verdict};
 use crate::core::model::flow::Family;
 use crate::core::model::name::Name;
 use crate::core::model::native::{Expr, Nat, NatKind, Op, Source, Statement, Statements};
@@ -44,7 +44,12 @@ fn one(value: &Value, scope: &Scope) -> Option<Statement> {
 }
 
 fn comparison(body: &Value, scope: &Scope) -> Option<Statement> {
-    let (left, kinds) = read(body.get("left")?, scope, &[Kind::Any]);
+    let reverse_path =
+        body.get("right").filter(|right| right.is_boolean()).and_then(|_| reverse_path(body.get("left")?));
+    let (left, kinds) = match reverse_path {
+        Some(field) => (Expr::Field(field), vec![Kind::Number]),
+        None => read(body.get("left")?, scope, &[Kind::Any]),
+    };
     let is_flags = kinds.first().is_some_and(|kind| kind.is_flags());
     let op = match body.get("op")?.as_str()? {
         // A set of flags of which the packet has any; of everything else it means "is".

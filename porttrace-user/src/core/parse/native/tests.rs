@@ -97,6 +97,7 @@ fn words_mean_what_their_place_says() {
             r#"[{"match":{"op":"==","left":{"fib":{"result":"type","flags":["daddr"]}},"right":"local"}},{"jump":{"target":"d"}}]"#,
             r#"[{"match":{"op":"!=","left":{"payload":{"protocol":"ip","field":"saddr"}},"right":{"prefix":{"addr":"10.0.0.0","len":8}}}}]"#,
             r#"[{"match":{"op":"==","left":{"meta":{"key":"iifname"}},"right":{"set":["eth0","veth*"]}}}]"#,
+            r#"[{"match":{"op":"==","left":{"fib":{"result":"oif","flags":["saddr","iif"]}},"right":false}},{"drop":null}]"#,
         ],
     );
     assert_eq!(problems, [""; 0]);
@@ -117,6 +118,10 @@ fn words_mean_what_their_place_says() {
     let Statement::Match { right: Operand::Set(Source::Inline(set)), .. } = &all[4][0] else { panic!("{:?}", all[4]) };
     let holds = |name: &str| set.find(&[Is::Name(name.into())]).is_some();
     assert!(holds("eth0") && holds("veth1") && !holds("eth1"));
+    let missing =
+        Statement::Match { left: Expr::Field(Field::ReversePath { marked: false }), op: Op::Is, right: number(0) };
+    assert_eq!(all[5][0], missing);
+    assert_eq!(&*found[0].tables[0].chains[0].rules[5].text.read(), "fib saddr . iif oif missing drop");
 }
 
 #[test]

@@ -32,6 +32,11 @@ fn statement(value: &Value) -> String {
         "match" => {
             let write = if is_mark(part(body, "left")) { mark } else { expression };
             let (left, right) = (write(part(body, "left")), write(part(body, "right")));
+            let right = match (part(body, "left").get("fib"), part(body, "right").as_bool()) {
+                (Some(_), Some(true)) => "exists".to_owned(),
+                (Some(_), Some(false)) => "missing".to_owned(),
+                _ => right,
+            };
             match text(body, "op") {
                 "==" | "in" if implies(part(body, "left")) => format!("{left} {right}"),
                 "in" => format!("{left} {right}"),

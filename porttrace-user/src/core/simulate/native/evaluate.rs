@@ -3,13 +3,14 @@
 use super::super::compiled::TableData;
 use super::super::config::icmp_type;
 use super::super::conn::CtInfo;
+use super::super::matches::Answer;
 use super::super::routing::{Found, Key};
 use super::super::run::Run;
 use super::super::walk::Walk;
 use crate::core::model::flow::{Direction, Family, Proto};
 use crate::core::model::name::Name;
 use crate::core::model::native::{BitOp, Datum, Device, Expr, Field, Part, Value};
-use crate::core::model::rules::CtStates;
+use crate::core::model::rules::{CtStates, RpFilter};
 use crate::core::model::trace::{Hook, RouteKind};
 use smallvec::{SmallVec, smallvec};
 use std::net::IpAddr;
@@ -137,7 +138,7 @@ impl<'s> Run<'s> {
                 None => Got::Unknown("which station sent the frame".to_owned()),
             },
             Field::Mark => Got::number(walk.mark),
-            Field::Input => Got::name(walk.input),
+            Field::Input => Got::name(walk.hook_input()),
             Field::Output if walk.output_unknown && after_routing(walk) => {
                 Got::Unknown("the output interface is not known without routes".to_owned())
             }
@@ -154,6 +155,14 @@ impl<'s> Run<'s> {
             Field::Length => Got::number(walk.packet.length),
             Field::Uid => owner(walk, walk.packet.sender.uid),
             Field::Gid => owner(walk, walk.packet.sender.gid),
+            Field::ReversePath { marked } => {
+                let asked = RpFilter { valid_mark: marked, ..RpFilter::default() };
+                match self.rp_match(walk, &asked) {
+                    Answer::Is(good) => Got::number(u8::from(good)),
+                    Answer::Never => Got::Missing,
+                    Answer::Unknown(why) => Got::Unknown(why),
+                }
+            }
             Field::FibType { source, device } => {
                 let ends = if source { (tuple.src, tuple.dst) } else { (tuple.dst, tuple.src) };
                 self.fib_type(walk, ends, device)
@@ -166,7 +175,7 @@ impl<'s> Run<'s> {
     fn fib_type(&mut self, walk: &Walk<'s>, (address, other): (IpAddr, IpAddr), device: Option<Device>) -> Got {
         let device = match device {
             None => None,
-            Some(Device::Input) => walk.input_name(),
+            Some(Device::Input) => walk.hook_input_name(),
             Some(Device::Output) => walk.hook_output_name(),
         };
         let Some(kind) = self.sim.routing.address_type(address, device) else {
