@@ -245,6 +245,8 @@ impl Probe {
         let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }
             .map_err(|error| ProbeError::Io { what: "polling the ring buffer", error: error.into() })?;
         let ring_lost = PerCpuArray::try_from(kernel.take_map("LOST")?).map_err(|error| map_error("LOST", &error))?;
+        // The first time this reads how many CPUs there are, which a node that runs out of descriptors refuses later.
+        ring_lost.get(&0, 0).map_err(|error| map_error("LOST", &error))?;
         let clock_offset_ns = clock_offset()?;
         let mut looks = interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -28,7 +28,7 @@ pub struct LegacyReader(NetfilterSocket);
 
 impl LegacyReader {
     pub fn open() -> Result<Self> {
-        let mut socket = NetfilterSocket::open(0)?;
+        let mut reader = Self(NetfilterSocket::open(0)?);
         // NFULA_CFG_CMD: bind both families (PF_BIND), then group 0 (BIND). NFULA_CFG_MODE: whole packets. NFULA_CFG_QTHRESH: each
         // at once.
         for (family, kind, payload) in [
@@ -38,17 +38,30 @@ impl LegacyReader {
             (0, 2, &[0, 0, 0xff, 0xff, 2, 0]),
             (0, 5, &1_u32.to_be_bytes()),
         ] {
-            let attributes = [(kind, payload)];
-            let request = Request { kind: CONFIG, flags: NLM_F_ACK, family, res_id: 0, attributes: &attributes };
-            socket.request(&request).context("configuring nfnetlink_log")?;
+            reader.configure(family, kind, payload)?;
         }
-        Ok(Self(socket))
+        Ok(reader)
+    }
+
+    fn configure(&mut self, family: u8, kind: u16, payload: &[u8]) -> Result<()> {
+        let attributes = [(kind, payload)];
+        let request = Request { kind: CONFIG, flags: NLM_F_ACK, family, res_id: 0, attributes: &attributes };
+        self.0.request(&request).context("configuring nfnetlink_log")?;
+        Ok(())
     }
 
     /// Moves what is waiting to `steps`. `false` when the kernel had to drop some.
     pub fn drain(&mut self, steps: &mut Vec<LegacyStep>) -> Result<bool> {
         steps.extend(self.0.drain()?.iter().filter(|message| message.kind == PACKET).filter_map(step));
         Ok(self.0.overruns == 0)
+    }
+}
+
+impl Drop for LegacyReader {
+    /// Gives the group back (UNBIND) for the next reader: a process that another thread starts just now may hold the socket open
+    /// for a moment longer.
+    fn drop(&mut self) {
+        let _ = self.configure(0, 1, &[2]);
     }
 }
 
