@@ -25,6 +25,8 @@ use foldhash::HashMap;
 use serde::Deserialize;
 use serde::de::{Deserializer, SeqAccess, Visitor};
 use serde_json::Value;
+use serde_json::value::RawValue;
+use std::collections::BTreeMap;
 use std::fmt;
 
 /// The rulesets of a node, IPv4's and IPv6's, as far as there are any.
@@ -39,13 +41,13 @@ pub fn rulesets(text: &str, notes: &mut Notes) -> Result<Vec<Ruleset>, serde_jso
         // What is not understood of an inet table is said once.
         let mut again = Notes::new("");
         let mut writer = TextWriter::default();
-        let drafts: Vec<_> = of_family
+        let drafts: Vec<Draft> = of_family
             .map(|((kind, name), items)| {
                 let is_repeated = family == Family::V6 && meets(kind, Family::V4);
                 let notes = if is_repeated { &mut again } else { &mut *notes };
                 draft(family, &format!("{kind} {name}"), items, &mut writer, notes)
             })
-            .collect();
+            .collect::<Result<_, _>>()?;
         if drafts.is_empty() {
             continue;
         }
@@ -66,25 +68,27 @@ fn meets(table: &str, family: Family) -> bool {
 }
 
 /// What nft printed: tables in the order of the listing, with family and name.
-struct Listing {
-    tables: Tables,
+struct Listing<'t> {
+    tables: Tables<'t>,
 }
 
-type Tables = Vec<((String, String), Items)>;
+type Tables<'t> = Vec<((String, String), Items<'t>)>;
 
-/// What a table has, as it was listed.
+/// What a table has, as it was listed. Most of a large listing is only taken apart when its turn comes: all of it at once would take
+/// many times the memory of the text.
 #[derive(Default)]
-struct Items {
-    chains: Vec<Value>,
-    sets: Vec<Value>,
-    rules: Vec<Value>,
+struct Items<'t> {
+    chains: Vec<&'t RawValue>,
+    sets: Vec<&'t RawValue>,
+    rules: Vec<&'t RawValue>,
 }
 
-impl<'de> Deserialize<'de> for Listing {
+impl<'de> Deserialize<'de> for Listing<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
-        struct Whole {
-            nftables: Listed,
+        struct Whole<'t> {
+            #[serde(borrow)]
+            nftables: Listed<'t>,
         }
         let Whole { nftables: Listed(tables) } = Whole::deserialize(deserializer)?;
         Ok(Self { tables })
@@ -92,21 +96,21 @@ impl<'de> Deserialize<'de> for Listing {
 }
 
 /// The list of everything, sorted while it is read.
-struct Listed(Tables);
+struct Listed<'t>(Tables<'t>);
 
-impl<'de> Deserialize<'de> for Listed {
+impl<'de: 't, 't> Deserialize<'de> for Listed<'t> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Reader;
         impl<'de> Visitor<'de> for Reader {
-            type Value = Listed;
+            type Value = Listed<'de>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a list of tables, chains, sets and rules")
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Listed, A::Error> {
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Listed<'de>, A::Error> {
                 let mut tables = Tables::new();
-                while let Some(item) = list.next_element::<Value>()? {
+                while let Some(item) = list.next_element::<&RawValue>()? {
                     sort(item, &mut tables);
                 }
                 Ok(Listed(tables))
@@ -116,16 +120,26 @@ impl<'de> Deserialize<'de> for Listed {
     }
 }
 
-fn sort(item: Value, tables: &mut Tables) {
-    let Value::Object(item) = item else { return };
+/// What everything in a table says of itself.
+#[derive(Deserialize)]
+struct Head {
+    #[serde(default)]
+    family: String,
+    #[serde(default)]
+    table: String,
+    #[serde(default)]
+    name: String,
+}
+
+fn sort<'t>(item: &'t RawValue, tables: &mut Tables<'t>) {
+    let Ok(item) = serde_json::from_str::<BTreeMap<String, &RawValue>>(item.get()) else { return };
     let Some((what, body)) = item.into_iter().next() else { return };
-    let text = |key: &str| body.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
-    let name = if what == "table" { text("name") } else { text("table") };
     // What is of no table has no name.
     if !matches!(what.as_str(), "table" | "chain" | "set" | "map" | "rule") {
         return;
     }
-    let id = (text("family"), name);
+    let Ok(Head { family, table, name }) = serde_json::from_str(body.get()) else { return };
+    let id = (family, if what == "table" { name } else { table });
     let at = tables.iter().position(|(known, _)| *known == id).unwrap_or_else(|| {
         tables.push((id, Items::default()));
         tables.len() - 1
@@ -137,6 +151,10 @@ fn sort(item: Value, tables: &mut Tables) {
         "rule" => table.rules.push(body),
         _ => {}
     }
+}
+
+fn read(body: &RawValue) -> Result<Value, serde_json::Error> {
+    serde_json::from_str(body.get())
 }
 
 /// The rules' texts, one a line.
@@ -202,7 +220,13 @@ impl Drop for Texts {
     }
 }
 
-fn draft(family: Family, name: &str, items: &Items, writer: &mut TextWriter, notes: &mut Notes) -> Draft {
+fn draft(
+    family: Family,
+    name: &str,
+    items: &Items<'_>,
+    writer: &mut TextWriter,
+    notes: &mut Notes,
+) -> Result<Draft, serde_json::Error> {
     let name = Name::from(name);
     let text = |of: &Value, key: &str| Name::from(of.get(key).and_then(Value::as_str).unwrap_or_default());
     let id = |chain: &Value| ChainRef {
@@ -211,7 +235,8 @@ fn draft(family: Family, name: &str, items: &Items, writer: &mut TextWriter, not
         table: name.clone(),
         chain: text(chain, "name"),
     };
-    let chains: Vec<_> = items.chains.iter().map(|chain| (id(chain), policy(chain), base(chain))).collect();
+    let chain = |body: &&RawValue| read(body).map(|chain| (id(&chain), policy(&chain), base(&chain)));
+    let chains: Vec<_> = items.chains.iter().map(chain).collect::<Result<_, _>>()?;
     let mut scope = Scope {
         family,
         chains: (0..).zip(&chains).map(|(at, (id, ..))| (id.chain.clone(), at)).collect(),
@@ -219,12 +244,13 @@ fn draft(family: Family, name: &str, items: &Items, writer: &mut TextWriter, not
     };
     let mut sets: Vec<Set> = Vec::with_capacity(items.sets.len());
     for item in &items.sets {
-        let (set, kinds) = set(item, &scope, notes);
+        let (set, kinds) = set(&read(item)?, &scope, notes);
         scope.sets.insert(set.name.clone(), (sets.len() as u32, kinds));
         sets.push(set);
     }
     let mut rules: Vec<Vec<DraftRule>> = chains.iter().map(|_| Vec::new()).collect();
     for item in &items.rules {
+        let item = &read(item)?;
         let chain = text(item, "chain");
         let Some(of_chain) = scope.chains.get(&chain).and_then(|at| rules.get_mut(*at as usize)) else {
             notes.add(0, format!("a rule of chain {} of table {name}, which is not listed", quote(&chain)));
@@ -245,7 +271,7 @@ fn draft(family: Family, name: &str, items: &Items, writer: &mut TextWriter, not
         let handle = item.get("handle").and_then(Value::as_u64).and_then(|handle| u32::try_from(handle).ok());
         of_chain.push(DraftRule { handle: handle.unwrap_or(0), text: writer.push(&said), statements });
     }
-    Draft { name, chains, sets, rules }
+    Ok(Draft { name, chains, sets, rules })
 }
 
 /// What of a statement the model knows nothing of but the name.
