@@ -11,6 +11,7 @@ use porttrace_tests::privilege::may_run;
 use porttrace_tests::watch::{Watch, porttrace};
 use porttrace_user::core::model::flow::{Proto, Tuple};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -270,6 +271,18 @@ fn bad_ports_are_refused_in_a_sentence() {
     }
 }
 
+/// `porttrace watch` with a save tool of its own for IPv4's rules: a shell script, in which `save` is the real one.
+fn watch_with_save_tool(lab: &Lab, own: &Path, script: &str) -> Command {
+    let tool = own.join("iptables-nft-save");
+    let real = lab.tools.tool("iptables-save");
+    std::fs::write(&tool, format!("#!/bin/sh\nsave() {{ {} \"$@\"; }}\n{script}", real.display())).unwrap();
+    std::fs::set_permissions(&tool, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let mut command = lab.node(NodeName::Worker3).command(porttrace().unwrap());
+    let path = format!("{}:{}", own.display(), lab.tools.path());
+    command.args(["watch", "9088", "--json"]).env("PATH", path);
+    command
+}
+
 /// Where the rules take long to be read, connections until then are captured and told, with all that was seen and predicted.
 #[test]
 fn a_connection_while_the_rules_are_read_is_told_as_any_other() {
@@ -277,22 +290,11 @@ fn a_connection_while_the_rules_are_read_is_told_as_any_other() {
         return;
     }
     let lab = Lab::up(LabOptions { phase: Phase::Fixed, ..LabOptions::default() }).unwrap();
-    // A save tool that waits for a word before it reads the rules.
-    let slow = tempfile::tempdir().unwrap();
-    let gate = slow.path().join("gate");
+    // It waits for a word before it reads the rules.
+    let own = tempfile::tempdir().unwrap();
+    let gate = own.path().join("gate");
     assert!(Command::new("mkfifo").arg(&gate).status().unwrap().success());
-    let tool = slow.path().join("iptables-nft-save");
-    let script = format!(
-        "#!/bin/sh\nread word < {}\nexec {} \"$@\"\n",
-        gate.display(),
-        lab.tools.tool("iptables-save").display()
-    );
-    std::fs::write(&tool, script).unwrap();
-    std::fs::set_permissions(&tool, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-
-    let mut command = lab.node(NodeName::Worker3).command(porttrace().unwrap());
-    let path = format!("{}:{}", slow.path().display(), lab.tools.path());
-    command.args(["watch", "9088", "--json"]).env("PATH", path);
+    let command = watch_with_save_tool(&lab, own.path(), &format!("read word < {}\nsave \"$@\"\n", gate.display()));
     let process = ChildGuard::spawn(command).unwrap();
     let is_state =
         |state: &'static str| move |line: &str| line.contains(&format!("\"state\":\"{state}\"")).then_some(());
@@ -311,6 +313,41 @@ fn a_connection_while_the_rules_are_read_is_told_as_any_other() {
         told.report()
     );
     assert!(told.hops.iter().any(|hop| hop["kind"] == "rules" && hop["certainty"] == "both"), "{}", told.report());
+}
+
+/// However long that takes: a node whose rules change all the time has better things to do.
+#[test]
+fn rules_that_change_all_the_time_are_read_for_a_fifth_of_it() {
+    if !may_run("porttrace watch") {
+        return;
+    }
+    let lab = Lab::up(LabOptions::default()).unwrap();
+    let own = tempfile::tempdir().unwrap();
+    let log = own.path().join("log");
+    let now = "$(date +%s%N)";
+    let script = format!("from={now}\nsave \"$@\"\nsleep 0.3\necho $from {now} >> {}\n", log.display());
+    let (watch, _) = Watch::of(ChildGuard::spawn(watch_with_save_tool(&lab, own.path(), &script)).unwrap()).unwrap();
+
+    let iptables = lab.tools.tool("iptables").display().to_string();
+    let change = |verb| {
+        let rule = [&iptables, "-w", verb, "FORWARD", "-d", "192.0.2.1", "-j", "ACCEPT"];
+        lab.node(NodeName::Worker3).exec(rule).unwrap();
+    };
+    let mut readings = Vec::new();
+    let often_enough = until(3 * WAIT, || {
+        change("-I");
+        change("-D");
+        let number = |word: &str| word.parse::<u64>().unwrap();
+        let text = std::fs::read_to_string(&log).unwrap();
+        readings = text.lines().map(|line| line.split_once(' ').map(|(from, to)| (number(from), number(to)))).collect();
+        readings.len() >= 4
+    });
+    assert!(often_enough, "{readings:?}");
+    for pair in readings.windows(2) {
+        let [Some((from, to)), Some((next, _))] = pair else { panic!("{readings:?}") };
+        assert!(next - to >= 4 * (to - from), "{readings:?}");
+    }
+    drop(watch);
 }
 
 #[test]

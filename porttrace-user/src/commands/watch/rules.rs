@@ -44,6 +44,7 @@ pub struct Rules {
     changes: io::Result<NetworkChanges>,
     /// Something else than a rule changed: an interface, an address, a route.
     stale: bool,
+    rules_read: Reading,
     legacy_read: Reading,
     network_read: Reading,
     sockets_read: Reading,
@@ -106,6 +107,7 @@ impl Rules {
             current_at: begun_ns,
             changes,
             stale: false,
+            rules_read: Reading::since(begun_ns),
             legacy_read: reading,
             network_read: reading,
             sockets_read: reading,
@@ -185,21 +187,23 @@ impl Rules {
     }
 
     /// Reads again if something changed that makes itself known, or (now and then) if legacy rules did. What it was, when it is worth
-    /// a line.
+    /// a line. Rules that change all the time are read for at most a fifth of it.
     pub async fn follow(&mut self) -> Option<Note> {
         let legacy = self.fingerprint.has_legacy() && self.legacy_read.is_due(LEGACY_CHECK);
-        self.compare(legacy).await
+        let may_read = self.rules_read.is_due(MOMENT);
+        self.compare(legacy, may_read).await
     }
 
     /// The same at once, unless nothing changed since `since` (CLOCK_MONOTONIC) as far as is known already.
     pub async fn follow_until(&mut self, since: u64) -> Option<Note> {
         let legacy =
             self.fingerprint.has_legacy() && self.legacy_read.begun_ns <= since && self.legacy_read.is_due(MOMENT);
-        if self.current_at > since && !legacy { None } else { self.compare(legacy).await }
+        if self.current_at > since && !legacy { None } else { self.compare(legacy, true).await }
     }
 
-    /// `legacy`: dumps legacy rules, for nothing else tells whether they changed.
-    async fn compare(&mut self, legacy: bool) -> Option<Note> {
+    /// `legacy`: dumps legacy rules, for nothing else tells whether they changed. `may_read`: rules that changed are read at once, or
+    /// another time.
+    async fn compare(&mut self, legacy: bool, may_read: bool) -> Option<Note> {
         let begun_ns = Clock::now();
         self.stale |= self.changes.as_ref().is_ok_and(NetworkChanges::any);
         let earlier = self.fingerprint.clone();
@@ -209,11 +213,13 @@ impl Rules {
             self.legacy_read = Reading::since(begun_ns);
         }
         let rules_changed = now != self.fingerprint && (now.is_known() || !self.fingerprint.is_known());
-        if !rules_changed {
+        if !rules_changed || !may_read {
             if self.stale && !self.network_read.is_due(MOMENT) {
                 return None;
             }
-            self.current_at = begun_ns;
+            if !rules_changed {
+                self.current_at = begun_ns;
+            }
             return if std::mem::take(&mut self.stale) { self.follow_network().await } else { None };
         }
         let before = self.rule_counts();
