@@ -39,7 +39,7 @@ impl<'s> Run<'s> {
         let from = walk.output_name().filter(|_| !walk.to_self);
         let good = match self.reverse(walk, input, mark, from.unwrap_or("lo")) {
             Reverse::Local { .. } if !accept_local => return Some(self.own_source(walk)),
-            Reverse::Special => {
+            Reverse::Special { .. } => {
                 walk.note(format!("{src} is no address of a single node: it cannot be a source"));
                 return Some(drop(DropReason::Martian));
             }
@@ -95,7 +95,7 @@ impl<'s> Run<'s> {
             Found::Route(entry)
                 if matches!(entry.kind, RouteKind::Broadcast | RouteKind::Multicast | RouteKind::Anycast) =>
             {
-                Reverse::Special
+                Reverse::Special { same: entry.alive().any(|way| way.interface.as_deref() == Some(input)) }
             }
             _ => Reverse::None,
         };
@@ -119,12 +119,36 @@ impl<'s> Run<'s> {
         }
         let mark = if asked.valid_mark { walk.mark } else { 0 };
         let good = match self.reverse(walk, input, mark, "lo") {
-            Reverse::None | Reverse::Special => false,
+            Reverse::None | Reverse::Special { .. } => false,
             Reverse::Local { same } => asked.accept_local && (same || asked.loose),
             Reverse::SameInterface => true,
             Reverse::OtherInterface => asked.loose,
         };
         (good != asked.invert).into()
+    }
+
+    /// `fib saddr . iif oif exists` (`nft_fib4_eval`, `nft_fib6_eval`): unlike `-m rpfilter`, IPv4's takes broadcast addresses for
+    /// sources, and asks the routes for packets to multicast groups too.
+    pub(super) fn has_way_back(&mut self, walk: &Walk<'s>, marked: bool) -> Answer {
+        if !self.sim.routing.known {
+            return Answer::Unknown("the way back to the source".into());
+        }
+        let Some(input) = walk.hook_input_name() else { return true.into() };
+        let unasked = match (walk.tuple.src, walk.tuple.dst) {
+            (IpAddr::V4(src), IpAddr::V4(dst)) => {
+                src.octets()[0] == 0 && (dst.is_broadcast() || dst.octets()[..3] == [224, 0, 0])
+            }
+            _ => false,
+        };
+        if input == "lo" || walk.looped || unasked {
+            return true.into();
+        }
+        match self.reverse(walk, input, if marked { walk.mark } else { 0 }, "lo") {
+            Reverse::SameInterface => true,
+            Reverse::Special { same } => same && walk.family() == Family::V4,
+            Reverse::None | Reverse::Local { .. } | Reverse::OtherInterface => false,
+        }
+        .into()
     }
 }
 
@@ -143,8 +167,10 @@ pub(super) enum Reverse {
     Local {
         same: bool,
     },
-    /// A broadcast or multicast address.
-    Special,
+    /// A broadcast or multicast address; `same`: of that interface.
+    Special {
+        same: bool,
+    },
     SameInterface,
     OtherInterface,
 }

@@ -56,10 +56,10 @@ pub const NAMES: [&str; 44] = [
 
 /// Hooks, and priorities at which no chain of iptables stands.
 const HOOKS: [(&str, &[i32]); 5] = [
-    ("prerouting", &[-310, -160, -110, -90, 10]),
+    ("prerouting", &[-310, -310, -160, -110, -90, 10]),
     ("input", &[-160, -10, 10, 90, 160]),
     ("forward", &[-160, -10, 10, 160]),
-    ("output", &[-310, -160, -110, -90, 10, 160]),
+    ("output", &[-310, -310, -160, -110, -90, 10, 160]),
     ("postrouting", &[-160, -10, 90, 110]),
 ];
 

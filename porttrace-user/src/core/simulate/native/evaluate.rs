@@ -10,7 +10,7 @@ use super::super::walk::Walk;
 use crate::core::model::flow::{Direction, Family, Proto};
 use crate::core::model::name::Name;
 use crate::core::model::native::{BitOp, Datum, Device, Expr, Field, Part, Value};
-use crate::core::model::rules::{CtStates, RpFilter};
+use crate::core::model::rules::CtStates;
 use crate::core::model::trace::{Hook, RouteKind};
 use smallvec::{SmallVec, smallvec};
 use std::net::IpAddr;
@@ -155,14 +155,11 @@ impl<'s> Run<'s> {
             Field::Length => Got::number(walk.packet.length),
             Field::Uid => owner(walk, walk.packet.sender.uid),
             Field::Gid => owner(walk, walk.packet.sender.gid),
-            Field::ReversePath { marked } => {
-                let asked = RpFilter { valid_mark: marked, ..RpFilter::default() };
-                match self.rp_match(walk, &asked) {
-                    Answer::Is(good) => Got::number(u8::from(good)),
-                    Answer::Never => Got::Missing,
-                    Answer::Unknown(why) => Got::Unknown(why),
-                }
-            }
+            Field::ReversePath { marked } => match self.has_way_back(walk, marked) {
+                Answer::Is(there) => Got::number(u8::from(there)),
+                Answer::Never => Got::Missing,
+                Answer::Unknown(why) => Got::Unknown(why),
+            },
             Field::FibType { source, device } => {
                 let ends = if source { (tuple.src, tuple.dst) } else { (tuple.dst, tuple.src) };
                 self.fib_type(walk, ends, device)
