@@ -34,7 +34,7 @@ use std::fmt;
 /// # Errors
 /// When it is no JSON of nft.
 pub fn rulesets(text: &str, notes: &mut Notes) -> Result<Vec<Ruleset>, serde_json::Error> {
-    let Listing { tables } = serde_json::from_str(text)?;
+    let Listing { nftables: Listed(tables) } = serde_json::from_str(text)?;
     let mut found = Vec::new();
     for family in [Family::V4, Family::V6] {
         let of_family = tables.iter().filter(|(id, _)| meets(&id.0, family) && !is_iptables(&id.0, &id.1));
@@ -67,11 +67,14 @@ fn meets(table: &str, family: Family) -> bool {
     }
 }
 
-/// What nft printed: tables in the order of the listing, with family and name.
+/// What nft printed.
+#[derive(Deserialize)]
 struct Listing<'t> {
-    tables: Tables<'t>,
+    #[serde(borrow)]
+    nftables: Listed<'t>,
 }
 
+/// Tables in the order of the listing, with family and name.
 type Tables<'t> = Vec<((String, String), Items<'t>)>;
 
 /// What a table has, as it was listed. Most of a large listing is only taken apart when its turn comes: all of it at once would take
@@ -81,18 +84,6 @@ struct Items<'t> {
     chains: Vec<&'t RawValue>,
     sets: Vec<&'t RawValue>,
     rules: Vec<&'t RawValue>,
-}
-
-impl<'de> Deserialize<'de> for Listing<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        struct Whole<'t> {
-            #[serde(borrow)]
-            nftables: Listed<'t>,
-        }
-        let Whole { nftables: Listed(tables) } = Whole::deserialize(deserializer)?;
-        Ok(Self { tables })
-    }
 }
 
 /// The list of everything, sorted while it is read.

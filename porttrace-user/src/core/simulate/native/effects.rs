@@ -235,19 +235,7 @@ impl<'s> Run<'s> {
     ) -> Result<Option<Vec<Part>>, String> {
         match part {
             Expr::Constant(parts) => Ok(Some(parts.to_vec())),
-            Expr::Map { key, map } => {
-                let key = match self.evaluate(walk, table, key, number) {
-                    Got::Values(key) => key,
-                    Got::Missing => return Ok(None),
-                    Got::Unknown(why) => return Err(why),
-                };
-                let map = table.source(map).ok_or("the map is not known")?;
-                match map.find(&key) {
-                    Some(Some(Datum::Parts(parts))) => Ok(Some(parts.to_vec())),
-                    None if !map.has_unknown && !map.dynamic => Ok(None),
-                    _ => Err("what the map has for it is not known".to_owned()),
-                }
-            }
+            Expr::Map { key, map } => Ok(self.mapped(walk, table, (key, map), number)?.map(<[Part]>::to_vec)),
             other => match self.evaluate(walk, table, other, number) {
                 Got::Values(values) => Ok(Some(values.into_iter().map(Part::One).collect())),
                 Got::Missing => Ok(None),

@@ -9,7 +9,7 @@ use super::super::run::Run;
 use super::super::walk::Walk;
 use crate::core::model::flow::{Direction, Family, Proto};
 use crate::core::model::name::Name;
-use crate::core::model::native::{BitOp, Datum, Device, Expr, Field, Part, Value};
+use crate::core::model::native::{BitOp, Datum, Device, Expr, Field, Part, Source, Value};
 use crate::core::model::rules::CtStates;
 use crate::core::model::trace::{Hook, RouteKind};
 use smallvec::{SmallVec, smallvec};
@@ -81,22 +81,36 @@ impl<'s> Run<'s> {
                 Some(number) => Got::number(number),
                 None => Got::Unknown("which number is drawn".to_owned()),
             },
-            Expr::Map { key, map } => {
-                let key = match self.evaluate(walk, table, key, number) {
-                    Got::Values(key) => key,
-                    other => return other,
-                };
-                let Some(map) = table.source(map) else { return Got::Unknown("what is in a map".to_owned()) };
-                match map.find(&key) {
-                    Some(Some(Datum::Parts(parts))) => match parts.iter().map(one).collect::<Option<Values>>() {
-                        Some(values) => Got::Values(values),
-                        None => Got::Unknown("a range is no value".to_owned()),
-                    },
-                    None if !map.has_unknown && !map.dynamic => Got::Missing,
-                    _ => Got::Unknown("what a map leads to".to_owned()),
+            Expr::Map { key, map } => match self.mapped(walk, table, (key, map), number) {
+                Ok(Some(parts)) => {
+                    let values = parts.iter().map(one).collect::<Option<Values>>();
+                    values.map_or_else(|| Got::Unknown("a range is no value".to_owned()), Got::Values)
                 }
-            }
+                Ok(None) => Got::Missing,
+                Err(why) => Got::Unknown(why),
+            },
             Expr::Unknown(what) => Got::Unknown(format!("what {what} is")),
+        }
+    }
+
+    /// What a map has for a key; `None`: nothing. The error says what is not known.
+    pub(super) fn mapped(
+        &mut self,
+        walk: &Walk<'s>,
+        table: &'s TableData,
+        (key, map): (&'s Expr, &'s Source),
+        number: Option<u32>,
+    ) -> Result<Option<&'s [Part]>, String> {
+        let key = match self.evaluate(walk, table, key, number) {
+            Got::Values(key) => key,
+            Got::Missing => return Ok(None),
+            Got::Unknown(why) => return Err(why),
+        };
+        let map = table.source(map).ok_or("what is in a map")?;
+        match map.find(&key) {
+            Some(Some(Datum::Parts(parts))) => Ok(Some(parts)),
+            None if !map.has_unknown && !map.dynamic => Ok(None),
+            _ => Err("what a map leads to".to_owned()),
         }
     }
 
